@@ -1,80 +1,190 @@
 #!/usr/bin/env python3
-"""draft"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["tornado>=6.6.1,<6.7", "uvloop>=0.22; platform_python_implementation == 'CPython'"]
+# ///
+"""ws-echo: a WebSocket server that answers every message X with ECHO:X.
+
+Run it:    python echo_server.py --port=4000
+
+Embed it:  from echo_server import EchoHandler
+           app = tornado.web.Application([(r"/echo", EchoHandler)])
+           app.listen(8888)
+
+Importing this does nothing: it defines names and gets the logger "echo_server". The bands of the file are Handler
+(what it does), Frames (RFC 6455 without I/O), Connection (frames on a socket), HTTP, Options, Server, Client and
+Command line.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import binascii
 import codecs
+import contextlib
+import dataclasses
+import errno
+import functools
 import hashlib
+import html
+import ipaddress
 import logging
+import os
 import re
+import select
+import signal
 import socket
+import ssl
+import stat
 import struct
 import sys
+import threading
+import time
 import weakref
 import zlib
-from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable
-from typing import Any
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from typing import Any, ClassVar, cast
+from urllib.parse import urlsplit
 
-from tornado import gen
+from tornado import gen, netutil, websocket
+from tornado.concurrent import future_set_result_unless_cancelled
 from tornado.escape import json_encode, utf8
+from tornado.httpclient import HTTPRequest
 from tornado.httpserver import HTTPServer
-from tornado.httputil import HTTPHeaders
+from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.ioloop import IOLoop
-from tornado.iostream import IOStream, StreamClosedError
+from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
+from tornado.routing import Matcher, Rule
 
-# The one private name: the C function that Tornado's own protocol masks with (a Python loop takes 300 times as long).
+# The one private name: masking in C. In Python it takes 300 times as long, and there is no public way to it.
 from tornado.util import _websocket_mask as unmask
-from tornado.web import Application
+from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketClosedError, WebSocketHandler, WebSocketProtocol
+
+__version__ = "1.0.0"
 
 log = logging.getLogger("echo_server")
 
-# -------------------------------------------------------------------------------------------------- Handler
+# --------------------------------------------------------------------------------------------------- Handler
 
 
 class EchoHandler(WebSocketHandler):
+    """Answers text X with text ECHO:X, and binary X with binary ECHO:X.
+
+    A route passes options to `initialize`, as in (r"/mirror", EchoHandler, {"prefix": ""}); a subclass replaces
+    `on_message`, `open` or `on_close`. Tornado's own settings and methods do what Tornado says.
+    """
+
     def initialize(
         self,
         prefix: str = "ECHO:",
-        compression: bool = True,
-        origins: Collection[str] | None = None,
-        stall_timeout: float = 60.0,
+        compression: bool = True,  # take permessage-deflate (RFC 7692) when it is offered
+        origins: Collection[str] | None = None,  # that may connect beside our own; "*" is any
+        stall_timeout: float = 60.0,  # seconds without progress of a message, either way; 0: for ever
+        server: Server | None = None,  # the stand-alone server, which can be full, or stopping
     ) -> None:
-        self.prefix, self.compression, self.origins, self.stall_timeout = (
-            prefix,
-            compression,
-            origins,
-            stall_timeout,
-        )
+        self.prefix, self.compression, self.origins = prefix, compression, origins
+        self.stall_timeout, self.server = stall_timeout, server
 
-    def get_websocket_protocol(self) -> WebSocketProtocol | None:
-        return Connection(self, self.stall_timeout)
+    async def get(self, *args: str, **kwargs: str) -> None:
+        self.peer = peer_address(self.request, self.server.proxies if self.server else ())
+        check_handshake(self.request)
+        if self.server:
+            self.server.check_room()
+        await super().get(*args, **kwargs)
+
+    async def head(self, *args: str, **kwargs: str) -> None:
+        await self.get(*args, **kwargs)  # is refused like a GET that is no handshake
+
+    def check_origin(self, origin: str) -> bool:
+        allowed = self.origins or ()
+        if "*" in allowed or origin in allowed or super().check_origin(origin):
+            return True
+        log.warning("[SERVER] error:origin %s refused, from %s", printable(origin), self.peer)
+        return False
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return subprotocols[0] if subprotocols else None  # a browser fails the handshake if none is selected
 
     def get_compression_options(self) -> dict[str, Any] | None:
         return {} if self.compression else None
 
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        stream = self.request.connection.stream  # type: ignore[union-attr]  # HTTP1Connection has it
+        plain = type(stream) is IOStream and stream.socket.type == socket.SOCK_STREAM
+        self.connection = (Connection if plain else StreamConnection)(self, self.stall_timeout)
+        return self.connection
+
     def open(self, *args: str, **kwargs: str) -> None:
-        log.info("[SERVER] connection() from %s %s", 0, 0)
+        log.info("[SERVER] connection() from %s %s", self.peer, printable(request_path(self.request)))
 
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("[SERVER] Received:%s", printable(message))
         if isinstance(message, str):
-            future = self.write_message(self.prefix + message)
+            sent = self.write_message(self.prefix + message)
         else:
-            future = self.write_message(self.prefix.encode() + message, binary=True)
-        if not future.done():
-            future.add_done_callback(self.on_reply)
+            sent = self.write_message(utf8(self.prefix) + message, binary=True)
+        if not sent.done():  # the kernel did not take it at once
+            sent.add_done_callback(self.on_sent)
         return None
 
-    def on_reply(self, future: asyncio.Future[None]) -> None:
-        if not future.cancelled() and (error := future.exception()):
-            log.warning("[SERVER] error:%s", error)
+    def on_sent(self, sent: asyncio.Future[None]) -> None:
+        if not sent.cancelled() and (error := sent.exception()):
+            log.warning("[SERVER] error:%s, to %s", error or "the reply was not sent", self.peer)
 
-    def check_origin(self, origin):
-        return True
+    def on_close(self) -> None:
+        connection = self.connection
+        log.info(
+            "[SERVER] close() %d from %s after %.1f s, %d messages, %d bytes",
+            connection.outcome,
+            self.peer,
+            time.monotonic() - connection.opened,
+            connection.messages,
+            connection.bytes,
+        )
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        refusal = kwargs.get("exc_info", (None, None))[1]
+        if isinstance(refusal, Refusal):
+            refusal.answer(self)
+        else:
+            super().write_error(status_code, **kwargs)
+
+
+def echoes(handler: WebSocketHandler) -> bool:
+    """Whether `on_message` is the one above, and so are the methods that it calls."""
+    own = isinstance(handler, EchoHandler) and not {"on_message", "write_message"} & handler.__dict__.keys()
+    return own and (type(handler).on_message, type(handler).write_message) == ECHO_METHODS
+
+
+ECHO_METHODS = (EchoHandler.on_message, WebSocketHandler.write_message)
+
+
+def make_app(server: Server) -> Application:
+    """The stand-alone application: WebSocket on every path, and what else answers a plain GET."""
+    options = server.options
+    echo = {
+        "prefix": options.prefix,
+        "compression": options.compression,
+        "origins": {origin.strip() for origin in options.origins.split(",")} - {""},
+        "stall_timeout": options.stall_timeout,
+        "server": server,
+    }
+    return Application(
+        [
+            Rule(PlainGet("/healthz"), HealthHandler, {"server": server}),
+            Rule(PlainGet(accept="text/html"), PageHandler, {"server": server}),
+            (r".*", EchoHandler, echo),
+        ],
+        websocket_ping_interval=options.ping_interval,
+        websocket_ping_timeout=options.ping_timeout,
+        websocket_max_message_size=options.max_message_size,
+        log_function=lambda handler: None,  # our own lines tell more, and no query
+    )
 
 
 # --------------------------------------------------------------------------------------------------- Frames
@@ -84,7 +194,7 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes, se
 FIN, RSV1, MASK = 0x80, 0x40, 0x80
 CLOSE_CODES = {1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)}  # section 7.4, IANA's registry
 
-Event = tuple[int, bytes]  # opcode and payload of a whole message or a control frame, validated
+Event = tuple[int, bytes | bytearray]  # opcode and payload of a whole message or a control frame, validated
 
 TURN = 256 * 1024  # bytes of events taken at a time, so that one peer does not keep the others waiting
 EVENT = 512  # what an event counts beside its bytes: 512 of them are half a millisecond of work
@@ -144,12 +254,12 @@ class Receiver:
     """
 
     __slots__ = (
-        "_data", "_deflate", "_empty", "_final", "_fragments", "_inflater", "_key", "_left", "_limit",
-        "_message", "_opcode", "_tail", "_wire", "done", "fault", "more", "received",
+        "_data", "_deflate", "_empty", "_final", "_fragments", "_inflater", "_key", "_left",
+        "_message", "_opcode", "_tail", "_wire", "done", "fault", "limit", "more", "received",
     )  # fmt: skip
 
     def __init__(self, limit: int, deflate: bool = False) -> None:
-        self._limit = limit  # bytes of a message, before and after inflating
+        self.limit = limit  # bytes of a message, before and after inflating
         self._deflate = deflate  # permessage-deflate is agreed on
         self.done = False  # a Close or a fault has come: nothing behind it is looked at
         self.fault: Fault | None = None
@@ -173,13 +283,12 @@ class Receiver:
         """Changes with every byte of an unfinished message or frame; None when there is none."""
         return (self.received, len(self._data)) if self._opcode or self._data else None
 
-    def feed(self, data: bytes) -> None:
-        if not self.done:
-            self._data = self._data + data if self._data else data
-
-    def events(self) -> list[Event]:
-        """What has become complete, TURN bytes at most. Look at `fault` behind them, and at `more`."""
+    def feed(self, data: bytes = b"") -> list[Event]:
+        """What has become complete, TURN bytes of it at most. Look at `fault` behind it, and at `more`."""
         events: list[Event] = []
+        if self.done:
+            return events
+        self._data = self._data + data if self._data else data
         try:
             self._parse(events)
         except Fault as fault:
@@ -252,8 +361,8 @@ class Receiver:
 
     def _check_size(self, compressed: bool, length: int) -> None:
         """Before a byte of the payload is accepted. Deflate makes some data longer, by less than 1/64."""
-        allowance = self._limit // 64 + 256 if compressed else 0
-        if self._wire + length > self._limit + allowance:
+        allowance = self.limit // 64 + 256 if compressed else 0
+        if self._wire + length > self.limit + allowance:
             raise Fault(1009, "message is too big")
 
     def _add_payload(self, data: bytes) -> None:
@@ -272,7 +381,7 @@ class Receiver:
             if isinstance(self._message, bytes):
                 self._message = bytearray(self._message)
             self._message += data
-        if len(self._message) > self._limit:
+        if len(self._message) > self.limit:
             raise Fault(1009, "message is too big")
 
     def _inflate(self, data: bytes) -> bytes:
@@ -280,7 +389,7 @@ class Receiver:
         back to the same window (RFC 7692 section 7.2.3.4)."""
         assert self._inflater
         content = b""
-        while data and (room := self._limit + 1 - len(self._message) - len(content)):
+        while data and (room := self.limit + 1 - len(self._message) - len(content)):
             try:
                 content += self._inflater.decompress(data, room)
             except zlib.error:
@@ -315,7 +424,7 @@ class Receiver:
             self._end_deflate()
         if self._tail:
             raise Fault(1007, "text is not UTF-8")
-        events.append((self._opcode, bytes(self._message)))
+        events.append((self._opcode, self._message))
         cost = EVENT * (1 + self._empty) + len(self._message)
         self._begin_message(0)
         return cost
@@ -368,389 +477,452 @@ def deflate(payload: bytes, window_bits: int, level: int, mem_level: int) -> byt
     return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
-# ---------------------------------------------------------------------------------------------- Connection
+@functools.lru_cache(16)
+def echo_heads(prefix: str) -> tuple[bytes, list[tuple[bytes, bytes, bytes]]]:
+    """The prefix, and what comes before a payload by its length and opcode, in frames of at most 125 bytes."""
+    head = prefix.encode()
+    return head, [(b"", bytes((0x81, n)) + head, bytes((0x82, n)) + head) for n in range(len(head), 126)]
+
+
+# ------------------------------------------------------------------------------------------------ Connection
+# Frames on a socket: reading in turns, gathered writes, flow control, deadlines, closing.
 
 HIGH_WATER = 64 * 1024  # bytes waiting to be sent above which nothing more is read
-READ_SIZE = 64 * 1024  # bytes asked for at a time
-SMALL = 1024  # bytes of payload below which deflate does not pay
-CLOSE_TIMEOUT = 5.0  # seconds for the peer to answer a Close, as in Tornado
-LINGER_TIMEOUT = 2.0  # seconds to wait for the peer to see why it was failed
+READ_SIZE = 256 * 1024  # bytes to ask for at a time: a 64 KiB message comes in one piece
+SCATTER = 16 * 1024  # bytes from which a reply is written in pieces rather than joined
+COMPRESS_FROM = 1024  # bytes of a message below which deflate does not pay
+CLOSE_TIMEOUT = 5.0  # seconds without progress of our last frames, or until the peer's Close; as in Tornado
+LINGER_TIMEOUT = 2.0  # seconds for a peer that was failed to read why
 
+# CLOSING: our Close is out, theirs has not come. ENDING: nothing more is parsed, our last frames leave. LINGERING: they
+# have left, and what comes is thrown away: close() with unread bytes is a reset, which may overtake our Close.
 OPEN, CLOSING, ENDING, LINGERING, CLOSED = range(5)
 
 
 class Connection(WebSocketProtocol):
-    """One peer's WebSocket on a socket that was taken over from Tornado's IOStream."""
+    """A handler's protocol on a plain socket, which it takes over from Tornado's IOStream."""
 
-    def __init__(self, handler: WebSocketHandler, stall_timeout: float = 60.0) -> None:
+    __slots__ = (
+        "_backlog", "_deadline", "_deflate", "_echoes", "_hold", "_io", "_leaving", "_linger", "_loop", "_mark", "_mark_at",
+        "_out", "_out_size", "_pending", "_ping", "_pinged", "_pong", "_progress_at", "_queue", "_queue_size", "_receiver",
+        "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_socket", "_stall_timeout", "_state", "_turning",
+        "_waiters", "bytes", "close_code", "close_reason", "messages", "opened", "outcome", "selected_subprotocol",
+    )  # fmt: skip
+
+    def __init__(self, handler: WebSocketHandler, stall_timeout: float) -> None:
         super().__init__(handler)
         self.handler: WebSocketHandler = handler
-        self.stall_timeout = stall_timeout
-        self.close_code: int | None = None  # what the peer sent
+        self._loop, self._registry, self._state = IOLoop.current(), Connections.current(), OPEN
+        self.opened = self._seen_at = self._mark_at = self._progress_at = time.monotonic()
+        self.messages = self.bytes = 0  # received; bytes of payload
+        self.outcome = 1006  # the close code for log and metrics; 1006: without a Close
+        self.close_code: int | None = None  # what the peer said
         self.close_reason: str | None = None
-        self.sent_code: int | None = None
-        self.messages = self.bytes = 0  # received
-        self._subprotocol: str | None = None
-        self._deflate: tuple[int, int, int] | None = None
-        self._loop = IOLoop.current()
-        self._all = Connections.current()
-        self._finished = self._all.finished
-        self._state = OPEN
-        self._deadline = 0.0
-        self._turning = False  # a turn is on: what is written leaves at its end
-        self._hold = False  # no message is handed to the handler
-        self._scheduled = False
-        self._pending: asyncio.Future[Any] | None = None
-        self._queue: deque[Event] = deque()
+        self._hold = False  # messages wait: for a coroutine of the handler, or for the peer to take replies
+        self._queue: deque[Event] | None = None  # these
         self._queue_size = 0
-        self._out: list[bytes] = []
-        self._out_size = 0
-        self._backlog: deque[bytes | memoryview] = deque()
-        self._queued = 0  # bytes of the backlog
-        self._drained = 0  # bytes of it that have left, ever
-        self._futures: deque[tuple[int, asyncio.Future[None]]] = deque()
-        self._pong: bytes | None = None
-        self._linger = False
-        self._events = 0
-
-    # ---- handshake
+        self._pending = 0  # coroutines of the handler that run
+        self._scheduled = False  # another turn is due, for the rest of what was read
+        self._turning = False  # in a turn: what is written is gathered in _out and leaves at its end
+        self._out: list[bytes | bytearray] = []
+        self._out_size = 0  # bytes of messages in it
+        self._backlog: bytearray | None = None  # what the kernel has not taken yet
+        self._sent = 0  # bytes that have left the backlog, ever
+        self._waiters: deque[tuple[int, asyncio.Future[None]]] | None = None  # by the _sent that they wait for
+        self._pong: bytes | None = None  # the answer to the latest of the pings that came during a backlog
+        self._leaving = self._linger = False
+        self._seen = self._pinged = False  # a byte came or left since the last check; a ping was sent
+        self._deadline = 0.0  # of the present state, in time.monotonic(); 0: none
+        self._mark: tuple[int, int] | None = None
+        self._stall_timeout, interval = stall_timeout, handler.ping_interval or 0.0
+        self._ping = interval, interval if handler.ping_timeout is None else handler.ping_timeout
 
     async def accept_connection(self, handler: WebSocketHandler) -> None:
-        headers = handler.request.headers
-        key = headers["Sec-WebSocket-Key"]
+        """The server's half of the handshake, RFC 6455 section 4.2.2; returns when the socket is ours."""
+        self._negotiate(handler, handler.request.headers)
         handler.clear_header("Content-Type")
         handler.set_status(101)
         handler.set_header("Upgrade", "websocket")
         handler.set_header("Connection", "Upgrade")
-        handler.set_header("Sec-WebSocket-Accept", accept_key(key))
-        self._choose_subprotocol(handler)
-        self._choose_deflate(handler)
-        sent = handler.finish()
-        stream = handler.detach()
-        handler.request.connection = handler.request.server_connection = None
+        handler.set_header("Sec-WebSocket-Accept", accept_key(handler.request.headers["Sec-WebSocket-Key"]))
+        sent, stream = handler.finish(), handler.detach()
+        # These hold Tornado's connection objects, 3 KB, for as long as the handler lives.
+        handler.request.connection = handler.request.server_connection = None  # type: ignore[assignment]  # not Optional
         try:
             await sent
             early = self._take(stream)
-        except StreamClosedError:
-            return
-        self._all.add(self)
-        self._run(handler.open, *handler.open_args, **handler.open_kwargs)
-        if early:
-            self._receiver.feed(early)
-        self._turn()
+        except (OSError, StreamClosedError):
+            return  # it has left before it was let in
+        self._registry.add(self, (*self._ping, self._stall_timeout))
+        self._echoes = echoes(handler)
+        self._call(handler.open, *handler.open_args, **handler.open_kwargs)
+        if self._state < ENDING:
+            self._turn(early)
 
-    def _choose_subprotocol(self, handler: WebSocketHandler) -> None:
-        offer = handler.request.headers.get("Sec-WebSocket-Protocol", "")
-        offered = [name for part in offer.split(",") if (name := part.strip())]
-        self._subprotocol = handler.select_subprotocol(offered)
-        if self._subprotocol:
-            handler.set_header("Sec-WebSocket-Protocol", self._subprotocol)
-
-    def _choose_deflate(self, handler: WebSocketHandler) -> None:
-        options = handler.get_compression_options()
-        answer, bits = "", 0
-        if options is not None and not handler.request.headers.get("User-Agent", "").startswith("Tornado/"):
-            answer, bits = accept_deflate(handler.request.headers.get("Sec-WebSocket-Extensions", ""))
+    def _negotiate(self, handler: WebSocketHandler, headers: HTTPHeaders) -> None:
+        offer = headers.get("Sec-WebSocket-Protocol", "")
+        names = [name.strip() for name in offer.split(",") if name.strip()]
+        self.selected_subprotocol = handler.select_subprotocol(names)
+        if self.selected_subprotocol:
+            handler.set_header("Sec-WebSocket-Protocol", self.selected_subprotocol)
+        options, answer, bits = handler.get_compression_options(), "", 0
+        # Tornado's client ignores client_no_context_takeover: its second message would not inflate.
+        if options is not None and not headers.get("User-Agent", "").startswith("Tornado/"):
+            answer, bits = accept_deflate(headers.get("Sec-WebSocket-Extensions", ""))
+        self._deflate: tuple[int, int, int] | None = None
         if answer and options is not None:
             handler.set_header("Sec-WebSocket-Extensions", answer)
             self._deflate = bits, options.get("compression_level", 6), options.get("mem_level", 8)
         self._receiver = Receiver(handler.max_message_size, bool(answer))
 
+    # ---- The socket; StreamConnection replaces these
+
     def _take(self, stream: IOStream) -> bytes:
-        future = stream.read_bytes(1 << 20, partial=True)
-        assert isinstance(future, asyncio.Future)
-        early: bytes = future.result() if future.done() else b""
-        old = stream.socket
-        self._loop.remove_handler(old)
-        self._socket = socket.socket(old.family, old.type, old.proto, old.detach())
+        """Takes the socket from Tornado; returns what came behind the handshake, which Tornado has read already."""
+        read, theirs = cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True)), stream.socket
+        early = read.result() if read.done() else b""
+        self._loop.remove_handler(theirs)
+        self._socket = socket.socket(theirs.family, theirs.type, theirs.proto, theirs.detach())
         self._socket.setblocking(False)
         stream.close()
-        self._events = IOLoop.READ
-        self._loop.add_handler(self._socket, self._on_events, IOLoop.READ)
+        self._io = IOLoop.READ
+        self._loop.add_handler(self._socket, self._on_io, IOLoop.READ)
         return early
 
-    # ---- reading
-
-    def _on_events(self, fd: Any, events: int) -> None:
+    def _on_io(self, _: Any, events: int) -> None:
         if events & IOLoop.WRITE:
             self._drain()
-        if events & IOLoop.READ and self._state != CLOSED and not self._scheduled:
-            self._read()
+        if events & IOLoop.READ and not self._scheduled and self._state != CLOSED:
+            try:
+                data = self._socket.recv(READ_SIZE)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            self._on_data(data)
 
-    def _read(self) -> None:
+    def _watch(self, reading: bool) -> None:
+        """Asks for a call when there is something to read, and when the backlog can go on."""
+        events = (IOLoop.READ if reading else 0) | (IOLoop.WRITE if self._backlog else 0)
+        if events != self._io:
+            self._io = events
+            self._loop.update_handler(self._socket, events)
+
+    def _send(self, pieces: list[bytes | bytearray]) -> int:
+        """Writes what is taken at once; returns how many bytes that is."""
         try:
-            data = self._socket.recv(READ_SIZE)
+            return self._socket.send(pieces[0]) if len(pieces) == 1 else self._socket.sendmsg(pieces)
         except BlockingIOError:
-            return
-        except OSError as error:
-            self._lost(error)
-            return
-        if not data:
-            self._lost(None)
-            return
-        self.seen = True
-        if self._state < ENDING:
-            self._receiver.feed(data)
-            self._turn()
+            return 0
 
-    def _turn(self) -> None:
+    def _is_sent(self) -> bool:
+        return not self._backlog
+
+    def _transport(self) -> socket.socket:
+        return self._socket
+
+    def _drop(self) -> None:
+        self._loop.remove_handler(self._socket)
+        self._socket.close()
+
+    # ---- Reading
+
+    def _on_data(self, data: bytes) -> None:
+        self._seen = True
+        if not data:
+            self._lost("the peer has left")
+        elif self._state < ENDING:
+            self._turn(data)
+
+    def _turn(self, data: bytes = b"") -> None:
+        """Handles what has come, in order, and writes all replies at once."""
         receiver = self._receiver
         self._turning, self._scheduled = True, False
-        if self._queue and not self._hold:
-            queue, self._queue, self._queue_size = self._queue, deque(), 0
-            self._dispatch(queue)
-        self._dispatch(receiver.events())
+        while self._queue and not self._hold:
+            opcode, payload = self._queue.popleft()
+            self._queue_size -= len(payload) + EVENT
+            self._dispatch([(opcode, payload)])
+        events = receiver.feed(data)
+        if self._hold:
+            self._enqueue(events)
+        elif self._echoes and self._state == OPEN and not log.isEnabledFor(logging.DEBUG):
+            self._echo(events)
+        else:
+            self._dispatch(events)
         self._turning = False
         if self._out:
             self._flush()
-        if self._hold or receiver.more or receiver.fault or self._events != IOLoop.READ:
+        if self._hold or receiver.more or receiver.fault or self._leaving or self._io != IOLoop.READ:
             self._after_turn()
 
     def _after_turn(self) -> None:
-        if not self._hold and not self._queue:
-            if self._receiver.more:
-                self._scheduled = True
-                self._loop.add_callback(self._turn)
-            elif self._receiver.fault and self._state < ENDING:
+        if self._state < ENDING and not self._hold:
+            if self._receiver.fault:
                 self._fail(self._receiver.fault)
-        self._set_interest()
+            elif self._receiver.more:
+                self._scheduled = True
+                self._loop.add_callback(self._turn_again)
+            elif self._leaving:
+                self.close(1001, "the server is stopping")
+        if self._state != CLOSED:
+            self._watch(self._may_read())
+
+    def _turn_again(self) -> None:
+        if self._scheduled and self._state < ENDING:
+            self._turn()
+
+    def _may_read(self) -> bool:
+        waiting = self._leaving or self._scheduled or self._queue_size > self._receiver.limit
+        return self._state != OPEN or not (waiting or len(self._backlog or b"") > HIGH_WATER)
+
+    def _echo(self, events: list[Event]) -> None:
+        """The replies of EchoHandler's own `on_message`, without calling it: 0.6 rather than 1.3 us a message."""
+        head, heads = echo_heads(cast(EchoHandler, self.handler).prefix)
+        out, messages, size = self._out, 0, 0
+        for opcode, payload in events:
+            if opcode > BINARY:
+                self._control(opcode, payload)
+                continue
+            length = len(payload)
+            if length < len(heads):
+                out.append(heads[length][opcode])
+                out.append(payload)
+            elif self._deflate:
+                self._add_message(opcode, head + payload)
+            else:
+                out.append(frame_header(FIN | opcode, len(head) + length) + head)
+                out.append(payload)
+            messages += 1
+            size += length
+        self.messages += messages
+        self.bytes += size
+        self._out_size += size
 
     def _dispatch(self, events: Iterable[Event]) -> None:
+        """Hands messages to the handler, until the ones that are left have to wait."""
         rest = iter(events)
-        on_message = self.handler.on_message
-        if self._hold:
-            self._enqueue(rest)
         for opcode, payload in rest:
             if opcode > BINARY:
                 self._control(opcode, payload)
             elif self._state == OPEN:
                 self.messages += 1
                 self.bytes += len(payload)
-                try:
-                    result = on_message(payload.decode() if opcode == TEXT else payload)
-                except (Exception, asyncio.CancelledError):
-                    self._bug()
-                else:
-                    if result is not None:
-                        self._wait(result)
-            if self._hold:
-                self._enqueue(rest)
-                return
+                self._call(self.handler.on_message, payload.decode() if opcode == TEXT else bytes(payload))
+                if self._hold:
+                    self._enqueue(rest)
 
     def _enqueue(self, events: Iterable[Event]) -> None:
         for opcode, payload in events:
-            if opcode > CLOSE:
-                self._control(opcode, payload)
+            if opcode > CLOSE or (opcode == CLOSE and self._state == CLOSING):
+                self._control(opcode, payload)  # does not wait
             else:
+                self._queue = self._queue or deque()
                 self._queue.append((opcode, payload))
                 self._queue_size += len(payload) + EVENT
 
-    def _control(self, opcode: int, payload: bytes) -> None:
+    def _control(self, opcode: int, payload: bytes | bytearray) -> None:
+        payload = bytes(payload)
         if opcode == CLOSE:
             self._on_close_frame(payload)
         elif opcode == PONG:
-            self._run(self.handler.on_pong, payload)
+            self._call(self.handler.on_pong, payload)
         else:
-            if self._state == OPEN:
-                if self._backlog:
-                    self._pong = payload
-                else:
-                    self._write(FIN | PONG, payload)
-            self._run(self.handler.on_ping, payload)
+            if self._state == OPEN and self._backlog:
+                self._pong = payload  # section 5.5.3: answering the latest is enough
+            elif self._state == OPEN:
+                self._write(FIN | PONG, payload)
+            self._call(self.handler.on_ping, payload)
 
-    def _run(self, callback: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    # ---- The handler
+
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Calls a method of the handler. While it runs as a coroutine, messages wait."""
         try:
-            result = callback(*args, **kwargs)
+            result = method(*args, **kwargs)
         except (Exception, asyncio.CancelledError):
             self._bug()
         else:
             if result is not None:
-                self._wait(result)
+                self._pending += 1
+                self._hold = True
+                gen.convert_yielded(result).add_done_callback(self._resume)
 
-    def _wait(self, result: Any) -> None:
-        self._hold = True
-        self._pending = gen.convert_yielded(result)
-        self._pending.add_done_callback(self._resume)
-
-    def _resume(self, future: asyncio.Future[Any]) -> None:
-        self._pending = None
+    def _resume(self, future: asyncio.Future[None]) -> None:
+        self._pending -= 1
         try:
             future.result()
         except (Exception, asyncio.CancelledError):
-            self._bug()
-        self._hold = self._queued > HIGH_WATER
-        if self._state < ENDING:
+            if self._state != CLOSED or not future.cancelled():
+                self._bug()
+        self._release()
+
+    def _release(self) -> None:
+        """Goes on with what had to wait, unless something else holds it up."""
+        self._hold = self._pending > 0 or len(self._backlog or b"") > HIGH_WATER
+        if self._state < ENDING and not self._turning:
             self._turn()
 
     def _bug(self) -> None:
+        """An error on our side: its traceback is logged, and the peer is told."""
         self.handler.log_exception(*sys.exc_info())
-        if self._state == OPEN:
-            self._send_close(1011)
-            self._end(linger=True)
+        self._end(1011)
 
-    # ---- writing
+    # ---- Writing
 
-    def write_message(
-        self, message: str | bytes | dict[str, Any], binary: bool = False
-    ) -> asyncio.Future[None]:
+    def write_message(self, message: str | bytes | dict[str, Any], binary: bool = False) -> asyncio.Future[None]:
+        """The future is done when the message has left for the kernel, or fails with WebSocketClosedError. In a turn it
+        is done at once, up to HIGH_WATER bytes that leave at the end of the turn."""
         if self._state != OPEN:
             raise WebSocketClosedError
-        payload = utf8(json_encode(message) if isinstance(message, dict) else message)
-        first = FIN | (BINARY if binary else TEXT)
-        if self._deflate and len(payload) >= SMALL:
-            first, payload = first | RSV1, deflate(payload, *self._deflate)
-        self._write(first, payload)
-        if self._turning and self._out_size <= HIGH_WATER:
-            return self._finished
-        if not self._turning:
-            return self._queued_future()
-        self._flush()
-        return self._queued_future()
+        self._add_message(
+            BINARY if binary else TEXT, utf8(json_encode(message) if isinstance(message, dict) else message)
+        )
+        if not self._turning or self._out_size > HIGH_WATER:
+            self._flush()
+            if self._backlog or self._state == CLOSED:
+                return self._waiter()
+        return self._registry.finished
 
     def write_ping(self, data: bytes) -> None:
-        if len(data) > 125:
-            raise ValueError("control frame payloads may not exceed 125 bytes")
         self._write(FIN | PING, data)
 
-    def _write(self, first: int, payload: bytes) -> None:
-        self._out.append(frame_header(first, len(payload)))
-        self._out.append(payload)
+    def _add_message(self, opcode: int, payload: bytes) -> None:
+        first = FIN | opcode
+        if self._deflate and len(payload) >= COMPRESS_FROM:
+            first, payload = first | RSV1, deflate(payload, *self._deflate)
+        self._out += (frame_header(first, len(payload)), payload)
         self._out_size += len(payload)
+
+    def _write(self, first: int, payload: bytes) -> None:
+        """A control frame; in a turn it takes its place behind the replies."""
+        if len(payload) > 125:
+            raise ValueError("the payload of a control frame is at most 125 bytes")
+        self._out.append(frame_header(first, len(payload)) + payload)
         if not self._turning:
             self._flush()
 
-    def _queued_future(self) -> asyncio.Future[None]:
-        if not self._backlog and self._state != CLOSED:
-            return self._finished
-        future: asyncio.Future[None] = asyncio.Future()
-        if self._state == CLOSED:
-            future.set_exception(WebSocketClosedError())
-            future.exception()
-        else:
-            self._futures.append((self._drained + self._queued, future))
-        return future
-
     def _flush(self) -> None:
-        data: bytes | memoryview = b"".join(self._out)
+        """Hands what was gathered to the kernel; what it does not take is the backlog."""
+        pieces = self._out.copy() if self._out_size >= SCATTER and len(self._out) < 64 else [b"".join(self._out)]
         self._out.clear()
         self._out_size = 0
-        if not self._backlog:
-            sent = self._send(data)
-            if sent == len(data):
-                return
-            data = memoryview(data)[sent:]
-        self._backlog.append(data)
-        self._queued += len(data)
-        if self._queued > HIGH_WATER:
-            self._hold = True
-        self._set_interest()
-
-    def _send(self, data: bytes | memoryview) -> int:
         try:
-            return self._socket.send(data)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            self._lost(error)
-            return 0
+            sent = 0 if self._backlog else self._send(pieces)
+        except (OSError, StreamClosedError) as error:
+            self._lost(str(error), owed=True)
+            return
+        if sent < sum(map(len, pieces)):
+            self._progress_at = self._progress_at if self._backlog else time.monotonic()
+            self._backlog = self._backlog or bytearray()
+            self._backlog += b"".join(pieces)[sent:]
+            self._hold = self._hold or len(self._backlog) > HIGH_WATER
+            if not self._turning:
+                self._watch(self._may_read())
+
+    def _waiter(self) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.Future()
+        if self._backlog:
+            self._waiters = self._waiters or deque()
+            self._waiters.append((self._sent + len(self._backlog), future))
+        else:
+            future.set_exception(WebSocketClosedError())
+            future.exception()  # nobody has to look
+        return future
 
     def _drain(self) -> None:
+        """The peer takes bytes again."""
         while self._backlog:
-            data = self._backlog[0]
-            sent = self._send(data)
-            self._queued -= sent
-            self._drained += sent
-            if sent < len(data):
-                self._backlog[0] = memoryview(data)[sent:]
-                break
-            self._backlog.popleft()
-        while self._futures and self._futures[0][0] <= self._drained:
-            self._futures.popleft()[1].set_result(None)
-        if self._state != CLOSED and not self._backlog:
-            self._on_drained()
-
-    def _on_drained(self) -> None:
+            try:
+                sent = self._send([self._backlog])
+            except (OSError, StreamClosedError) as error:
+                self._lost(str(error), owed=True)
+                return
+            if not sent:
+                return
+            del self._backlog[:sent]
+            self._sent += sent
+            self._seen, self._progress_at = True, time.monotonic()
+            while self._waiters and self._waiters[0][0] <= self._sent:
+                future_set_result_unless_cancelled(self._waiters.popleft()[1], None)
+        self._backlog = None
         if self._pong is not None and self._state == OPEN:
             pong, self._pong = self._pong, None
             self._write(FIN | PONG, pong)
         if self._state == ENDING:
-            self._end(self._linger)
-        elif self._hold and not self._pending:
-            self._hold = False
-            self._turn()
+            self._end_sent()
         else:
-            self._set_interest()
+            self._release()
 
-    def _set_interest(self) -> None:
-        if self._state == CLOSED:
-            return
-        reading = (
-            self._queued <= HIGH_WATER and self._queue_size <= self._receiver._limit or self._state >= ENDING
-        )
-        events = (IOLoop.READ if reading else 0) | (IOLoop.WRITE if self._backlog else 0)
-        if events != self._events:
-            self._events = events
-            self._loop.update_handler(self._socket, events)
-
-    # ---- closing
+    # ---- Closing, RFC 6455 section 7
 
     def close(self, code: int | None = None, reason: str | None = None) -> None:
         if self._state == OPEN:
-            self._send_close(code, reason)
-            self._state = CLOSING
-            self._deadline = self._loop.time() + CLOSE_TIMEOUT
+            self._send_close(1000 if code is None and reason is not None else code, reason or "")
+            self._state, self._deadline = CLOSING, time.monotonic() + CLOSE_TIMEOUT
 
-    def _send_close(self, code: int | None = None, reason: str | None = None) -> None:
-        if code is None and reason is not None:
-            code = 1000
-        self.sent_code = code
-        self._write(FIN | CLOSE, (struct.pack("!H", code) if code else b"") + utf8(reason or ""))
+    def go_away(self) -> None:
+        """Closes with 1001, behind the replies that are owed."""
+        self._leaving = True
+        self._after_turn()
+
+    def is_closing(self) -> bool:
+        return self._state != OPEN
+
+    def _send_close(self, code: int | None, reason: str = "") -> None:
+        self._write(FIN | CLOSE, (struct.pack("!H", code) if code is not None else b"") + utf8(reason))
+        self.outcome = code or 1005
 
     def _on_close_frame(self, payload: bytes) -> None:
         if payload:
             self.close_code, self.close_reason = int.from_bytes(payload[:2], "big"), payload[2:].decode()
         if self._state == OPEN:
-            self._send_close(self.close_code)
-        self._end(linger=False)
+            self._send_close(self.close_code)  # section 5.5.1: the code comes back
+        self._end()
 
     def _fail(self, fault: Fault) -> None:
-        log.warning("[SERVER] error:%d %s", fault.code, fault.reason)
-        if self._state == OPEN:
-            self._send_close(fault.code, fault.reason)
-        self._end(linger=True)
+        self._warn(f"{fault.code} {fault.reason}, from")
+        self._end(fault.code, fault.reason)
 
-    def _end(self, linger: bool) -> None:
-        if self._state == CLOSED:
-            return
-        if self._out:
-            self._flush()
-        self._linger = linger
+    def _end(self, code: int = 0, reason: str = "") -> None:
+        """Our last frames: with a code the connection fails, without one both sides have sent a Close."""
         if self._state < ENDING:
-            self._deadline = self._loop.time() + CLOSE_TIMEOUT
-            self._state = ENDING
-        if self._backlog or self._state == CLOSED:
-            return
-        if linger:
-            self._state = LINGERING
-            self._deadline = self._loop.time() + LINGER_TIMEOUT
-            socket.socket.shutdown(self._socket, socket.SHUT_WR)
+            if code and self._state == OPEN:
+                self._send_close(code, reason)
+            self._state, self._deadline, self._linger = ENDING, time.monotonic() + CLOSE_TIMEOUT, code > 0
+            if self._out:
+                self._flush()
+            self._end_sent()
+
+    def _end_sent(self) -> None:
+        if self._state == ENDING and not self._is_sent():
+            self._watch(reading=True)
+        elif self._state == ENDING and self._linger:
+            self._state, self._deadline = LINGERING, time.monotonic() + LINGER_TIMEOUT
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._transport(), socket.SHUT_WR)  # not SSLSocket's, which ends TLS as well
+            self._watch(reading=True)
         else:
             self._closed()
 
-    def _lost(self, error: OSError | None) -> None:
+    def _lost(self, why: str, owed: bool = False) -> None:
+        if owed or self._backlog:
+            self._warn(f"reply not sent: {why},")
         self._closed()
 
-    def _closed(self) -> None:
+    def _closed(self, reset: bool = False) -> None:
         if self._state == CLOSED:
             return
         self._state = CLOSED
-        self._loop.remove_handler(self._socket)
-        self._socket.close()
-        self._all.remove(self)
-        for _, future in self._futures:
-            future.set_exception(WebSocketClosedError())
-            future.exception()
-        self._loop.add_callback(self._notify)
+        if reset:  # otherwise the kernel goes on offering what it has
+            with contextlib.suppress(OSError):
+                self._transport().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._drop()
+        self._registry.remove(self)
+        for _, future in self._waiters or ():
+            if not future.done():
+                future.set_exception(WebSocketClosedError())
+                future.exception()  # nobody has to look
+        self._loop.add_callback(self._notify)  # never from within another method of the handler
 
     def _notify(self) -> None:
         try:
@@ -758,83 +930,1007 @@ class Connection(WebSocketProtocol):
         except Exception:
             self.handler.log_exception(*sys.exc_info())
 
-    def is_closing(self) -> bool:
-        return self._state != OPEN
+    def _warn(self, text: str) -> None:
+        log.warning("[SERVER] error:%s %s", text, getattr(self.handler, "peer", self.handler.request.remote_ip))
 
-    @property
-    def selected_subprotocol(self) -> str | None:
-        return self._subprotocol
+    # ---- Deadlines
+
+    def check(self, now: float) -> None:
+        """Comes some times in the shortest of the limits. Any byte, either way, is a sign of life."""
+        if self._seen:
+            self._seen, self._seen_at, self._pinged = False, now, False
+        if self._backlog and 0 < self._stall_timeout <= now - self._progress_at:
+            self.outcome = 1008
+            self._warn("1008 takes nothing,")
+            self._closed(reset=True)
+        elif self._deadline and now >= self._deadline:
+            if self._backlog and now < self._progress_at + CLOSE_TIMEOUT:
+                return
+            self._closed(reset=True)
+        elif self._state == OPEN and self._may_read():
+            self._check_message(now)
+            self._check_life(now, *self._ping)
+
+    def _check_message(self, now: float) -> None:
+        mark = self._receiver.unfinished
+        if mark != self._mark:
+            self._mark, self._mark_at = mark, now
+        elif mark and 0 < self._stall_timeout <= now - self._mark_at:
+            self._fail(Fault(1008, "message does not go on"))
+
+    def _check_life(self, now: float, interval: float, timeout: float) -> None:
+        silence = now - self._seen_at
+        if self._pinged and 0 < timeout <= silence - interval:
+            self._warn("no answer to a ping,")
+            self._closed(reset=True)
+        elif interval and silence >= interval and not self._pinged and not self._backlog:
+            self._pinged = True
+            self._write(FIN | PING, b"")
+
+    # ---- What Tornado asks for beside
 
     def set_nodelay(self, x: bool) -> None:
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, x)
+        if self._transport().family != socket.AF_UNIX:
+            self._transport().setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, x)
 
     def on_connection_close(self) -> None:
-        pass
-
-    def _process_server_headers(self, key: str | bytes, headers: HTTPHeaders) -> None:
-        raise NotImplementedError
+        self._closed()
 
     def start_pinging(self) -> None:
-        pass
+        """`check` does it."""
 
     async def _receive_frame_loop(self) -> None:
-        pass
+        """`_turn` does it."""
+
+    def _process_server_headers(self, key: str | bytes, headers: HTTPHeaders) -> None:
+        raise NotImplementedError("for clients")
+
+
+class StreamConnection(Connection):
+    """The same on Tornado's stream, for TLS; in writes of 16 KiB, a record, so that their progress is seen."""
+
+    __slots__ = ("_reading", "_stream", "_writing")
+
+    def _take(self, stream: IOStream) -> bytes:
+        self._stream, self._io = stream, 0
+        self._reading: asyncio.Future[bytes] | None = None
+        self._writing: asyncio.Future[None] | None = None
+        return b""
+
+    def _watch(self, reading: bool) -> None:
+        if reading and not self._reading:
+            try:
+                self._reading = cast("asyncio.Future[bytes]", self._stream.read_bytes(READ_SIZE, partial=True))
+                self._reading.add_done_callback(self._on_read)
+            except (OSError, StreamClosedError) as error:
+                self._loop.add_callback(self._lost, str(error))
+
+    def _on_read(self, read: asyncio.Future[bytes]) -> None:
+        self._reading = None
+        data = b"" if read.cancelled() or read.exception() else read.result()
+        if self._state != CLOSED:
+            self._on_data(data)
+            self._watch(self._may_read())
+
+    def _send(self, pieces: list[bytes | bytearray]) -> int:
+        data, sent = b"".join(pieces), 0
+        while sent < len(data) and not self._writing:
+            writing = self._stream.write(data[sent : sent + 16384])
+            sent = min(sent + 16384, len(data))
+            if not writing.done():
+                self._writing = writing
+                writing.add_done_callback(self._on_written)
+        return sent
+
+    def _on_written(self, written: asyncio.Future[None]) -> None:
+        self._writing = None
+        failed = written.cancelled() or written.exception()
+        if self._state != CLOSED and not failed:
+            self._seen, self._progress_at = True, time.monotonic()
+            self._drain()
+
+    def _is_sent(self) -> bool:
+        return not self._backlog and not self._writing
+
+    def _transport(self) -> socket.socket:
+        return self._stream.socket
+
+    def _drop(self) -> None:
+        self._stream.close()
 
 
 class Connections:
-    _by_loop: weakref.WeakKeyDictionary[IOLoop, Connections] = weakref.WeakKeyDictionary()
+    """The open connections of one event loop, and one timer for the deadlines of all of them."""
+
+    of_loop: ClassVar[weakref.WeakKeyDictionary[IOLoop, Connections]] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self.finished: asyncio.Future[None] = asyncio.Future()
-        self.finished.set_result(None)
         self.open: set[Connection] = set()
+        self.finished: asyncio.Future[None] = asyncio.Future()  # of all writes that left at once
+        self.finished.set_result(None)
+        self.period, self.timer = 0.5, None  # seconds between checks; less than a quarter of the shortest limit
+        # glibc returns the top of the heap to the kernel at each free above a threshold, which grows with the largest
+        # block that was ever freed: without this, a message of 64 KiB costs 35 page faults, and 70 us rather than 25.
+        bytearray(16 << 20)
 
     @classmethod
     def current(cls) -> Connections:
-        return cls._by_loop.setdefault(IOLoop.current(), cls())
+        return cls.of_loop.get(IOLoop.current()) or cls.of_loop.setdefault(IOLoop.current(), cls())
 
-    def add(self, c: Connection) -> None:
-        self.open.add(c)
+    def add(self, connection: Connection, limits: Iterable[float]) -> None:
+        self.open.add(connection)
+        self.period = min(self.period, *(limit / 4 for limit in limits if limit))
+        self.timer = self.timer or IOLoop.current().call_later(self.period, self.check)
 
-    def remove(self, c: Connection) -> None:
-        self.open.discard(c)
+    def remove(self, connection: Connection) -> None:
+        self.open.discard(connection)
+
+    def check(self) -> None:
+        now = time.monotonic()
+        for connection in list(self.open):
+            connection.check(now)
+        self.timer = IOLoop.current().call_later(self.period, self.check) if self.open else None
+
+
+# ------------------------------------------------------------------------------------------------------ HTTP
+# What is answered without a WebSocket: why a handshake failed, the health check, the page.
+
+
+class Refusal(HTTPError):
+    """A handshake that is refused, and why."""
+
+    def __init__(self, status: int, text: str, **headers: str) -> None:
+        super().__init__(status)
+        self.text, self.headers = text, headers
+
+    def answer(self, handler: EchoHandler) -> None:
+        if "Sec-WebSocket-Key" in handler.request.headers:  # it was meant to be a handshake
+            log.warning("[SERVER] error:%d %s, from %s", self.status_code, self.text, handler.peer)
+        plain_headers(handler, "text/plain")
+        for name, value in self.headers.items():
+            handler.set_header(name.replace("_", "-"), value)
+        seen = (f"{name}: {value}\n" for name, value in seen_of_handshake(handler.request, handler.peer))
+        handler.finish(f"{self.status_code}: {self.text}\n\nThe server saw:\n{''.join(seen)}")
+
+
+def check_handshake(request: HTTPServerRequest) -> None:
+    """RFC 6455 section 4.2.1; raises Refusal."""
+    headers = request.headers
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec_WebSocket_Version": "13"}
+    if not is_upgrade(request):
+        raise Refusal(426, "this is a WebSocket endpoint, and the header Upgrade: websocket is missing", **upgrade)
+    if "upgrade" not in tokens(headers, "Connection"):
+        raise Refusal(426, "the header Connection: Upgrade is missing", **upgrade)
+    if headers.get_list("Sec-WebSocket-Version") != ["13"]:
+        raise Refusal(426, "the header Sec-WebSocket-Version: 13 is missing or wrong", **upgrade)
+    headers["Upgrade"] = "websocket"  # RFC 9110 section 7.8 allows a list, Tornado does not
+    if request.version != "HTTP/1.1" or len(headers.get_list("Host")) != 1:
+        raise Refusal(400, "a handshake is HTTP/1.1 with one Host header")
+    if request.body or "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0":
+        raise Refusal(400, "a handshake has no body")
+    if not is_key(headers.get_list("Sec-WebSocket-Key")):
+        raise Refusal(400, "the header Sec-WebSocket-Key is missing or not 16 bytes of base64")
+    try:
+        urlsplit(headers.get("Origin", ""))
+    except ValueError:
+        raise Refusal(403, "the Origin is not a URL") from None
+
+
+def is_key(keys: list[str]) -> bool:
+    try:
+        return len(keys) == 1 and len(keys[0]) == 24 and len(base64.b64decode(keys[0], validate=True)) == 16
+    except (binascii.Error, ValueError):  # ValueError: not ASCII
+        return False
 
 
 def accept_key(key: str) -> str:
-    digest = hashlib.sha1(utf8(key) + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+    """Section 4.2.2, item 5.4."""
+    digest = hashlib.sha1(utf8(key) + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11", usedforsecurity=False).digest()
     return base64.b64encode(digest).decode()
 
 
-def main(argv: list[str] | None = None) -> int:
-    import argparse
+def tokens(headers: HTTPHeaders, name: str) -> set[str]:
+    return {token.strip().lower() for token in headers.get(name, "").split(",")}
 
-    p = argparse.ArgumentParser()
-    p.add_argument("--port", type=int)
-    p.add_argument("--address")
-    p.add_argument("--max-message-size", type=int, default=1 << 20)
-    p.add_argument("--log-level")
-    p.add_argument("--no-compression", action="store_true")
-    p.add_argument("--prefix", default="ECHO:")
-    a = p.parse_args(argv)
+
+def is_upgrade(request: HTTPServerRequest) -> bool:
+    return "websocket" in tokens(request.headers, "Upgrade")
+
+
+def request_path(request: HTTPServerRequest) -> str:
+    """Without the query, also of a target in absolute form (RFC 9112 section 3.2.2)."""
+    return re.sub(r"^[A-Za-z]+://[^/]*", "", request.path) or "/"
+
+
+def peer_address(request: HTTPServerRequest, proxies: Networks = ()) -> str:
+    """From the socket; from X-Forwarded-For only as far as trusted proxies have written it, from the right."""
+    connection: Any = request.connection
+    address = connection.context.address
+    if not isinstance(address, tuple):
+        peer, name = "unix", "unix"
+    else:
+        peer, name = address[0], f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+    forwarded = ",".join(request.headers.get_list("X-Forwarded-For")).split(",")
+    while forwarded and is_trusted(peer, proxies):
+        peer = forwarded.pop().strip()
+        with contextlib.suppress(ValueError):
+            name = str(ipaddress.ip_address(peer))
+    return name
+
+
+def is_trusted(peer: str, proxies: Networks) -> bool:
+    if peer == "unix" or not proxies:
+        return "unix" in proxies
+    try:
+        address = ipaddress.ip_address(peer)
+    except ValueError:
+        return False
+    return any(address in network for network in proxies if not isinstance(network, str))
+
+
+Networks = Collection["ipaddress.IPv4Network | ipaddress.IPv6Network | str"]  # the str is "unix"
+
+
+def printable(text: str | bytes | bytearray, most: int = 200) -> str:
+    """For a log line: ASCII, and no more than a line."""
+    if isinstance(text, str):
+        return text[:most].encode("unicode_escape").decode()
+    return repr(bytes(text[:most]))[2:-1]
+
+
+def seen_of_handshake(request: HTTPServerRequest, peer: str) -> list[tuple[str, str]]:
+    """For those whose proxy drops or changes it. Never cookies or credentials: a page may read this."""
+    shown = re.compile(r"Host|Connection|Upgrade|Origin|Sec-Websocket-.*|X-Forwarded-.*")
+    headers = [(name, value) for name, value in sorted(request.headers.get_all()) if shown.fullmatch(name)]
+    return [("Peer", peer)] + [(n.replace("Websocket", "WebSocket"), printable(v, 1000)) for n, v in headers]
+
+
+def plain_headers(handler: RequestHandler, media_type: str) -> None:
+    handler.set_header("Content-Type", f"{media_type}; charset=utf-8")
+    handler.set_header("Vary", "Accept")
+    handler.set_header("Cache-Control", "no-store")
+    handler.set_header("X-Content-Type-Options", "nosniff")
+
+
+class PlainGet(Matcher):
+    """A GET or HEAD that is no handshake, of this path or by somebody who accepts this media type."""
+
+    def __init__(self, path: str = "", accept: str = "") -> None:
+        self.path, self.accept = path, accept
+
+    def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
+        if request.method not in ("GET", "HEAD") or is_upgrade(request):
+            return None
+        found = self.path == request_path(request) or (self.accept and self.accept in request.headers.get("Accept", ""))
+        return {} if found else None
+
+
+class HealthHandler(RequestHandler):
+    """For load balancers: 200 "ok", or 503 once the server is stopping."""
+
+    def initialize(self, server: Server) -> None:
+        self.server = server
+
+    def get(self) -> None:
+        plain_headers(self, "text/plain")
+        self.set_status(503 if self.server.stopping else 200)
+        self.finish("stopping\n" if self.server.stopping else "ok\n")
+
+    head = get
+
+
+class PageHandler(RequestHandler):
+    def initialize(self, server: Server) -> None:
+        self.server = server
+
+    def get(self) -> None:
+        plain_headers(self, "text/html")
+        self.set_header("Content-Security-Policy", page_policy())
+        seen = seen_of_handshake(self.request, peer_address(self.request, self.server.proxies))
+        rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in seen)
+        page = re.sub(r"<!--scenarios-->.*<!--/scenarios-->", "", PAGE, flags=re.DOTALL)
+        self.finish(page.replace("<!--handshake-->", rows))
+
+    head = get
+
+
+@functools.cache
+def page_policy() -> str:
+    """Content-Security-Policy: the page's own style and script, and connections to where it came from."""
+    parts = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:"}
+    for tag in ("style", "script"):
+        text = PAGE[PAGE.index(f"<{tag}>") + len(tag) + 2 : PAGE.index(f"</{tag}>")]
+        parts[f"{tag}-src"] = f"'sha256-{base64.b64encode(hashlib.sha256(utf8(text)).digest()).decode()}'"
+    parts |= dict.fromkeys(("base-uri", "form-action", "frame-ancestors"), "'none'")
+    return "; ".join(f"{name} {value}" for name, value in parts.items())
+
+
+PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ws-echo</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><style>
+:root { color-scheme: light dark; --bg: #f3f5f9; --card: #fff; --ink: #1a2230; --dim: #566173;
+  --line: #dde2ea; --accent: #1a56c4; --ok: #0a6b39; --bad: #b3261e; --mid: #a34700; }
+@media (prefers-color-scheme: dark) { :root { --bg: #11141a; --card: #1a1f28; --ink: #e6e9ef; --dim: #a4aebe;
+  --line: #313947; --accent: #8bb4ff; --ok: #6fd39b; --bad: #ff9d93; --mid: #ffb366; } }
+* { box-sizing: border-box; margin: 0; min-width: 0; } h2 { font-size: 1.05rem; margin-bottom: .5rem; }
+body { background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; padding: 1rem;
+  overflow-wrap: anywhere; } main { max-width: 78rem; margin: auto; } #median { color: var(--mid); }
+main, .pair, .pair > div { display: grid; gap: 1rem; } summary { font-weight: 600; cursor: pointer; }
+section, details { background: var(--card); border: 1px solid var(--line); border-radius: 9px; padding: 1em; }
+.row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: end; } .grow { flex: 1 1 11rem; }
+.dim, label, dt, small { color: var(--dim); } label { display: grid; gap: .2rem; font-size: .875rem; }
+input, select, button { font: inherit; color: var(--ink); background: var(--card); border-radius: 8px;
+  border: 1px solid var(--dim); padding: 0 .75rem; height: 2.6rem; } [type=checkbox] { height: 1.2rem; }
+button { font-weight: 600; cursor: pointer; } :disabled, [aria-disabled=true] { opacity: .5; cursor: auto; }
+#send { background: var(--accent); border-color: var(--accent); color: var(--card); }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; } label.row { padding: .7rem 0; }
+code, dd, #message, #log p { font: .875rem/1.5 ui-monospace, Consolas, monospace; white-space: pre-wrap; }
+#state, #median { font-size: 1.25rem; font-weight: 650; } #state::before { content: '● '; } .open #state,
+.received b { color: var(--ok); } .shut #state, .error { color: var(--bad); } line { stroke: var(--line); }
+#plot { fill: var(--accent); width: 100%; height: 15rem; } text { font-size: 12px; fill: var(--dim); }
+line.mid { stroke: var(--mid); stroke-width: 2; stroke-dasharray: 6 4; } a, .sent b { color: var(--accent); }
+text.mid { fill: var(--mid); font-weight: 650; stroke: var(--card); stroke-width: 5; paint-order: stroke; }
+#feed { height: 20rem; overflow: auto; } #log { padding: 0; list-style: none; } #note { margin-top: .5rem; }
+#log li { border-top: 1px solid var(--line); padding: .3rem .1rem; } dd, summary { margin-bottom: .3rem; }
+@media (min-width: 60rem) { .pair { grid-template: auto / 3fr 2fr; } #feed { height: 27rem; }
+  #note { min-height: 1.5rem; } dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; } }
+</style></head><body><main>
+<header><h1>ws-echo</h1><p class="dim">A WebSocket server that sends every message back to you.</p></header>
+<section class="row"><div class="grow"><div id="status" role="status"><p id="state"><noscript>This page needs
+  JavaScript.</noscript></p><p id="detail"></p><p id="failed" hidden>The handshake failed. The usual reason is
+  a proxy that drops the Upgrade header: see <a href="#handshake">what the server saw of this page's
+  request</a>.</p></div><p class="dim">URL: <code id="url"></code></p></div><div class="row">
+  <button id="connect">Connect</button><button id="disconnect">Disconnect</button></div></section>
+<div class="pair"><div><section><h2>Send a message</h2><form id="compose" class="row">
+  <label>Kind <select id="kind"><option>text</option><option value="hex">hex bytes</option></select></label>
+  <label class="grow">Message <input id="message" value="hello" aria-describedby="note" autocomplete="off"
+    autocapitalize="off" spellcheck="false"></label><div class="row"><button id="send">Send</button>
+  <button type="button" id="send100">Send 100</button></div></form><p id="note" role="status"></p></section>
+<section><h2>Round-trip time</h2><p class="dim" id="summary">Median <output id="median"
+  aria-live="off"></output> <span id="stats"></span></p><svg id="plot" role="img"></svg></section></div>
+<section><div class="row"><h2 class="grow">Messages</h2><button id="clear">Clear</button></div><div id="feed"
+  role="log" aria-live="polite" aria-label="Messages" tabindex="0"><ol id="log"></ol></div></section></div>
+<section id="handshake"><h2>What the server saw of this page's request</h2><dl><!--handshake--></dl></section>
+<!--scenarios--><details><summary>Scenarios: make the server misbehave</summary><form id="scenarios"
+  class="row"><label>Delay (seconds) <input type="number" name="delay" min="0" step="any"></label>
+  <label>Close code <input type="number" name="close" min="1000" max="4999"></label>
+  <label class="grow">Close reason <input name="reason"></label>
+  <label>After (messages) <input type="number" name="after" min="0"></label>
+  <label class="row"><input type="checkbox" name="drop" value="1"> Drop, with no close frame</label>
+  <label class="row"><input type="checkbox" name="push" value="1"> Push messages</label>
+  <button>Apply</button></form></details><!--/scenarios--></main><script>
+const $ = id => document.getElementById(id), MAX = 200, ms = t => t.toFixed(t < 10 ? 2 : 1) + ' ms';
+const url = location.origin.replace(/^http/, 'ws') + location.pathname + location.search;
+const CODES = { 1000: 'normal closure', 1001: 'going away', 1002: 'protocol error', 1003: 'unsupported data',
+  1005: 'no code given', 1006: 'connection lost without a close frame', 1007: 'invalid data',
+  1008: 'policy violation', 1009: 'message too big', 1010: 'extension missing', 1011: 'server error',
+  1012: 'restart', 1013: 'try again later', 1015: 'TLS failure', 3: 'registered use', 4: 'private use' };
+const visible = s => s.replace(/[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,
+  c => c < ' ' ? String.fromCharCode(0x2400 + c.charCodeAt()) : `\\u{${c.charCodeAt().toString(16)}}`);
+let ws, pending = [], samples = [], fresh = [], running = false, timer = 0;
+function show(state, title, detail, failed = false) {  // state: wait, open or shut
+  const focus = document.activeElement, shut = state === 'shut';
+  $('status').className = state; $('state').textContent = title; $('detail').textContent = detail;
+  $('failed').hidden = !failed; $('connect').disabled = !shut; $('disconnect').disabled = shut;
+  $('send').disabled = $('send100').disabled = state !== 'open';
+  if (focus && focus.disabled) $(shut ? 'connect' : 'disconnect').focus(); }
+function note(text, error = false) {
+  $('note').textContent = text; $('note').className = error ? 'error' : 'dim';
+  $('message').setAttribute('aria-invalid', error); }
+function connect() {
+  show('wait', 'Connecting…', ''); ws = new WebSocket(url); ws.binaryType = 'arraybuffer';
+  ws.onmessage = receive; ws.onopen = () => show('open', 'Connected',
+    `Subprotocol: ${ws.protocol || 'none'}. Extensions: ${ws.extensions || 'none'}.`);
+  ws.onclose = ({ code, reason }) => {
+    const opened = $('status').className === 'open', means = CODES[code] || CODES[code / 1000 | 0] || '?';
+    show('shut', opened ? 'Closed' : 'Could not connect', `Close code ${code}: ${means}. ` +
+      (reason ? 'Reason: ' + visible(reason) : 'No reason given.'), !opened);
+    if (running) note('Send 100 stopped: the connection closed.');
+    pending = []; running = false; draw(); }; }
+function payload() {  // a string, or bytes, or null if the hex is wrong
+  const text = $('message').value, hex = $('kind').value === 'hex';
+  const wrong = hex && !/^(\s*[0-9a-f]{2})*\s*$/i.test(text); if (wrong) $('message').focus();
+  note(wrong ? 'Not hex bytes: give two digits (0-9, a-f) for each byte, such as 48 65 6c.' : '', wrong);
+  return wrong ? null : hex ? Uint8Array.from(text.match(/\w\w/g) || [], x => parseInt(x, 16)) : text; }
+function send(data, then) {
+  if (data === null || ws.readyState !== WebSocket.OPEN) return;
+  pending.push({ data, then, at: performance.now() }); ws.send(data); later('sent', data); }
+function sendMany(left, data) {  // each when the reply to the one before has come
+  if (running = left > 0) send(data, () => sendMany(left - 1, data)); else note('All 100 replies came.'); }
+function receive({ data }) {
+  const now = performance.now(), first = pending[0];
+  const push = !first || String(data).startsWith('PUSH:') && data !== first.data;
+  later('received', data, push ? ', unasked' : ', ' + ms(now - first.at)); if (push) return;
+  pending.shift(); samples = [...samples, now - first.at].slice(-MAX); if (first.then) first.then(); }
+function later(way, data, extra = '') {  // drawing waits, to be out of the time that is measured
+  fresh.push({ way, data, extra, at: new Date() }); timer = timer || setTimeout(draw, 30); }
+function make(parent, tag, attributes, text = '') {  // an HTML or SVG element, as its parent
+  const element = parent.appendChild(document.createElementNS(parent.namespaceURI, tag));
+  for (const name in attributes) element.setAttribute(name, attributes[name]);
+  element.textContent = text; return element; }
+function row({ way, data, extra, at }) {
+  const text = typeof data === 'string', bytes = text ? new TextEncoder().encode(data) : new Uint8Array(data);
+  const body = text ? visible(data.slice(0, 300)) : Array.from(bytes.slice(0, 100),
+    byte => byte.toString(16).padStart(2, '0')).join(' ');
+  const local = new Date(at - at.getTimezoneOffset() * 6e4).toISOString().slice(11, 23) + ' ';
+  const li = make($('log'), 'li', { class: way }), head = make(li, 'small', {}, local);
+  make(head, 'b', {}, way === 'sent' ? '↑ sent' : '↓ received');
+  head.append(` ${text ? 'text' : 'binary'}, ${bytes.length} byte${bytes.length === 1 ? '' : 's'}${extra}`);
+  make(li, 'p', {}, (body || '(empty)') + ((text ? data.length / 3 : bytes.length) > 100 ? ' …' : '')); }
+function draw() {
+  const feed = $('feed'), end = feed.scrollHeight - feed.scrollTop - feed.clientHeight < 40;
+  feed.setAttribute('aria-live', running || fresh.length > 9 ? 'off' : 'polite');
+  $('send100').setAttribute('aria-disabled', running); fresh.splice(0).slice(-MAX).forEach(row); timer = 0;
+  while ($('log').children.length > MAX) $('log').firstChild.remove();
+  if (end) feed.scrollTop = feed.scrollHeight;
+  const svg = $('plot'), n = samples.length, by = [...samples].sort((a, b) => a - b), max = by[n - 1];
+  const mid = (by[(n - 1) >> 1] + by[n >> 1]) / 2, p95 = by[Math.ceil(n * .95) - 1], min = by[0];
+  $('median').textContent = n ? ms(mid) : '–';
+  $('stats').textContent = n ? `min ${ms(min)}, p95 ${ms(p95)}, max ${ms(max)}, count ${n}` : 'no replies';
+  svg.setAttribute('aria-label', 'Round-trip times. ' + $('summary').textContent); svg.textContent = '';
+  const all = [...Array(24).keys()].map(i => +`${'125'[i % 3]}e${(i / 3 | 0) - 2}`);  // 0.01, 0.02, 0.05 ...
+  const low = all.filter(t => t <= (n ? min : .1)).pop() || .01, high = all.find(t => t > (n ? max : .9));
+  const { width, height } = svg.getBoundingClientRect(), x = i => 64 + (width - 72) * i / Math.max(19, n - 1);
+  const y = t => height - 28 - (height - 50) * Math.log(Math.max(t, low) / low) / Math.log(high / low);
+  const line = (t, name) => make(svg, 'line', { class: name, x1: 58, x2: width, y1: y(t), y2: y(t) });
+  const label = (x, y, text, name) => make(svg, 'text', { class: name, x, y, 'text-anchor': 'end' }, text);
+  for (const t of all.filter(t => t >= low && t <= high && (high / low < 1e3 || /1/.test(t))))
+    line(t, 'tick'), label(50, y(t) + 4, t + ' ms', 'tick');
+  samples.forEach((t, i) => make(svg, 'circle', { cx: x(i), cy: y(t), r: 3 }));
+  label(width, height - 4, 'replies in order, logarithmic scale', 'tick');
+  if (n) line(mid, 'mid'), label(width, y(mid) - 7, 'median ' + ms(mid), 'mid'); }
+const form = $('scenarios'), query = new URLSearchParams(location.search);
+const fields = form ? [...form.querySelectorAll('[name]')] : [];
+for (const f of fields.filter(f => query.has(f.name))) { form.parentNode.open = true;
+  if (f.type === 'checkbox') f.checked = query.get(f.name) !== '0'; else f.value = query.get(f.name); }
+if (form) form.onsubmit = event => { event.preventDefault(); fields.forEach(({ name }) => query.delete(name));
+  new FormData(form).forEach((value, name) => value && query.set(name, value)); location.search = query; };
+$('compose').onsubmit = event => { event.preventDefault(); send(payload()); };
+$('send100').onclick = () => { const x = running ? null : payload(); if (x !== null) sendMany(100, x); };
+$('clear').onclick = () => { samples = []; fresh = []; $('log').textContent = ''; draw(); };
+$('connect').onclick = connect; $('disconnect').onclick = () => ws.close(1000); window.onresize = draw;
+$('message').oninput = $('kind').onchange = () => note(''); $('url').textContent = url; connect(); draw();
+</script></body></html>"""
+
+# --------------------------------------------------------------------------------------------------- Options
+
+
+def option(group: str, default: Any, text: str, metavar: str = "", least: float = 0, most: float = 2**53) -> Any:
+    """A field of Options: `least` and `most` bound a number, `metavar` names its unit."""
+    metadata = {"group": group, "help": text, "metavar": metavar, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each option once: the flags and the names of the configuration file are made from these fields."""
+
+    address: str = option("Listening", "", "address to listen on (default: all, IPv4 and IPv6)", "ADDRESS")
+    port: int = option("Listening", 4000, "port to listen on, 0: any free one", "PORT", 0, 65535)
+    reuse_port: bool = option("Listening", False, "let several processes listen on the port")
+    unix_socket: str = option("Listening", "", "listen on this Unix socket instead of TCP", "PATH")
+    certfile: str = option("TLS", "", "serve TLS with this certificate chain (PEM)", "FILE")
+    keyfile: str = option("TLS", "", "its private key, if it is in a file of its own", "FILE")
+    client_cafile: str = option("TLS", "", "require client certificates of these authorities", "FILE")
+    prefix: str = option("Echo", "ECHO:", "what comes before the message, '' makes a mirror", "TEXT")
+    origins: str = option("Echo", "*", "comma-separated origins of pages that may connect, '' only our own", "LIST")
+    compression: bool = option("Echo", True, "accept permessage-deflate")
+    max_message_size: int = option("Limits", 1 << 20, "of a message, also after inflating", "BYTES", 125)
+    max_connections: int = option("Limits", 0, "at the same time, 0: from the descriptor limit", "NUMBER")
+    handshake_timeout: float = option("Limits", 10.0, "for TLS and the request", "SECONDS", 0.001)
+    ping_interval: float = option("Limits", 30.0, "of silence before a ping, 0: never", "SECONDS")
+    ping_timeout: float = option("Limits", 30.0, "for the answer to it, 0: for ever", "SECONDS")
+    stall_timeout: float = option("Limits", 60.0, "without progress of a message, 0: for ever", "SECONDS")
+    drain_timeout: float = option("Limits", 10.0, "for clients to leave when stopping, 0: none", "SECONDS")
+    trusted_proxies: str = option("Operation", "", "addresses whose X-Forwarded-For is believed, or unix", "LIST")
+    log_level: str = option("Operation", "info", "debug, info, warning or error", "LEVEL")
+    config: str = option("Operation", "", "TOML file with these names; the command line wins", "FILE")
+    connect: str = option("Client", "", "be a client of this server, instead of one", "URL")
+    send: tuple[str, ...] = option("Client", (), "message to send (repeatable; default: lines of stdin)", "TEXT")
+    timeout: float = option("Client", 10.0, "for the handshake, and for each answer", "SECONDS", 0.001)
+    cafile: str = option("Client", "", "authorities that the server's certificate is checked against", "FILE")
+    insecure: bool = option("Client", False, "do not check the server's certificate")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+
+
+def check_option(name: str, value: Any) -> Any:
+    """The value in its type; ValueError says what is wrong with it."""
+    field = FIELDS[name]
+    kind = type(field.default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} is not of type {kind.__name__}")
+    least, most = field.metadata["least"], field.metadata["most"]
+    if kind in (int, float) and not least <= value <= most:
+        raise ValueError(f"{value} is not between {least:g} and {most:g}")
+    if name == "log_level" and value not in ("debug", "info", "warning", "error"):
+        raise ValueError(f"{value!r} is not debug, info, warning or error")
+    if name == "trusted_proxies":
+        parse_networks(value)
+    return value
+
+
+def parse_networks(text: str) -> Networks:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return [name if name == "unix" else ipaddress.ip_network(name, strict=False) for name in names]
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Raises OSError when it cannot be read, ValueError when it says something that is not an option."""
+    import tomllib
+
+    with open(path, "rb") as file:
+        values = tomllib.load(file)
+    options = {}
+    for name, value in values.items():
+        key = name.replace("-", "_")
+        if key not in FIELDS or FIELDS[key].metadata["group"] == "Client" or key == "config":
+            raise ValueError(f"{name}: there is no such option")
+        try:
+            options[key] = check_option(key, value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------- Server
+# Listening sockets, TLS, systemd, a clean stop.
+
+
+class CannotServe(Exception):
+    """What is around us does not let us serve; the text is one line that names the address or the file."""
+
+
+RESERVE = 64  # descriptors that are not for WebSockets: files, listening sockets, handshakes, health checks
+PAUSE = 0.5  # seconds without accepting when descriptors have run out all the same
+
+
+class Server:
+    """Serves until a signal stops it. Making one listens already, so that what cannot be served is said early."""
+
+    def __init__(self, options: Options, reread: Callable[[], Options]) -> None:
+        self.options, self.reread = options, reread
+        self.proxies = parse_networks(options.trusted_proxies)
+        limit = descriptor_limit()
+        self.max_connections = options.max_connections or limit - min(RESERVE, limit // 2)
+        self.tls = tls_context(options)
+        self.sockets = inherited_sockets() or listening_sockets(options)
+        self.urls = ", ".join(dict.fromkeys(url_of(sock, self.tls is not None) for sock in self.sockets))
+        self.connections = Connections.current()
+        self.stopping = False
+        self.exit_code = asyncio.get_running_loop().create_future()
+        self.http = HTTPServer(
+            make_app(self),
+            idle_connection_timeout=options.handshake_timeout,
+            body_timeout=options.handshake_timeout,
+            max_header_size=16 * 1024,
+            max_body_size=0,
+        )
+
+    async def serve(self) -> int:
+        """Returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop, number)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        for sock in self.sockets:
+            IOLoop.current().add_handler(sock, self.accept, IOLoop.READ)
+        log.info("[SERVER] listening on %s", self.urls)
+        notify("READY=1")
+        watchdog = asyncio.create_task(self.keep_systemd_informed())
+        try:
+            return await self.exit_code
+        finally:
+            watchdog.cancel()
+
+    def accept(self, listener: Any, _: int) -> None:
+        for _ in range(128):
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:  # EMFILE and its like: the connection stays in the queue, so do not spin
+                log.error("[SERVER] error:cannot accept: %s", error.strerror)
+                IOLoop.current().remove_handler(listener)
+                IOLoop.current().call_later(PAUSE, self.accept_again, listener)
+                return
+            try:
+                self.http.handle_stream(self.make_stream(sock), address)
+            except OSError:  # it has gone already
+                sock.close()
+
+    def accept_again(self, listener: socket.socket) -> None:
+        if not self.stopping:
+            IOLoop.current().add_handler(listener, self.accept, IOLoop.READ)
+
+    def make_stream(self, sock: socket.socket) -> IOStream:
+        if self.tls is None:
+            return IOStream(sock, max_buffer_size=1 << 20)
+        wrapped = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return SSLIOStream(wrapped, ssl_options=self.tls, max_buffer_size=1 << 20)
+
+    def check_room(self) -> None:
+        """Raises Refusal when no further WebSocket is taken."""
+        if self.stopping or len(self.connections.open) >= self.max_connections:
+            raise Refusal(503, "the server is stopping" if self.stopping else "the server is full", Retry_After="5")
+
+    def stop(self, number: int) -> None:
+        """SIGTERM and SIGINT: the first one lets everybody finish, the second one does not."""
+        if not self.stopping:
+            self.stopping = True
+            self.draining = asyncio.create_task(self.drain())
+        elif not self.exit_code.done():
+            self.exit_code.set_result(128 + number)
+
+    async def drain(self) -> None:
+        notify("STOPPING=1")
+        for listener in self.sockets:
+            IOLoop.current().remove_handler(listener)
+            listener.close()
+        unlink_socket(self.options.unix_socket)
+        for connection in list(self.connections.open):
+            connection.go_away()
+        deadline = time.monotonic() + self.options.drain_timeout
+        while self.connections.open and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        log.info("[SERVER] stopped")
+        if not self.exit_code.done():
+            self.exit_code.set_result(0)
+
+    def reload(self) -> None:
+        """SIGHUP: the certificate and the log level are read again; what is wrong with them changes nothing."""
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            options = self.reread()
+            self.tls = tls_context(self.options)
+        except (CannotServe, OSError, ValueError) as error:
+            log.error("[SERVER] error:nothing is reloaded: %s", error)
+        else:
+            logging.getLogger().setLevel(options.log_level.upper())
+            log.info("[SERVER] reloaded")
+        notify("READY=1")
+
+    async def keep_systemd_informed(self) -> None:
+        """WATCHDOG=1 comes from the event loop: a loop that hangs is restarted, one that is busy is not."""
+        ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
+        while "NOTIFY_SOCKET" in os.environ:
+            status = "stopping with" if self.stopping else "serving"
+            notify(f"WATCHDOG=1\nSTATUS={status} {len(self.connections.open)} connections on {self.urls}")
+            await asyncio.sleep(min(limit / 3 or 5.0, 5.0))
+
+
+def listening_sockets(options: Options) -> list[socket.socket]:
+    if options.unix_socket:
+        return [unix_socket(options.unix_socket)]
+    try:
+        return netutil.bind_sockets(options.port, options.address or None, backlog=4096, reuse_port=options.reuse_port)
+    except OSError as error:
+        where = f"{options.address or '*'}, port {options.port}"
+        raise CannotServe(f"cannot listen on {where}: {error.strerror or error}") from None
+
+
+def unix_socket(path: str) -> socket.socket:
+    """A socket file that nobody listens on is replaced."""
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
+        raise CannotServe(f"cannot listen on {path}: {os.strerror(errno.EADDRINUSE)}")
+    except ConnectionRefusedError:
+        unlink_socket(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CannotServe(f"cannot listen on {path}: {error.strerror or error}") from None
+    try:
+        return netutil.bind_unix_socket(path, mode=0o660, backlog=4096)
+    except (OSError, ValueError) as error:
+        raise CannotServe(f"cannot listen on {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def unlink_socket(path: str) -> None:
+    with contextlib.suppress(OSError):
+        if path and stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+
+
+def inherited_sockets() -> list[socket.socket]:
+    """Socket activation, sd_listen_fds(3): descriptors from 3 on, meant for us if LISTEN_PID says so."""
+    ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    os.environ.pop("LISTEN_FDNAMES", None)
+    sockets = [socket.socket(fileno=number) for number in range(3, 3 + count if ours else 3)]
+    for sock in sockets:
+        sock.setblocking(False)
+        sock.set_inheritable(False)
+    if sockets:
+        log.info("[SERVER] systemd has opened the sockets: --address, --port and --unix-socket do not apply")
+    return sockets
+
+
+def notify(state: str) -> None:
+    """sd_notify(3); does nothing when not started by systemd."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+        except OSError as error:
+            log.warning("[SERVER] error:cannot tell systemd: %s", error)
+            del os.environ["NOTIFY_SOCKET"]  # do not say so again
+
+
+def url_of(sock: socket.socket, tls: bool) -> str:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return f"ws+unix:{os.fsdecode(name)}"
+    host = "localhost" if name[0] in ("0.0.0.0", "::", "127.0.0.1", "::1") else name[0]  # noqa: S104  # it is compared
+    return f"{'wss' if tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{name[1]}/"
+
+
+def tls_context(options: Options) -> ssl.SSLContext | None:
+    if not options.certfile:
+        if options.keyfile or options.client_cafile:
+            raise CannotServe("--keyfile and --client-cafile need --certfile")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    names = [name for name in (options.certfile, options.keyfile, options.client_cafile) if name]
+    for name in names:
+        readable(name)
+    try:
+        context.load_cert_chain(options.certfile, options.keyfile or None, password=lambda: "")
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise CannotServe(f"cannot use {' and '.join(names[: 1 + bool(options.keyfile)])}: {reason}") from None
+    if options.client_cafile:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(options.client_cafile)
+        except ssl.SSLError as error:
+            raise CannotServe(f"cannot use {options.client_cafile}: {error.reason}") from None
+    return context
+
+
+def readable(path: str) -> None:
+    """ssl does not say which file it could not read."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise CannotServe(f"cannot read {path}: {error.strerror}") from None
+
+
+def descriptor_limit() -> int:
+    """Raises the soft limit to the hard one, and returns it."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = 1 << 20 if hard == resource.RLIM_INFINITY else hard
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft
+
+
+# ---------------------------------------------------------------------------------------------------- Client
+
+
+async def run_client(options: Options) -> int:
+    """0: the handshake succeeded, and as many messages came as were sent."""
+    request = HTTPRequest(
+        options.connect,
+        connect_timeout=options.timeout,
+        request_timeout=options.timeout,
+        validate_cert=not options.insecure,
+        ca_certs=options.cafile or None,
+    )
+    try:
+        connection = await websocket.websocket_connect(request, max_message_size=1 << 30)
+    except Exception as error:  # of the URL, the name, the connection, TLS or the handshake
+        return client_error(str(error) or type(error).__name__)
+    print("[CLIENT] open()", flush=True)
+    try:
+        return await converse(connection, options)
+    finally:
+        connection.close(1000)
+
+
+async def converse(connection: websocket.WebSocketClientConnection, options: Options) -> int:
+    sent = received = 0
+
+    async def send_all() -> None:
+        nonlocal sent
+        async for text in texts(options.send):
+            sent += 1
+            await connection.write_message(text)
+
+    sending = asyncio.ensure_future(send_all())
+    reading = asyncio.ensure_future(connection.read_message())
+    while not sending.done() or received < sent:
+        waiting = {reading} if sending.done() else {reading, sending}
+        limit = options.timeout if received < sent else None
+        done, _ = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            return client_error(f"no answer within {options.timeout:g} s")
+        if reading in done:
+            message = reading.result()
+            if message is None:
+                return client_error(
+                    f"closed with code {connection.close_code or 1006}, {sent - received} answers missing"
+                )
+            received += 1
+            print("[CLIENT] Received:", message if isinstance(message, str) else printable(message), flush=True)
+            reading = asyncio.ensure_future(connection.read_message())
+    return 0 if not sending.exception() else client_error(str(sending.exception()))
+
+
+async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
+    """What to send: the options, or else the lines of standard input."""
+    for text in given:
+        yield text
+    if not given:
+        lines: asyncio.Queue[str] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def read() -> None:  # in a thread of its own: not every standard input can be polled
+            for line in iter(sys.stdin.readline, ""):
+                loop.call_soon_threadsafe(lines.put_nowait, line)
+            loop.call_soon_threadsafe(lines.put_nowait, "")
+
+        threading.Thread(target=read, daemon=True).start()
+        while line := await lines.get():
+            yield line.rstrip("\n")
+
+
+def client_error(text: str) -> int:
+    print(f"[CLIENT] error:{text}", file=sys.stderr, flush=True)
+    return 1
+
+
+# ---------------------------------------------------------------------------------------------- Command line
+
+LINES_A_SECOND = 50  # of each kind, in the log
+
+
+class LineHandler(logging.Handler):
+    """One event, one line on standard error: not too many of a kind, and none that would have to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        journal = os.environ.get("JOURNAL_STREAM") == stderr_id()
+        self.setFormatter(logging.Formatter("%(message)s" if journal else "%(asctime)s %(message)s"))
+        self.journal = journal
+        self.second = 0
+        self.counts: Counter[str] = Counter()  # lines of this second, by their kind
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if int(record.created) != self.second:
+            left_out = [(kind, n - LINES_A_SECOND) for kind, n in self.counts.items() if n > LINES_A_SECOND]
+            self.second, self.counts = int(record.created), Counter()
+            for kind, number in left_out:
+                self.write(logging.makeLogRecord({"levelno": record.levelno, "msg": f"… and {number:,} more: {kind}"}))
+        self.counts[record.msg] += 1
+        if self.counts[record.msg] <= LINES_A_SECOND:
+            self.write(record)
+
+    def write(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if self.journal:  # sd-daemon(3): the priority of each line
+            priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
+            text = "\n".join(f"<{priority}>{line}" for line in text.splitlines())
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        if poll.poll(0):  # a pipe that nobody reads must not stop the service
+            with contextlib.suppress(OSError):
+                os.write(2, (text + "\n").encode(errors="backslashreplace")[: select.PIPE_BUF])
+
+
+def stderr_id() -> str:
+    """As systemd puts it into JOURNAL_STREAM."""
+    with contextlib.suppress(OSError):
+        status = os.fstat(2)
+        return f"{status.st_dev}:{status.st_ino}"
+    return ""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="echo_server.py",
+        usage="%(prog)s [options]",
+        description="A WebSocket server that answers every message X with ECHO:X.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=f"ws-echo {__version__}")
+    groups: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        title = field.metadata["group"]
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        default = f" (default: {field.default})" if field.default not in ("", (), False, True) else ""
+        add_option(group, name, field.default, field.metadata["help"].replace("%", "%%") + default)
+    return parser
+
+
+def add_option(group: Any, name: str, default: Any, text: str) -> None:
+    flag, metavar = "--" + name.replace("_", "-"), FIELDS[name].metadata["metavar"]
+    if default is True:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif default is False:
+        group.add_argument(flag, action="store_true", help=text)
+    elif default == ():
+        group.add_argument(flag, action="append", metavar=metavar, help=text)
+    else:
+        group.add_argument(flag, type=functools.partial(parse_option, name), metavar=metavar, help=text)
+
+
+def parse_option(name: str, text: str) -> Any:
+    kind = type(FIELDS[name].default)
+    try:
+        return check_option(name, kind(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_args(argv: list[str]) -> Options:
+    """Defaults, then the configuration file, then the command line. Raises SystemExit(2), after saying why;
+    OSError and ValueError are about the configuration file, whose name they begin with."""
+    given = vars(make_parser().parse_args(argv))
+    config = {}
+    if path := given.get("config"):
+        try:
+            config = read_config(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if "send" in given:
+        given["send"] = tuple(given["send"])
+    return Options(**config | given)
+
+
+def set_up_logging(level: str) -> None:
+    logging.basicConfig(level=level.upper(), handlers=[LineHandler()])
+    logging.getLogger("tornado").setLevel(logging.WARNING)  # what it says at INFO is a peer's doing
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.raiseExceptions = False
+
+
+def event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop where it is installed."""
     try:
         import uvloop
-
-        uvloop.install()
     except ImportError:
-        pass
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
-    async def run():
-        app = Application(
-            [(r".*", EchoHandler, dict(prefix=a.prefix, compression=not a.no_compression))],
-            websocket_max_message_size=a.max_message_size,
-            log_function=lambda h: None,
-        )
-        s = HTTPServer(app)
-        s.listen(a.port, a.address)
-        await asyncio.Event().wait()
 
-    asyncio.run(run())
-    return 0
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 stopped, 1 cannot serve, 2 wrong usage; 128 + signal when told twice to stop."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        options = parse_args(argv)
+    except OSError as error:
+        print(f"echo_server: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"echo_server: {error}", file=sys.stderr)
+        return 2
+
+    async def run() -> int:
+        if options.connect:
+            return await run_client(options)
+        return await Server(options, lambda: parse_args(argv)).serve()
+
+    if not options.connect:
+        set_up_logging(options.log_level)
+    try:
+        with asyncio.Runner(loop_factory=event_loop) as runner:
+            return runner.run(run())
+    except CannotServe as error:
+        print(f"echo_server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

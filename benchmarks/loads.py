@@ -1,0 +1,724 @@
+"""The load generator: raw sockets, epoll and frames built in advance.
+
+It runs in one thread on one core, and has to be cheaper than the fastest server.
+So the loops below do nothing that can be done before they start.
+"""
+
+import array
+import contextlib
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from errno import EINPROGRESS
+
+from servers import Process, core_wait
+from wire import (
+    BINARY,
+    CLOSE,
+    MASKS,
+    PREFIX,
+    TEXT,
+    Check,
+    ClosedError,
+    StalledError,
+    WrongError,
+    accepts_deflate,
+    client_frame,
+    deflated,
+    difference,
+    exactly,
+    handshake,
+    inflating,
+    reply_frame,
+    server_frame,
+    upgraded,
+)
+
+Address = tuple[str, int]
+Result = dict[str, float]
+# What is sent, and how the answer is checked.
+Step = tuple[bytes, Check]
+
+STALL = 10.0
+OPEN_TIMEOUT = 90.0
+PARALLEL = 50
+CHUNK = 256 * 1024
+# Several addresses to connect from: one has too few ports for a long run.
+SOURCES = [(f"127.0.0.{n}", 0) for n in range(2, 10)]
+BIND_ADDRESS_NO_PORT = 24
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    seconds: float
+    warm_up: float
+    idle: int
+
+
+# Opening connections
+
+
+@dataclass(slots=True)
+class Call:
+    """A connection on its way through the steps."""
+
+    sock: socket.socket
+    step: int = 0
+    data: bytes = b""
+
+
+class Caller:
+    """Takes connections through the same steps, some of them at a time.
+
+    With `hang_up` a connection is finished when the server has closed it, otherwise
+    when it is through the steps, and then it stays open.
+    """
+
+    def __init__(self, address: Address, steps: list[Step], hang_up: bool = False) -> None:
+        self.finished = 0
+        self.open: list[socket.socket] = []
+        self._address = address
+        self._steps = steps
+        self._hang_up = hang_up
+        self._started = 0
+        self._calls: dict[int, Call] = {}
+        self._poll = select.epoll()
+
+    def run(self, count: int | None = None, until: float = 0.0) -> None:
+        """Finish `count` connections, or as many as there is time for."""
+        limit = time.perf_counter() + OPEN_TIMEOUT if count is not None else until + STALL
+        self._fill(count)
+        while self._calls and (count is not None or time.perf_counter() < until):
+            events = self._poll.poll(STALL)
+            if not events or time.perf_counter() > limit:
+                raise StalledError(
+                    f"{len(self._calls)} connections wait for an answer, {self.finished} had it"
+                )
+            for fd, event in events:
+                self._advance(fd, event)
+            self._fill(count)
+
+    def close(self) -> None:
+        close_all(call.sock for call in self._calls.values())
+        close_all(self.open)
+        self._poll.close()
+
+    def _fill(self, count: int | None) -> None:
+        room = PARALLEL - len(self._calls)
+        for _ in range(room if count is None else min(room, count - self._started)):
+            self._start()
+
+    def _start(self) -> None:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        fd = sock.fileno()
+        self._calls[fd] = Call(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A reset leaves no TIME_WAIT behind, at either end.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        sock.setsockopt(socket.IPPROTO_IP, BIND_ADDRESS_NO_PORT, 1)
+        sock.bind(SOURCES[self._started % len(SOURCES)])
+        self._started += 1
+        code = sock.connect_ex(self._address)
+        if code not in (0, EINPROGRESS):
+            raise ClosedError(f"connect: {os.strerror(code)}")
+        self._poll.register(fd, select.EPOLLIN if self._greet(sock) else select.EPOLLOUT)
+
+    def _greet(self, sock: socket.socket) -> bool:
+        # Over loopback the connection is mostly there at once.
+        try:
+            sock.send(self._steps[0][0])
+        except BlockingIOError:
+            return False
+        return True
+
+    def _advance(self, fd: int, event: int) -> None:
+        call = self._calls[fd]
+        if event & select.EPOLLOUT:
+            call.sock.send(self._steps[0][0])
+            self._poll.modify(fd, select.EPOLLIN)
+            return
+        data = receive(call.sock)
+        if call.step == len(self._steps):
+            self._expect_end(data)
+            self._finish(fd)
+            call.sock.close()
+        elif not data:
+            raise ClosedError(f"the connection was closed at step {call.step + 1}")
+        else:
+            self._answer(fd, call, data)
+
+    def _answer(self, fd: int, call: Call, data: bytes) -> None:
+        call.data += data
+        if not self._steps[call.step][1](call.data):
+            return
+        call.step += 1
+        call.data = b""
+        if call.step < len(self._steps):
+            call.sock.send(self._steps[call.step][0])
+        elif not self._hang_up:
+            self._poll.unregister(fd)
+            self._finish(fd)
+            self.open.append(call.sock)
+
+    def _expect_end(self, data: bytes) -> None:
+        if data:
+            raise WrongError(f"received after the close frame: {data[:32]!r}")
+
+    def _finish(self, fd: int) -> None:
+        del self._calls[fd]
+        self.finished += 1
+
+
+def receive(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(65536)
+    except ConnectionResetError:
+        return b""
+
+
+def close_all(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        with contextlib.suppress(OSError):
+            sock.close()
+
+
+def greeting(server: Process) -> Step:
+    return handshake(server.address[1]), upgraded
+
+
+def echo(opcode: int, payload: bytes, mask: bytes) -> Step:
+    return client_frame(opcode, payload, mask), exactly(reply_frame(opcode, payload))
+
+
+def farewell() -> Step:
+    code = (1000).to_bytes(2, "big")
+    return client_frame(CLOSE, code, MASKS[0]), exactly(server_frame(CLOSE, code))
+
+
+@contextlib.contextmanager
+def connections(server: Process, count: int, *steps: Step) -> Iterator[list[socket.socket]]:
+    caller = Caller(server.address, [greeting(server), *steps])
+    try:
+        caller.run(count)
+        yield caller.open
+    finally:
+        caller.close()
+
+
+def message(number: int) -> bytes:
+    """Return 32 bytes that differ from message to message."""
+    return b"message %024d" % number
+
+
+# Measuring
+
+
+class Meter:
+    """What a stretch of time cost the server and the load generator."""
+
+    def __init__(self, server: Process) -> None:
+        self._server = server
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, ...]:
+        lost = self._server.waited() + core_wait("self")
+        return lost, time.perf_counter(), self._server.cpu(), time.process_time()
+
+    def per(self, count: int, unit: float, names: tuple[str, str, str]) -> Result:
+        """Return time, the server's CPU and the generator's CPU for one of `count`.
+
+        Also for which share of the time the two waited for their cores.
+        """
+        spent = [b - a for a, b in zip(self._start, self._now(), strict=True)]
+        if not count:
+            raise StalledError("nothing was answered in the time of the measurement")
+        shares = {name: x / count * unit for name, x in zip(names, spent[1:], strict=True)}
+        return shares | {"waited": spent[0] / spent[1]}
+
+    def per_message(self, count: int) -> Result:
+        result = self.per(count, 1e6, ("wall", "cpu", "client"))
+        return result | {"rate": 1e6 / result["wall"]}
+
+
+def percentiles(latencies: "array.array[float]") -> Result:
+    ordered = sorted(latencies)
+    last = len(ordered) - 1
+    return {"p50": ordered[last // 2] * 1e3, "p99": ordered[last * 99 // 100] * 1e3}
+
+
+# One message in flight per connection, with latencies
+
+
+class Exchange:
+    """Connections that send a short message again as soon as it is answered."""
+
+    def __init__(self, sockets: list[socket.socket]) -> None:
+        size = max(sock.fileno() for sock in sockets) + 1
+        self._blobs = [b""] * size
+        self._replies = [b""] * size
+        self._sent = [0.0] * size
+        self._poll = select.epoll()
+        for number, sock in enumerate(sockets):
+            fd = sock.fileno()
+            self._blobs[fd] = client_frame(TEXT, message(number), MASKS[number % len(MASKS)])
+            self._replies[fd] = reply_frame(TEXT, message(number))
+            self._poll.register(fd, select.EPOLLIN)
+            self._sent[fd] = time.perf_counter()
+            os.write(fd, self._blobs[fd])
+
+    def close(self) -> None:
+        self._poll.close()
+
+    def run(self, seconds: float) -> "array.array[float]":
+        """Return the latency of each message that was answered."""
+        poll, blobs, replies, sent = self._poll.poll, self._blobs, self._replies, self._sent
+        read, write, clock = os.read, os.write, time.perf_counter
+        latencies = array.array("d")
+        add = latencies.append
+        now = clock()
+        until = now + seconds
+        while now < until:
+            events = poll(STALL)
+            if not events:
+                raise StalledError(f"no answer for {STALL:.0f} s")
+            for fd, _ in events:
+                data = read(fd, 4096)
+                now = clock()
+                if data != replies[fd]:
+                    self._complete(fd, data)
+                add(now - sent[fd])
+                sent[fd] = now
+                write(fd, blobs[fd])
+        return latencies
+
+    def _complete(self, fd: int, data: bytes) -> None:
+        """Wait for the rest of a reply that came in parts, or find that it is wrong."""
+        check = exactly(self._replies[fd])
+        while not check(data):
+            if not select.select([fd], [], [], STALL)[0]:
+                raise StalledError(f"the rest of an answer did not come for {STALL:.0f} s")
+            more = os.read(fd, 4096)
+            if not more:
+                raise ClosedError("the connection was closed")
+            data += more
+
+
+def _exchange(server: Process, settings: Settings, sockets: list[socket.socket]) -> Result:
+    with contextlib.closing(Exchange(sockets)) as exchange:
+        exchange.run(settings.warm_up)
+        meter = Meter(server)
+        latencies = exchange.run(settings.seconds)
+        return meter.per_message(len(latencies)) | percentiles(latencies)
+
+
+def one(server: Process, settings: Settings) -> Result:
+    with connections(server, 100) as sockets:
+        return _exchange(server, settings, sockets)
+
+
+def many(server: Process, settings: Settings) -> Result:
+    first = echo(TEXT, message(0), MASKS[0])
+    with connections(server, settings.idle, first) as sockets:
+        step = max(1, len(sockets) // 100)
+        busy = sockets[::step][:100]
+        result = _exchange(server, settings, busy)
+        _check_quiet(set(sockets) - set(busy))
+        return result
+
+
+def _check_quiet(sockets: Iterable[socket.socket]) -> None:
+    with contextlib.closing(select.epoll()) as poll:
+        for sock in sockets:
+            poll.register(sock.fileno(), select.EPOLLIN)
+        events = poll.poll(0)
+    if events:
+        raise ClosedError(f"{len(events)} idle connections were closed, or received something")
+
+
+# Streams of messages
+
+
+class Stream:
+    """A connection that sends the same messages over and over."""
+
+    def __init__(self, sock: socket.socket, blob: bytes, reply: bytes) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        # The number of times that the blob is still to be sent.
+        self.due = 0
+        self._blob = memoryview(blob)
+        self._offset = 0
+        self._size = len(reply)
+        # The replies follow each other: what one recv() gives can begin anywhere in
+        # the first, and is compared at once.
+        self._expected = reply + (reply * (CHUNK // self._size + 1))[:CHUNK]
+        self._position = 0
+
+    def send(self) -> bool:
+        """Send a chunk of what is due; return whether something is left."""
+        if not self.due:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            self._offset += self.sock.send(self._blob[self._offset : self._offset + CHUNK])
+        if self._offset == len(self._blob):
+            self._offset = 0
+            self.due -= 1
+        return self.due > 0
+
+    def receive(self, buffer: memoryview) -> int:
+        """Return how many times the reply became complete."""
+        try:
+            data = buffer[: self.sock.recv_into(buffer)]
+        except BlockingIOError:
+            return 0
+        if not data:
+            raise ClosedError("the connection was closed")
+        if not self._expected.startswith(data, self._position):
+            raise WrongError(difference(self._expected[self._position :][: len(data)], bytes(data)))
+        completed, self._position = divmod(self._position + len(data), self._size)
+        return completed
+
+
+class Streams:
+    """Streams that share a poll."""
+
+    def __init__(self, streams: list[Stream], window: int) -> None:
+        self._streams = {stream.fd: stream for stream in streams}
+        self._blocked: set[int] = set()
+        self._buffer = memoryview(bytearray(CHUNK))
+        self.poll = select.epoll()
+        for stream in streams:
+            self.poll.register(stream.fd, select.EPOLLIN)
+            stream.due += window
+            self._send(stream)
+
+    def close(self) -> None:
+        self.poll.close()
+
+    def handle(self, fd: int, event: int) -> int:
+        """Return how many replies are complete; what was answered is sent again."""
+        stream = self._streams[fd]
+        completed = stream.receive(self._buffer) if event & ~select.EPOLLOUT else 0
+        stream.due += completed
+        if completed or event & select.EPOLLOUT:
+            self._send(stream)
+        return completed
+
+    def _send(self, stream: Stream) -> None:
+        fd = stream.fd
+        if stream.send():
+            if fd not in self._blocked:
+                self._blocked.add(fd)
+                self.poll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
+        elif fd in self._blocked:
+            self._blocked.discard(fd)
+            self.poll.modify(fd, select.EPOLLIN)
+
+    def run(self, seconds: float) -> int:
+        """Return how many replies became complete."""
+        poll, handle, clock = self.poll.poll, self.handle, time.perf_counter
+        count = 0
+        until = clock() + seconds
+        while clock() < until:
+            events = poll(STALL)
+            if not events:
+                raise StalledError(f"no answer for {STALL:.0f} s")
+            for fd, event in events:
+                count += handle(fd, event)
+        return count
+
+
+def _stream(server: Process, settings: Settings, streams: list[Stream], window: int, batch: int) -> Result:
+    with contextlib.closing(Streams(streams, window)) as running:
+        running.run(settings.warm_up)
+        meter = Meter(server)
+        count = running.run(settings.seconds) * batch
+        return meter.per_message(count)
+
+
+def pipelined(server: Process, settings: Settings) -> Result:
+    # Two half blobs in flight: the server has the second while the first is answered.
+    half = 50
+    with connections(server, 10) as sockets:
+        streams = [_batch(sock, number * half, half) for number, sock in enumerate(sockets)]
+        return _stream(server, settings, streams, window=2, batch=half)
+
+
+def _batch(sock: socket.socket, first: int, count: int) -> Stream:
+    numbers = range(first, first + count)
+    blob = b"".join(client_frame(TEXT, message(n), MASKS[n % len(MASKS)]) for n in numbers)
+    return Stream(sock, blob, b"".join(reply_frame(TEXT, message(n)) for n in numbers))
+
+
+def _payload(opcode: int, size: int, number: int) -> bytes:
+    """Return ASCII for text, all byte values for binary."""
+    line = message(number) if opcode == TEXT else bytes(range(256)) + message(number)
+    return (line * (size // len(line) + 1))[:size]
+
+
+def _single(sock: socket.socket, opcode: int, size: int, number: int) -> Stream:
+    payload = _payload(opcode, size, number)
+    blob = client_frame(opcode, payload, MASKS[number % len(MASKS)])
+    return Stream(sock, blob, reply_frame(opcode, payload))
+
+
+def _large(server: Process, settings: Settings, opcode: int) -> Result:
+    with connections(server, 10) as sockets:
+        streams = [_single(sock, opcode, 65536, number) for number, sock in enumerate(sockets)]
+        return _stream(server, settings, streams, window=1, batch=1)
+
+
+def large_text(server: Process, settings: Settings) -> Result:
+    return _large(server, settings, TEXT)
+
+
+def large_binary(server: Process, settings: Settings) -> Result:
+    return _large(server, settings, BINARY)
+
+
+# A huge message at a time, beside short ones
+
+HUGE_SIZE = 8 * 1024 * 1024
+BESIDE = 10
+INTERVAL = 0.005
+
+
+class Beside:
+    """Connections that send a short message at fixed times, answered or not."""
+
+    def __init__(self, sockets: list[socket.socket], poll: select.epoll) -> None:
+        self._streams = [_single(sock, TEXT, 32, number) for number, sock in enumerate(sockets)]
+        self._sent: dict[int, deque[float]] = {stream.fd: deque() for stream in self._streams}
+        self._by_fd = {stream.fd: stream for stream in self._streams}
+        self._buffer = memoryview(bytearray(4096))
+        self._next = time.perf_counter()
+        self._number = 0
+        self.latencies = array.array("d")
+        for fd in self._sent:
+            poll.register(fd, select.EPOLLIN)
+
+    def __contains__(self, fd: int) -> bool:
+        return fd in self._sent
+
+    def pause(self) -> float:
+        return max(0.0, self._next - time.perf_counter())
+
+    def send_due(self) -> None:
+        while time.perf_counter() >= self._next:
+            stream = self._streams[self._number % len(self._streams)]
+            self._number += 1
+            self._next += INTERVAL / len(self._streams)
+            stream.due = 1
+            self._sent[stream.fd].append(time.perf_counter())
+            if stream.send():
+                raise StalledError("a short message did not fit into the socket's buffer")
+
+    def handle(self, fd: int) -> None:
+        completed = self._by_fd[fd].receive(self._buffer)
+        now = time.perf_counter()
+        sent = self._sent[fd]
+        for _ in range(completed):
+            self.latencies.append(now - sent.popleft())
+
+
+def _huge_run(big: Streams, beside: Beside, seconds: float) -> int:
+    """Return the number of huge messages; end when one is complete, or none came for long."""
+    count = 0
+    last = time.perf_counter()
+    until = last + seconds
+    while True:
+        beside.send_due()
+        for fd, event in big.poll.poll(beside.pause()):
+            if fd in beside:
+                beside.handle(fd)
+            elif big.handle(fd, event):
+                count += 1
+                last = time.perf_counter()
+                if last >= until:
+                    return count
+        if time.perf_counter() > last + 2 * STALL:
+            raise StalledError(f"a message of {HUGE_SIZE} bytes was not answered in {2 * STALL:.0f} s")
+
+
+def huge(server: Process, settings: Settings) -> Result:
+    with connections(server, 1 + BESIDE) as sockets:
+        streams = [_single(sockets[0], TEXT, HUGE_SIZE, 1)]
+        with contextlib.closing(Streams(streams, window=1)) as big:
+            beside = Beside(sockets[1:], big.poll)
+            _huge_run(big, beside, settings.warm_up)
+            beside.latencies = array.array("d")
+            meter = Meter(server)
+            count = _huge_run(big, beside, settings.seconds)
+            result = meter.per(count * HUGE_SIZE, 1e9, ("wall_byte", "cpu_byte", "client_byte"))
+    return result | (percentiles(beside.latencies) if beside.latencies else {})
+
+
+# Memory
+
+
+def _memory(server: Process, count: int, steps: list[Step]) -> Result:
+    # What the first connections cost is not what a connection costs.
+    first = Caller(server.address, [*steps, farewell()], hang_up=True)
+    with contextlib.closing(first):
+        first.run(2 * PARALLEL)
+    time.sleep(0.5)
+    before = server.memory()
+    caller = Caller(server.address, steps)
+    with contextlib.closing(caller):
+        caller.run(count)
+        time.sleep(1.0)
+        _check_quiet(caller.open)
+        return {"kilobytes": (server.memory() - before) / count / 1e3}
+
+
+def idle_memory(server: Process, settings: Settings) -> Result:
+    steps = [greeting(server), echo(TEXT, message(1), MASKS[1])]
+    return _memory(server, settings.idle, steps)
+
+
+def _negotiated(server: Process, request: bytes) -> bool:
+    answers: list[bytes] = []
+
+    def check(data: bytes) -> bool:
+        answers.append(data)
+        return upgraded(data)
+
+    with contextlib.closing(Caller(server.address, [(request, check)])) as caller:
+        caller.run(1)
+    return accepts_deflate(answers[-1])
+
+
+def idle_memory_deflate(server: Process, settings: Settings) -> Result:
+    request = handshake(server.address[1], deflate=True)
+    negotiated = _negotiated(server, request)
+    long = b"".join(b'{"number": %d, "name": "name %d"}' % (n, n * n) for n in range(100))[:2048]
+    first = client_frame(TEXT, message(1), MASKS[1])
+    second = client_frame(TEXT, deflated(long) if negotiated else long, MASKS[2], compressed=negotiated)
+    check = inflating(((TEXT, PREFIX + message(1)), (TEXT, PREFIX + long)))
+    steps: list[Step] = [(request, upgraded), (first + second, check)]
+    return _memory(server, settings.idle, steps) | {"deflate": float(negotiated)}
+
+
+# Connections that come and go
+
+
+def connects(server: Process, settings: Settings) -> Result:
+    steps = [greeting(server), echo(TEXT, message(1), MASKS[1]), farewell()]
+    with contextlib.closing(Caller(server.address, steps, hang_up=True)) as caller:
+        caller.run(until=time.perf_counter() + settings.warm_up)
+        meter = Meter(server)
+        before = caller.finished
+        caller.run(until=time.perf_counter() + settings.seconds)
+        return meter.per_message(caller.finished - before)
+
+
+@dataclass(frozen=True)
+class Metric:
+    key: str
+    title: str
+    digits: int
+    more_is_better: bool = False
+    # The load generator's own cost says nothing about a server.
+    compared: bool = True
+
+
+@dataclass(frozen=True)
+class Load:
+    name: str
+    title: str
+    run: Callable[[Process, Settings], Result]
+    metrics: tuple[Metric, ...]
+    # The metrics that stand for this load in the overview.
+    overview: tuple[str, ...]
+    deflate: bool = False
+
+
+RATE = Metric("rate", "messages/s", 0, more_is_better=True)
+CPU = Metric("cpu", "CPU per message, µs", 2)
+CLIENT = Metric("client", "generator, µs", 2, compared=False)
+P50 = Metric("p50", "p50, ms", 2)
+P99 = Metric("p99", "p99, ms", 2)
+KILOBYTES = Metric("kilobytes", "kB per connection", 2)
+
+LOADS = (
+    Load(
+        "one",
+        "100 connections, one message of 32 bytes in flight each",
+        one,
+        (RATE, CPU, P50, P99, CLIENT),
+        ("rate", "cpu"),
+    ),
+    Load(
+        "pipelined",
+        "10 connections, 100 messages of 32 bytes in flight each",
+        pipelined,
+        (RATE, CPU, CLIENT),
+        ("rate", "cpu"),
+    ),
+    Load(
+        "large-text",
+        "10 connections, one text message of 64 KiB in flight each",
+        large_text,
+        (RATE, CPU, CLIENT),
+        ("rate", "cpu"),
+    ),
+    Load(
+        "large-binary",
+        "10 connections, one binary message of 64 KiB in flight each",
+        large_binary,
+        (RATE, CPU, CLIENT),
+        ("rate", "cpu"),
+    ),
+    Load(
+        "huge",
+        "one text message of 8 MiB at a time; 10 connections beside it send 32 bytes every 5 ms",
+        huge,
+        (
+            Metric("cpu_byte", "CPU, ns/byte", 3),
+            Metric("wall_byte", "time, ns/byte", 3),
+            Metric("p50", "p50 beside, ms", 2),
+            Metric("p99", "p99 beside, ms", 2),
+            Metric("client_byte", "generator, ns/byte", 3, compared=False),
+        ),
+        ("cpu_byte", "p99"),
+    ),
+    Load(
+        "many",
+        "as one, with 9,900 idle connections beside the 100",
+        many,
+        (RATE, CPU, P50, P99, CLIENT),
+        ("rate", "cpu"),
+    ),
+    Load(
+        "idle-memory",
+        "memory of an idle connection after one echo",
+        idle_memory,
+        (KILOBYTES,),
+        ("kilobytes",),
+    ),
+    Load(
+        "idle-memory-deflate",
+        "the same, with permessage-deflate and a compressed message of 2 KiB",
+        idle_memory_deflate,
+        (KILOBYTES, Metric("deflate", "negotiated", 0, compared=False)),
+        ("kilobytes",),
+        deflate=True,
+    ),
+    Load(
+        "connects",
+        "connect, handshake, one echo, close handshake; 50 at a time",
+        connects,
+        (
+            Metric("rate", "connects/s", 0, more_is_better=True),
+            Metric("cpu", "CPU per connection, µs", 1),
+            Metric("client", "generator, µs", 1, compared=False),
+        ),
+        ("rate", "cpu"),
+    ),
+)

@@ -1,0 +1,209 @@
+"""What was measured, as medians and ratios, in Markdown, JSON and SVG."""
+
+import statistics
+from dataclasses import dataclass, field
+from html import escape
+
+from loads import Load, Metric, Result
+
+Row = tuple[str, list[str]]
+
+
+@dataclass
+class Outcome:
+    """One server under one load: a result per round, None for a round without one."""
+
+    rounds: list[Result | None] = field(default_factory=list)
+    error: str = ""
+
+    def values(self, key: str) -> list[float]:
+        return [result[key] for result in self.rounds if result is not None and key in result]
+
+    def median(self, key: str) -> float | None:
+        values = self.values(key)
+        return statistics.median(values) if values and not self.error else None
+
+
+@dataclass
+class Board:
+    """All outcomes of a run."""
+
+    servers: list[str]
+    loads: list[Load]
+    outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
+
+    def outcome(self, load: Load, server: str) -> Outcome:
+        return self.outcomes.setdefault((load.name, server), Outcome())
+
+    def ratio(self, load: Load, metric: Metric, subject: str, peer: str) -> float | None:
+        """Return how many times better the subject is, as the median over the rounds.
+
+        Each round gives its own ratio, because a machine that is slow for a while is
+        slow for the whole round.
+        """
+        ours, theirs = self.outcome(load, subject), self.outcome(load, peer)
+        if ours.error or theirs.error:
+            return None
+        ratios = []
+        for a, b in zip(ours.rounds, theirs.rounds, strict=False):
+            if a and b and a.get(metric.key, 0) > 0 and b.get(metric.key, 0) > 0:
+                quotient = a[metric.key] / b[metric.key]
+                ratios.append(quotient if metric.more_is_better else 1 / quotient)
+        return statistics.median(ratios) if ratios else None
+
+    def waited(self, limit: float) -> tuple[int, int]:
+        """Return how many measurements waited for a core for so long, and of how many."""
+        shares = [share for outcome in self.outcomes.values() for share in outcome.values("waited")]
+        return sum(share > limit for share in shares), len(shares)
+
+    def best(self, load: Load, metric: Metric) -> float | None:
+        medians = [self.outcome(load, server).median(metric.key) for server in self.servers]
+        known = [value for value in medians if value is not None]
+        if not known or not metric.compared:
+            return None
+        return max(known) if metric.more_is_better else min(known)
+
+
+def number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}"
+
+
+def _cell(board: Board, load: Load, metric: Metric, server: str) -> str:
+    outcome = board.outcome(load, server)
+    if outcome.error:
+        return outcome.error.partition(":")[0]
+    value = outcome.median(metric.key)
+    if value is None:
+        return ""
+    text = number(value, metric.digits)
+    return f"**{text}**" if value == board.best(load, metric) else text
+
+
+def _times(board: Board, load: Load, metric: Metric, subject: str, peer: str) -> str:
+    ratio = board.ratio(load, metric, subject, peer)
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _markdown(header: list[str], rows: list[Row]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|:--|" + "--:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join([title, *cells]) + " |" for title, cells in rows]
+    return "\n".join(lines)
+
+
+def medians(board: Board) -> str:
+    rows = [
+        (f"{load.name}: {metric.title}", [_cell(board, load, metric, server) for server in board.servers])
+        for load in board.loads
+        for metric in load.metrics
+    ]
+    return _markdown(["median", *board.servers], rows)
+
+
+def ratios(board: Board, subject: str) -> str:
+    peers = [server for server in board.servers if server != subject]
+    rows = [
+        (f"{load.name}: {metric.title}", [_times(board, load, metric, subject, peer) for peer in peers])
+        for load in board.loads
+        for metric in load.metrics
+        if metric.compared
+    ]
+    return _markdown([f"{subject} is better by", *peers], rows)
+
+
+def errors(board: Board) -> list[str]:
+    return [
+        f"{load.name}, {server}: {board.outcome(load, server).error}"
+        for load in board.loads
+        for server in board.servers
+        if board.outcome(load, server).error
+    ]
+
+
+def as_json(board: Board, subject: str | None) -> list[dict[str, object]]:
+    return [_entry(board, load, server, subject) for load in board.loads for server in board.servers]
+
+
+def _entry(board: Board, load: Load, server: str, subject: str | None) -> dict[str, object]:
+    outcome = board.outcome(load, server)
+    keys = [metric.key for metric in load.metrics]
+    compared = [metric for metric in load.metrics if metric.compared and subject not in (None, server)]
+    return {
+        "load": load.name,
+        "server": server,
+        "error": outcome.error,
+        "rounds": outcome.rounds,
+        "median": {key: outcome.median(key) for key in keys},
+        "ratio": {m.key: board.ratio(load, m, subject or "", server) for m in compared},
+    }
+
+
+# The picture
+
+ROW = 30
+FIRST = 280
+COLUMN = 112
+TOP = 62
+STYLE = """
+.back { fill: #ffffff } text { font: 13px system-ui, sans-serif; fill: #1f2328 }
+.title { font-weight: 600; font-size: 15px } .head { font-weight: 600 }
+.note { fill: #59636e; font-size: 12px }
+.best { font-weight: 700 } .bar { fill: #9ec5fe } .bar.best { fill: #2f81f7 } .line { stroke: #d1d9e0 }
+@media (prefers-color-scheme: dark) {
+  .back { fill: #0d1117 }
+  text { fill: #f0f6fc } .note { fill: #9198a1 } .bar { fill: #274b7a } .bar.best { fill: #2f81f7 }
+  .line { stroke: #3d444d }
+}
+"""
+
+
+def _text(x: float, y: float, text: str, style: str = "", end: bool = False) -> str:
+    anchor = ' text-anchor="end"' if end else ""
+    return f'<text x="{x:.0f}" y="{y:.0f}" class="{style}"{anchor}>{escape(text)}</text>'
+
+
+def _svg_head(server: str, right: float) -> list[str]:
+    # What is in parentheses is too long for the width of a column.
+    name, _, variant = server.partition(" (")
+    if not variant:
+        return [_text(right, TOP - 10, name, "head", end=True)]
+    return [
+        _text(right, TOP - 25, name, "head", end=True),
+        _text(right, TOP - 10, variant.rstrip(")"), "note", end=True),
+    ]
+
+
+def _svg_cell(board: Board, load: Load, metric: Metric, server: str, x: float, y: float) -> list[str]:
+    outcome = board.outcome(load, server)
+    value, best = outcome.median(metric.key), board.best(load, metric)
+    right = x + COLUMN - 10
+    if value is None or best is None:
+        return [_text(right, y + 16, outcome.error.partition(":")[0], "note", end=True)]
+    # The best has the full bar: a bar that is half as long is twice as bad.
+    share = value / best if metric.more_is_better else best / value if value > 0 else 1.0
+    style = "best" if value == best else ""
+    width = max(1.0, (COLUMN - 20) * min(1.0, share))
+    bar = f'<rect x="{right - width:.1f}" y="{y + 21}" width="{width:.1f}" height="4" class="bar {style}"/>'
+    return [_text(right, y + 16, number(value, metric.digits), style, end=True), bar]
+
+
+def _svg_row(board: Board, load: Load, metric: Metric, y: float, width: float) -> list[str]:
+    parts = [f'<line x1="0" y1="{y}" x2="{width}" y2="{y}" class="line"/>']
+    parts.append(_text(8, y + 19, f"{load.name}: {metric.title}"))
+    for column, server in enumerate(board.servers):
+        parts += _svg_cell(board, load, metric, server, FIRST + column * COLUMN, y)
+    return parts
+
+
+def svg(board: Board, title: str, note: str) -> str:
+    shown = [(load, m) for load in board.loads for m in load.metrics if m.key in load.overview]
+    width = FIRST + COLUMN * len(board.servers)
+    height = TOP + ROW * len(shown) + 30
+    parts = ['<rect width="100%" height="100%" class="back"/>', _text(8, 20, title, "title")]
+    for column, server in enumerate(board.servers):
+        parts += _svg_head(server, FIRST + (column + 1) * COLUMN - 10)
+    for row, (load, metric) in enumerate(shown):
+        parts += _svg_row(board, load, metric, TOP + row * ROW, width)
+    parts.append(_text(8, height - 10, note, "note"))
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    body = "\n".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n{body}\n</svg>\n'
