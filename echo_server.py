@@ -6,14 +6,12 @@
 """ws-echo: a WebSocket server that answers every message X with ECHO:X.
 
 Run it:    python echo_server.py --port=4000
-
 Embed it:  from echo_server import EchoHandler
            app = tornado.web.Application([(r"/echo", EchoHandler)])
            app.listen(8888)
 
-Importing this does nothing: it defines names and gets the logger "echo_server". The bands of the file are Handler
-(what it does), Frames (RFC 6455 without I/O), Connection (frames on a socket), HTTP, Options, Server, Client and
-Command line.
+Importing this does nothing: it defines names and gets the logger "echo_server". The bands of the file: Handler (what it
+does), Frames (RFC 6455, no I/O), Connection (frames on a socket), HTTP, Options, Server, Client, Command line.
 """
 
 from __future__ import annotations
@@ -21,11 +19,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import binascii
 import codecs
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import html
@@ -37,7 +33,6 @@ import select
 import signal
 import socket
 import ssl
-import stat
 import struct
 import sys
 import threading
@@ -45,7 +40,8 @@ import time
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
 
@@ -65,10 +61,9 @@ from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketClosedError, WebSocketHandler, WebSocketProtocol
 
 __version__ = "1.0.0"
-
 log = logging.getLogger("echo_server")
 
-# --------------------------------------------------------------------------------------------------- Handler
+# ---------------------------------------------------------------------------------------------------- Handler
 
 
 class EchoHandler(WebSocketHandler):
@@ -82,44 +77,15 @@ class EchoHandler(WebSocketHandler):
         self,
         prefix: str = "ECHO:",
         compression: bool = True,  # take permessage-deflate (RFC 7692) when it is offered
-        origins: Collection[str] | None = None,  # that may connect beside our own; "*" is any
+        origins: Collection[str] = (),  # of pages that may connect beside our own; "*" is any
         stall_timeout: float = 60.0,  # seconds without progress of a message, either way; 0: for ever
         server: Server | None = None,  # the stand-alone server, which can be full, or stopping
     ) -> None:
         self.prefix, self.compression, self.origins = prefix, compression, origins
         self.stall_timeout, self.server = stall_timeout, server
 
-    async def get(self, *args: str, **kwargs: str) -> None:
-        self.peer = peer_address(self.request, self.server.proxies if self.server else ())
-        check_handshake(self.request)
-        if self.server:
-            self.server.check_room()
-        await super().get(*args, **kwargs)
-
-    async def head(self, *args: str, **kwargs: str) -> None:
-        await self.get(*args, **kwargs)  # is refused like a GET that is no handshake
-
-    def check_origin(self, origin: str) -> bool:
-        allowed = self.origins or ()
-        if "*" in allowed or origin in allowed or super().check_origin(origin):
-            return True
-        log.warning("[SERVER] error:origin %s refused, from %s", printable(origin), self.peer)
-        return False
-
-    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
-        return subprotocols[0] if subprotocols else None  # a browser fails the handshake if none is selected
-
-    def get_compression_options(self) -> dict[str, Any] | None:
-        return {} if self.compression else None
-
-    def get_websocket_protocol(self) -> WebSocketProtocol | None:
-        stream = self.request.connection.stream  # type: ignore[union-attr]  # HTTP1Connection has it
-        plain = type(stream) is IOStream and stream.socket.type == socket.SOCK_STREAM
-        self.connection = (Connection if plain else StreamConnection)(self, self.stall_timeout)
-        return self.connection
-
     def open(self, *args: str, **kwargs: str) -> None:
-        log.info("[SERVER] connection() from %s %s", self.peer, printable(request_path(self.request)))
+        log.info("[SERVER] connection() from %s %s", self.peer, printable(path_of(self.request)))
 
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
         if log.isEnabledFor(logging.DEBUG):
@@ -128,62 +94,73 @@ class EchoHandler(WebSocketHandler):
             sent = self.write_message(self.prefix + message)
         else:
             sent = self.write_message(utf8(self.prefix) + message, binary=True)
-        if not sent.done():  # the kernel did not take it at once
+        if not sent.done():  # the kernel has not taken it at once
             sent.add_done_callback(self.on_sent)
         return None
 
     def on_sent(self, sent: asyncio.Future[None]) -> None:
-        if not sent.cancelled() and (error := sent.exception()):
-            log.warning("[SERVER] error:%s, to %s", error or "the reply was not sent", self.peer)
+        if not sent.cancelled() and sent.exception():
+            log.warning("[SERVER] error:%s, %s", sent.exception(), self.peer)
 
     def on_close(self) -> None:
-        connection = self.connection
-        log.info(
-            "[SERVER] close() %d from %s after %.1f s, %d messages, %d bytes",
-            connection.outcome,
-            self.peer,
-            time.monotonic() - connection.opened,
-            connection.messages,
-            connection.bytes,
-        )
+        it, seconds = self.connection, time.monotonic() - self.connection.opened
+        line = "[SERVER] close() %d from %s after %.1f s, %d messages, %d bytes"
+        log.info(line, it.outcome, self.peer, seconds, it.messages, it.bytes)
+
+    async def get(self, *args: str, **kwargs: str) -> None:
+        """The handshake: what is wrong with it is said in the answer."""
+        self.peer = peer_of(self.request, self.server.proxies if self.server else ())
+        check_handshake(self.request)
+        if self.server:
+            self.server.check_room()
+        await super().get(*args, **kwargs)
+
+    head = get  # is refused, since no handshake is a HEAD
+
+    def check_origin(self, origin: str) -> bool:
+        if "*" in self.origins or origin in self.origins or super().check_origin(origin):
+            return True
+        log.warning("[SERVER] error:origin %s refused, %s", printable(origin), self.peer)
+        return False
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return subprotocols[0] if subprotocols else None  # a browser fails the handshake when none is selected
+
+    def get_compression_options(self) -> dict[str, Any] | None:
+        return {} if self.compression else None
+
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        stream = cast(Any, self.request.connection).stream
+        plain = type(stream) is IOStream and stream.socket.type == socket.SOCK_STREAM
+        self.connection = (Connection if plain else StreamConnection)(self, self.stall_timeout)
+        return self.connection
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        refusal = kwargs.get("exc_info", (None, None))[1]
-        if isinstance(refusal, Refusal):
-            refusal.answer(self)
-        else:
-            super().write_error(status_code, **kwargs)
+        error = kwargs.get("exc_info", (None, None))[1]
+        return error.answer(self) if isinstance(error, Refusal) else super().write_error(status_code, **kwargs)
 
 
-def echoes(handler: WebSocketHandler) -> bool:
-    """Whether `on_message` is the one above, and so are the methods that it calls."""
-    own = isinstance(handler, EchoHandler) and not {"on_message", "write_message"} & handler.__dict__.keys()
-    return own and (type(handler).on_message, type(handler).write_message) == ECHO_METHODS
+ECHO = (EchoHandler.on_message, WebSocketHandler.write_message)
 
 
-ECHO_METHODS = (EchoHandler.on_message, WebSocketHandler.write_message)
+def only_echoes(handler: WebSocketHandler) -> bool:
+    """Whether `on_message` is the one above, and what it calls is what it was."""
+    own = isinstance(handler, EchoHandler) and not {"on_message", "write_message"} & vars(handler).keys()
+    return own and (type(handler).on_message, type(handler).write_message) == ECHO
 
 
 def make_app(server: Server) -> Application:
-    """The stand-alone application: WebSocket on every path, and what else answers a plain GET."""
+    """The stand-alone application: WebSocket on every path, and what answers a plain GET."""
     options = server.options
-    echo = {
-        "prefix": options.prefix,
-        "compression": options.compression,
-        "origins": {origin.strip() for origin in options.origins.split(",")} - {""},
-        "stall_timeout": options.stall_timeout,
-        "server": server,
-    }
+    origins = {origin.strip() for origin in options.origins.split(",")}
+    echo = {"prefix": options.prefix, "compression": options.compression, "origins": origins}
+    echo |= {"stall_timeout": options.stall_timeout, "server": server}
     return Application(
-        [
-            Rule(PlainGet("/healthz"), HealthHandler, {"server": server}),
-            Rule(PlainGet(accept="text/html"), PageHandler, {"server": server}),
-            (r".*", EchoHandler, echo),
-        ],
+        [Rule(PlainGet(), PlainHandler, {"server": server}), (r".*", EchoHandler, echo)],
         websocket_ping_interval=options.ping_interval,
         websocket_ping_timeout=options.ping_timeout,
         websocket_max_message_size=options.max_message_size,
-        log_function=lambda handler: None,  # our own lines tell more, and no query
+        log_function=lambda handler: None,  # our own lines say more, and no query
     )
 
 
@@ -202,11 +179,10 @@ MAX_FRAGMENTS = 131_072  # frames of a message; Autobahn sends 65,536
 MAX_EMPTY = 1_024  # of them without a byte
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818  # the peer's error, not ours
     """The peer's fault, which fails the connection with this close code (RFC 6455 section 7.1.7)."""
 
     def __init__(self, code: int, reason: str) -> None:
-        super().__init__(code, reason)
         self.code, self.reason = code, reason
 
 
@@ -254,8 +230,8 @@ class Receiver:
     """
 
     __slots__ = (
-        "_data", "_deflate", "_empty", "_final", "_fragments", "_inflater", "_key", "_left",
-        "_message", "_opcode", "_tail", "_wire", "done", "fault", "limit", "more", "received",
+        "_data", "_deflate", "_empty", "_final", "_fragments", "_inflater", "_key", "_left", "_message", "_opcode",
+        "_tail", "_wire", "done", "fault", "limit", "more", "received",
     )  # fmt: skip
 
     def __init__(self, limit: int, deflate: bool = False) -> None:
@@ -305,7 +281,8 @@ class Receiver:
                 self._add_payload(data[pos:stop])
                 pos = stop
                 if not self._left and self._final:
-                    budget -= self._end_message(events)
+                    budget -= EVENT * self._empty + len(self._message)
+                    events.append(self._end_message())
                 continue
             first, second = data[pos], data[pos + 1]
             if 0x80 <= second < 0xFE and 0x80 < first < 0x83 and not self._opcode:
@@ -331,9 +308,10 @@ class Receiver:
                 if start + 4 > end:
                     break
                 self._begin_frame(first, length, data[start : start + 4])
+                budget -= EVENT
                 pos = start + 4
                 if not length and self._final:
-                    budget -= self._end_message(events)
+                    events.append(self._end_message())
             elif stop <= end:
                 payload = unmask(data[start : start + 4], data[start + 4 : stop])
                 if opcode == CLOSE:
@@ -354,10 +332,9 @@ class Receiver:
         self._wire += length
         self.received += 1
         self._fragments += 1
-        if self._fragments > MAX_FRAGMENTS:
+        self._empty += not length
+        if self._fragments > MAX_FRAGMENTS or self._empty > MAX_EMPTY:
             raise Fault(1008, "too many fragments")
-        if not length:
-            self._count_empty()
 
     def _check_size(self, compressed: bool, length: int) -> None:
         """Before a byte of the payload is accepted. Deflate makes some data longer, by less than 1/64."""
@@ -385,49 +362,41 @@ class Receiver:
             raise Fault(1009, "message is too big")
 
     def _inflate(self, data: bytes) -> bytes:
-        """Stops one byte above the limit. A BFINAL block ends the stream, yet another may follow that refers
-        back to the same window (RFC 7692 section 7.2.3.4)."""
-        assert self._inflater
-        content = b""
+        """Stops one byte above the limit. After a block with BFINAL another stream may follow, which refers back to the
+        same window (RFC 7692 section 7.2.3.4)."""
+        content, stream = b"", cast("zlib._Decompress", self._inflater)
         while data and (room := self.limit + 1 - len(self._message) - len(content)):
             try:
-                content += self._inflater.decompress(data, room)
+                content += stream.decompress(data, room)
             except zlib.error:
                 raise Fault(1007, "deflate data is corrupt") from None
-            if not self._inflater.eof:
+            if not stream.eof:
                 break
-            data = self._inflater.unused_data
-            window = (bytes(self._message[-32768:]) + content)[-32768:]
-            self._inflater = zlib.decompressobj(-15, zdict=window)
-            self._count_empty()
+            data, window = stream.unused_data, (bytes(self._message[-32768:]) + content)[-32768:]
+            self._inflater = stream = zlib.decompressobj(-15, zdict=window)
+            self._empty += 1
+            if self._empty > MAX_EMPTY:
+                raise Fault(1008, "too many deflate streams in a message")
         return content
 
-    def _count_empty(self) -> None:
-        self._empty += 1
-        if self._empty > MAX_EMPTY:
-            raise Fault(1008, "too many empty fragments")
-
     def _end_deflate(self) -> None:
-        """The sender has cut off the end of an empty stored block (RFC 7692 section 7.2.1). zlib is content
-        with most truncated streams: a last block (03 00) shows whether this one was at the end of a block."""
+        """The sender cut off the end of an empty stored block (RFC 7692 section 7.2.1). zlib takes most truncated
+        streams without complaint: whether a last block (03 00) ends this one shows that it was complete."""
         self._add_content(self._inflate(b"\x00\x00\xff\xff"))
-        assert self._inflater
-        try:
-            more = self._inflater.decompress(b"\x03\x00")
-        except zlib.error:
-            more = b"?"
-        if more or not self._inflater.eof or self._inflater.unused_data:
-            raise Fault(1007, "deflate data is truncated")
+        last = cast("zlib._Decompress", self._inflater)
+        with contextlib.suppress(zlib.error):
+            if not last.decompress(b"\x03\x00") and last.eof and not last.unused_data:
+                return
+        raise Fault(1007, "deflate data is truncated")
 
-    def _end_message(self, events: list[Event]) -> int:
+    def _end_message(self) -> Event:
         if self._inflater:
             self._end_deflate()
         if self._tail:
             raise Fault(1007, "text is not UTF-8")
-        events.append((self._opcode, self._message))
-        cost = EVENT * (1 + self._empty) + len(self._message)
+        event = self._opcode, self._message
         self._begin_message(0)
-        return cost
+        return event
 
 
 def extended_length(data: bytes) -> int:
@@ -503,10 +472,11 @@ class Connection(WebSocketProtocol):
     """A handler's protocol on a plain socket, which it takes over from Tornado's IOStream."""
 
     __slots__ = (
-        "_backlog", "_deadline", "_deflate", "_echoes", "_hold", "_io", "_leaving", "_linger", "_loop", "_mark", "_mark_at",
-        "_out", "_out_size", "_pending", "_ping", "_pinged", "_pong", "_progress_at", "_queue", "_queue_size", "_receiver",
-        "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_socket", "_stall_timeout", "_state", "_turning",
-        "_waiters", "bytes", "close_code", "close_reason", "messages", "opened", "outcome", "selected_subprotocol",
+        "_backlog", "_deadline", "_deflate", "_hold", "_io", "_leaving", "_linger", "_loop", "_mark", "_mark_at",
+        "_only_echoes", "_out", "_out_size", "_pending", "_ping", "_pinged", "_pong", "_progress_at", "_queue",
+        "_queue_size", "_receiver", "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_socket", "_stall_timeout",
+        "_state", "_subprotocol", "_turning", "_waiters", "_writing", "bytes", "close_code", "close_reason", "messages",
+        "opened", "outcome",
     )  # fmt: skip
 
     def __init__(self, handler: WebSocketHandler, stall_timeout: float) -> None:
@@ -528,6 +498,7 @@ class Connection(WebSocketProtocol):
         self._out_size = 0  # bytes of messages in it
         self._backlog: bytearray | None = None  # what the kernel has not taken yet
         self._sent = 0  # bytes that have left the backlog, ever
+        self._writing: asyncio.Future[None] | None = None  # what StreamConnection has given to its stream
         self._waiters: deque[tuple[int, asyncio.Future[None]]] | None = None  # by the _sent that they wait for
         self._pong: bytes | None = None  # the answer to the latest of the pings that came during a backlog
         self._leaving = self._linger = False
@@ -547,24 +518,23 @@ class Connection(WebSocketProtocol):
         handler.set_header("Sec-WebSocket-Accept", accept_key(handler.request.headers["Sec-WebSocket-Key"]))
         sent, stream = handler.finish(), handler.detach()
         # These hold Tornado's connection objects, 3 KB, for as long as the handler lives.
-        handler.request.connection = handler.request.server_connection = None  # type: ignore[assignment]  # not Optional
+        handler.request.connection = handler.request.server_connection = None
         try:
             await sent
             early = self._take(stream)
         except (OSError, StreamClosedError):
             return  # it has left before it was let in
         self._registry.add(self, (*self._ping, self._stall_timeout))
-        self._echoes = echoes(handler)
+        self._only_echoes = only_echoes(handler)
         self._call(handler.open, *handler.open_args, **handler.open_kwargs)
-        if self._state < ENDING:
-            self._turn(early)
+        self._turn(early)
 
     def _negotiate(self, handler: WebSocketHandler, headers: HTTPHeaders) -> None:
         offer = headers.get("Sec-WebSocket-Protocol", "")
         names = [name.strip() for name in offer.split(",") if name.strip()]
-        self.selected_subprotocol = handler.select_subprotocol(names)
-        if self.selected_subprotocol:
-            handler.set_header("Sec-WebSocket-Protocol", self.selected_subprotocol)
+        self._subprotocol = handler.select_subprotocol(names)
+        if self._subprotocol:
+            handler.set_header("Sec-WebSocket-Protocol", self._subprotocol)
         options, answer, bits = handler.get_compression_options(), "", 0
         # Tornado's client ignores client_no_context_takeover: its second message would not inflate.
         if options is not None and not headers.get("User-Agent", "").startswith("Tornado/"):
@@ -608,18 +578,12 @@ class Connection(WebSocketProtocol):
             self._io = events
             self._loop.update_handler(self._socket, events)
 
-    def _send(self, pieces: list[bytes | bytearray]) -> int:
+    def _send(self, pieces: Sequence[bytes | bytearray]) -> int:
         """Writes what is taken at once; returns how many bytes that is."""
         try:
             return self._socket.send(pieces[0]) if len(pieces) == 1 else self._socket.sendmsg(pieces)
         except BlockingIOError:
             return 0
-
-    def _is_sent(self) -> bool:
-        return not self._backlog
-
-    def _transport(self) -> socket.socket:
-        return self._socket
 
     def _drop(self) -> None:
         self._loop.remove_handler(self._socket)
@@ -629,15 +593,16 @@ class Connection(WebSocketProtocol):
 
     def _on_data(self, data: bytes) -> None:
         self._seen = True
-        if not data:
-            self._lost("the peer has left")
-        elif self._state < ENDING:
+        if data:
             self._turn(data)
+        else:
+            self._lost("the peer has left")
 
     def _turn(self, data: bytes = b"") -> None:
         """Handles what has come, in order, and writes all replies at once."""
-        receiver = self._receiver
-        self._turning, self._scheduled = True, False
+        if self._state >= ENDING:
+            return
+        receiver, self._turning, self._scheduled = self._receiver, True, False
         while self._queue and not self._hold:
             opcode, payload = self._queue.popleft()
             self._queue_size -= len(payload) + EVENT
@@ -645,7 +610,7 @@ class Connection(WebSocketProtocol):
         events = receiver.feed(data)
         if self._hold:
             self._enqueue(events)
-        elif self._echoes and self._state == OPEN and not log.isEnabledFor(logging.DEBUG):
+        elif self._only_echoes and self._state == OPEN and not log.isEnabledFor(logging.DEBUG):
             self._echo(events)
         else:
             self._dispatch(events)
@@ -661,15 +626,11 @@ class Connection(WebSocketProtocol):
                 self._fail(self._receiver.fault)
             elif self._receiver.more:
                 self._scheduled = True
-                self._loop.add_callback(self._turn_again)
+                self._loop.add_callback(self._turn)
             elif self._leaving:
                 self.close(1001, "the server is stopping")
         if self._state != CLOSED:
             self._watch(self._may_read())
-
-    def _turn_again(self) -> None:
-        if self._scheduled and self._state < ENDING:
-            self._turn()
 
     def _may_read(self) -> bool:
         waiting = self._leaving or self._scheduled or self._queue_size > self._receiver.limit
@@ -759,7 +720,7 @@ class Connection(WebSocketProtocol):
     def _release(self) -> None:
         """Goes on with what had to wait, unless something else holds it up."""
         self._hold = self._pending > 0 or len(self._backlog or b"") > HIGH_WATER
-        if self._state < ENDING and not self._turning:
+        if not self._turning:
             self._turn()
 
     def _bug(self) -> None:
@@ -803,6 +764,7 @@ class Connection(WebSocketProtocol):
 
     def _flush(self) -> None:
         """Hands what was gathered to the kernel; what it does not take is the backlog."""
+        pieces: Sequence[bytes | bytearray]
         pieces = self._out.copy() if self._out_size >= SCATTER and len(self._out) < 64 else [b"".join(self._out)]
         self._out.clear()
         self._out_size = 0
@@ -825,7 +787,7 @@ class Connection(WebSocketProtocol):
             self._waiters = self._waiters or deque()
             self._waiters.append((self._sent + len(self._backlog), future))
         else:
-            future.set_exception(WebSocketClosedError())
+            future.set_exception(WebSocketClosedError("the peer has left"))
             future.exception()  # nobody has to look
         return future
 
@@ -894,18 +856,18 @@ class Connection(WebSocketProtocol):
             self._end_sent()
 
     def _end_sent(self) -> None:
-        if self._state == ENDING and not self._is_sent():
+        if self._state == ENDING and (self._backlog or self._writing):
             self._watch(reading=True)
         elif self._state == ENDING and self._linger:
             self._state, self._deadline = LINGERING, time.monotonic() + LINGER_TIMEOUT
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._transport(), socket.SHUT_WR)  # not SSLSocket's, which ends TLS as well
+                socket.socket.shutdown(self._socket, socket.SHUT_WR)  # not SSLSocket's, which ends TLS as well
             self._watch(reading=True)
         else:
             self._closed()
 
     def _lost(self, why: str, owed: bool = False) -> None:
-        if owed or self._backlog:
+        if (owed or self._backlog) and self._only_echoes:  # otherwise the handler's futures say it
             self._warn(f"reply not sent: {why},")
         self._closed()
 
@@ -915,12 +877,12 @@ class Connection(WebSocketProtocol):
         self._state = CLOSED
         if reset:  # otherwise the kernel goes on offering what it has
             with contextlib.suppress(OSError):
-                self._transport().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._drop()
         self._registry.remove(self)
         for _, future in self._waiters or ():
             if not future.done():
-                future.set_exception(WebSocketClosedError())
+                future.set_exception(WebSocketClosedError("the peer has left"))
                 future.exception()  # nobody has to look
         self._loop.add_callback(self._notify)  # never from within another method of the handler
 
@@ -944,9 +906,8 @@ class Connection(WebSocketProtocol):
             self._warn("1008 takes nothing,")
             self._closed(reset=True)
         elif self._deadline and now >= self._deadline:
-            if self._backlog and now < self._progress_at + CLOSE_TIMEOUT:
-                return
-            self._closed(reset=True)
+            if not self._backlog or now >= self._progress_at + CLOSE_TIMEOUT:
+                self._closed(reset=True)
         elif self._state == OPEN and self._may_read():
             self._check_message(now)
             self._check_life(now, *self._ping)
@@ -969,9 +930,13 @@ class Connection(WebSocketProtocol):
 
     # ---- What Tornado asks for beside
 
+    @property
+    def selected_subprotocol(self) -> str | None:
+        return self._subprotocol
+
     def set_nodelay(self, x: bool) -> None:
-        if self._transport().family != socket.AF_UNIX:
-            self._transport().setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, x)
+        if self._socket.family != socket.AF_UNIX:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, x)
 
     def on_connection_close(self) -> None:
         self._closed()
@@ -989,12 +954,11 @@ class Connection(WebSocketProtocol):
 class StreamConnection(Connection):
     """The same on Tornado's stream, for TLS; in writes of 16 KiB, a record, so that their progress is seen."""
 
-    __slots__ = ("_reading", "_stream", "_writing")
+    __slots__ = ("_reading", "_stream")
 
     def _take(self, stream: IOStream) -> bytes:
-        self._stream, self._io = stream, 0
+        self._stream, self._socket, self._io = stream, stream.socket, 0
         self._reading: asyncio.Future[bytes] | None = None
-        self._writing: asyncio.Future[None] | None = None
         return b""
 
     def _watch(self, reading: bool) -> None:
@@ -1012,7 +976,7 @@ class StreamConnection(Connection):
             self._on_data(data)
             self._watch(self._may_read())
 
-    def _send(self, pieces: list[bytes | bytearray]) -> int:
+    def _send(self, pieces: Sequence[bytes | bytearray]) -> int:
         data, sent = b"".join(pieces), 0
         while sent < len(data) and not self._writing:
             writing = self._stream.write(data[sent : sent + 16384])
@@ -1029,12 +993,6 @@ class StreamConnection(Connection):
             self._seen, self._progress_at = True, time.monotonic()
             self._drain()
 
-    def _is_sent(self) -> bool:
-        return not self._backlog and not self._writing
-
-    def _transport(self) -> socket.socket:
-        return self._stream.socket
-
     def _drop(self) -> None:
         self._stream.close()
 
@@ -1048,9 +1006,10 @@ class Connections:
         self.open: set[Connection] = set()
         self.finished: asyncio.Future[None] = asyncio.Future()  # of all writes that left at once
         self.finished.set_result(None)
-        self.period, self.timer = 0.5, None  # seconds between checks; less than a quarter of the shortest limit
+        self.timer: object = None
+        self.period = 0.5  # seconds between checks; less than a quarter of the shortest limit
         # glibc returns the top of the heap to the kernel at each free above a threshold, which grows with the largest
-        # block that was ever freed: without this, a message of 64 KiB costs 35 page faults, and 70 us rather than 25.
+        # block that was ever freed. Without this, a message of 64 KiB costs 35 page faults: 70 us rather than 25.
         bytearray(16 << 20)
 
     @classmethod
@@ -1076,55 +1035,56 @@ class Connections:
 # What is answered without a WebSocket: why a handshake failed, the health check, the page.
 
 
-class Refusal(HTTPError):
+class Refusal(HTTPError):  # noqa: N818  # not always an error
     """A handshake that is refused, and why."""
 
-    def __init__(self, status: int, text: str, **headers: str) -> None:
+    def __init__(self, status: int, text: str) -> None:
         super().__init__(status)
-        self.text, self.headers = text, headers
+        self.text = text
 
     def answer(self, handler: EchoHandler) -> None:
         if "Sec-WebSocket-Key" in handler.request.headers:  # it was meant to be a handshake
-            log.warning("[SERVER] error:%d %s, from %s", self.status_code, self.text, handler.peer)
-        plain_headers(handler, "text/plain")
-        for name, value in self.headers.items():
-            handler.set_header(name.replace("_", "-"), value)
-        seen = (f"{name}: {value}\n" for name, value in seen_of_handshake(handler.request, handler.peer))
-        handler.finish(f"{self.status_code}: {self.text}\n\nThe server saw:\n{''.join(seen)}")
+            log.warning("[SERVER] error:%d %s, %s", self.status_code, self.text, handler.peer)
+        if self.status_code == 426:
+            handler.set_header("Upgrade", "websocket")
+            handler.set_header("Connection", "Upgrade")
+            handler.set_header("Sec-WebSocket-Version", "13")
+        if self.status_code == 503:
+            handler.set_header("Retry-After", "5")
+        seen = "\n".join(f"{name}: {value}" for name, value in seen_by_server(handler.request, handler.peer))
+        set_headers(handler, "text/plain")
+        handler.finish(f"{self.status_code}: {self.text}\n\nThe server saw:\n{seen}\n")
 
 
 def check_handshake(request: HTTPServerRequest) -> None:
     """RFC 6455 section 4.2.1; raises Refusal."""
     headers = request.headers
-    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec_WebSocket_Version": "13"}
-    if not is_upgrade(request):
-        raise Refusal(426, "this is a WebSocket endpoint, and the header Upgrade: websocket is missing", **upgrade)
+    if not is_upgrade(request) or request.method != "GET":
+        raise Refusal(426, "this is a WebSocket endpoint, and the header Upgrade: websocket is missing")
     if "upgrade" not in tokens(headers, "Connection"):
-        raise Refusal(426, "the header Connection: Upgrade is missing", **upgrade)
+        raise Refusal(426, "the header Connection: Upgrade is missing")
     if headers.get_list("Sec-WebSocket-Version") != ["13"]:
-        raise Refusal(426, "the header Sec-WebSocket-Version: 13 is missing or wrong", **upgrade)
+        raise Refusal(426, "the header Sec-WebSocket-Version: 13 is missing")
     headers["Upgrade"] = "websocket"  # RFC 9110 section 7.8 allows a list, Tornado does not
     if request.version != "HTTP/1.1" or len(headers.get_list("Host")) != 1:
-        raise Refusal(400, "a handshake is HTTP/1.1 with one Host header")
+        raise Refusal(400, "a handshake is HTTP/1.1 with one header Host")
     if request.body or "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0":
         raise Refusal(400, "a handshake has no body")
-    if not is_key(headers.get_list("Sec-WebSocket-Key")):
-        raise Refusal(400, "the header Sec-WebSocket-Key is missing or not 16 bytes of base64")
+    try:
+        (key,) = headers.get_list("Sec-WebSocket-Key")
+        right = len(key) == 24 and len(base64.b64decode(key, validate=True)) == 16
+    except ValueError:
+        right = False
+    if not right:
+        raise Refusal(400, "the header Sec-WebSocket-Key is missing, or not 16 bytes in base64")
     try:
         urlsplit(headers.get("Origin", ""))
     except ValueError:
-        raise Refusal(403, "the Origin is not a URL") from None
-
-
-def is_key(keys: list[str]) -> bool:
-    try:
-        return len(keys) == 1 and len(keys[0]) == 24 and len(base64.b64decode(keys[0], validate=True)) == 16
-    except (binascii.Error, ValueError):  # ValueError: not ASCII
-        return False
+        raise Refusal(403, "the header Origin is not a URL") from None
 
 
 def accept_key(key: str) -> str:
-    """Section 4.2.2, item 5.4."""
+    """RFC 6455 section 4.2.2, item 5.4."""
     digest = hashlib.sha1(utf8(key) + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11", usedforsecurity=False).digest()
     return base64.b64encode(digest).decode()
 
@@ -1137,55 +1097,50 @@ def is_upgrade(request: HTTPServerRequest) -> bool:
     return "websocket" in tokens(request.headers, "Upgrade")
 
 
-def request_path(request: HTTPServerRequest) -> str:
+def path_of(request: HTTPServerRequest) -> str:
     """Without the query, also of a target in absolute form (RFC 9112 section 3.2.2)."""
     return re.sub(r"^[A-Za-z]+://[^/]*", "", request.path) or "/"
 
 
-def peer_address(request: HTTPServerRequest, proxies: Networks = ()) -> str:
-    """From the socket; from X-Forwarded-For only as far as trusted proxies have written it, from the right."""
-    connection: Any = request.connection
-    address = connection.context.address
-    if not isinstance(address, tuple):
-        peer, name = "unix", "unix"
-    else:
-        peer, name = address[0], f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+Proxies = Collection["ipaddress.IPv4Network | ipaddress.IPv6Network | str"]  # the str is "unix"
+
+
+def parse_proxies(text: str) -> Proxies:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return [name if name == "unix" else ipaddress.ip_network(name, strict=False) for name in names]
+
+
+def peer_of(request: HTTPServerRequest, proxies: Proxies) -> str:
+    """Whom the socket is from; through trusted proxies, from the right, who X-Forwarded-For says it is."""
+    address = cast(Any, request.connection).context.address
+    host, port = address[:2] if isinstance(address, tuple) else ("unix", 0)
+    peer = "unix" if host == "unix" else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     forwarded = ",".join(request.headers.get_list("X-Forwarded-For")).split(",")
-    while forwarded and is_trusted(peer, proxies):
-        peer = forwarded.pop().strip()
-        with contextlib.suppress(ValueError):
-            name = str(ipaddress.ip_address(peer))
-    return name
+    with contextlib.suppress(ValueError):  # not an address
+        while forwarded and proxies and is_trusted(host, proxies):
+            host = peer = str(ipaddress.ip_address(forwarded.pop().strip()))
+    return peer
 
 
-def is_trusted(peer: str, proxies: Networks) -> bool:
-    if peer == "unix" or not proxies:
+def is_trusted(host: str, proxies: Proxies) -> bool:
+    if host == "unix":
         return "unix" in proxies
-    try:
-        address = ipaddress.ip_address(peer)
-    except ValueError:
-        return False
-    return any(address in network for network in proxies if not isinstance(network, str))
-
-
-Networks = Collection["ipaddress.IPv4Network | ipaddress.IPv6Network | str"]  # the str is "unix"
+    return any(ipaddress.ip_address(host) in network for network in proxies if not isinstance(network, str))
 
 
 def printable(text: str | bytes | bytearray, most: int = 200) -> str:
-    """For a log line: ASCII, and no more than a line."""
-    if isinstance(text, str):
-        return text[:most].encode("unicode_escape").decode()
-    return repr(bytes(text[:most]))[2:-1]
+    """In ASCII and on one line."""
+    return text[:most].encode("unicode_escape").decode() if isinstance(text, str) else repr(bytes(text[:most]))[2:-1]
 
 
-def seen_of_handshake(request: HTTPServerRequest, peer: str) -> list[tuple[str, str]]:
-    """For those whose proxy drops or changes it. Never cookies or credentials: a page may read this."""
+def seen_by_server(request: HTTPServerRequest, peer: str) -> list[tuple[str, str]]:
+    """For those whose proxy drops or changes it. Never cookies or credentials: a page can read this."""
     shown = re.compile(r"Host|Connection|Upgrade|Origin|Sec-Websocket-.*|X-Forwarded-.*")
     headers = [(name, value) for name, value in sorted(request.headers.get_all()) if shown.fullmatch(name)]
     return [("Peer", peer)] + [(n.replace("Websocket", "WebSocket"), printable(v, 1000)) for n, v in headers]
 
 
-def plain_headers(handler: RequestHandler, media_type: str) -> None:
+def set_headers(handler: RequestHandler, media_type: str) -> None:
     handler.set_header("Content-Type", f"{media_type}; charset=utf-8")
     handler.set_header("Vary", "Accept")
     handler.set_header("Cache-Control", "no-store")
@@ -1193,41 +1148,27 @@ def plain_headers(handler: RequestHandler, media_type: str) -> None:
 
 
 class PlainGet(Matcher):
-    """A GET or HEAD that is no handshake, of this path or by somebody who accepts this media type."""
-
-    def __init__(self, path: str = "", accept: str = "") -> None:
-        self.path, self.accept = path, accept
+    """Not a handshake, and for /healthz or from somebody who accepts HTML."""
 
     def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
-        if request.method not in ("GET", "HEAD") or is_upgrade(request):
-            return None
-        found = self.path == request_path(request) or (self.accept and self.accept in request.headers.get("Accept", ""))
-        return {} if found else None
+        wanted = path_of(request) == "/healthz" or "text/html" in request.headers.get("Accept", "")
+        return {} if wanted and request.method in ("GET", "HEAD") and not is_upgrade(request) else None
 
 
-class HealthHandler(RequestHandler):
-    """For load balancers: 200 "ok", or 503 once the server is stopping."""
-
+class PlainHandler(RequestHandler):
     def initialize(self, server: Server) -> None:
         self.server = server
 
     def get(self) -> None:
-        plain_headers(self, "text/plain")
-        self.set_status(503 if self.server.stopping else 200)
-        self.finish("stopping\n" if self.server.stopping else "ok\n")
-
-    head = get
-
-
-class PageHandler(RequestHandler):
-    def initialize(self, server: Server) -> None:
-        self.server = server
-
-    def get(self) -> None:
-        plain_headers(self, "text/html")
-        self.set_header("Content-Security-Policy", page_policy())
-        seen = seen_of_handshake(self.request, peer_address(self.request, self.server.proxies))
+        if path_of(self.request) == "/healthz":  # for load balancers
+            set_headers(self, "text/plain")
+            self.set_status(503 if self.server.stopping else 200)
+            self.finish("stopping\n" if self.server.stopping else "ok\n")
+            return
+        seen = seen_by_server(self.request, peer_of(self.request, self.server.proxies))
         rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in seen)
+        set_headers(self, "text/html")
+        self.set_header("Content-Security-Policy", page_policy())
         page = re.sub(r"<!--scenarios-->.*<!--/scenarios-->", "", PAGE, flags=re.DOTALL)
         self.finish(page.replace("<!--handshake-->", rows))
 
@@ -1236,13 +1177,13 @@ class PageHandler(RequestHandler):
 
 @functools.cache
 def page_policy() -> str:
-    """Content-Security-Policy: the page's own style and script, and connections to where it came from."""
-    parts = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:"}
+    """The page's own style and script, and connections to where it came from."""
+    hashes = []
     for tag in ("style", "script"):
         text = PAGE[PAGE.index(f"<{tag}>") + len(tag) + 2 : PAGE.index(f"</{tag}>")]
-        parts[f"{tag}-src"] = f"'sha256-{base64.b64encode(hashlib.sha256(utf8(text)).digest()).decode()}'"
-    parts |= dict.fromkeys(("base-uri", "form-action", "frame-ancestors"), "'none'")
-    return "; ".join(f"{name} {value}" for name, value in parts.items())
+        hashes.append(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(utf8(text)).digest()).decode()}'")
+    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return "; ".join(["default-src 'none'", *hashes, rest])
 
 
 PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ws-echo</title>
@@ -1448,13 +1389,8 @@ def check_option(name: str, value: Any) -> Any:
     if name == "log_level" and value not in ("debug", "info", "warning", "error"):
         raise ValueError(f"{value!r} is not debug, info, warning or error")
     if name == "trusted_proxies":
-        parse_networks(value)
+        parse_proxies(str(value))
     return value
-
-
-def parse_networks(text: str) -> Networks:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    return [name if name == "unix" else ipaddress.ip_network(name, strict=False) for name in names]
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -1479,11 +1415,12 @@ def read_config(path: str) -> dict[str, Any]:
 # Listening sockets, TLS, systemd, a clean stop.
 
 
-class CannotServe(Exception):
+class CannotServe(Exception):  # noqa: N818  # not our error, either
     """What is around us does not let us serve; the text is one line that names the address or the file."""
 
 
 RESERVE = 64  # descriptors that are not for WebSockets: files, listening sockets, handshakes, health checks
+BACKLOG = 4096  # handshakes of TCP that the kernel keeps for us, if net.core.somaxconn lets it
 PAUSE = 0.5  # seconds without accepting when descriptors have run out all the same
 
 
@@ -1492,7 +1429,7 @@ class Server:
 
     def __init__(self, options: Options, reread: Callable[[], Options]) -> None:
         self.options, self.reread = options, reread
-        self.proxies = parse_networks(options.trusted_proxies)
+        self.proxies = parse_proxies(options.trusted_proxies)
         limit = descriptor_limit()
         self.max_connections = options.max_connections or limit - min(RESERVE, limit // 2)
         self.tls = tls_context(options)
@@ -1500,7 +1437,7 @@ class Server:
         self.urls = ", ".join(dict.fromkeys(url_of(sock, self.tls is not None) for sock in self.sockets))
         self.connections = Connections.current()
         self.stopping = False
-        self.exit_code = asyncio.get_running_loop().create_future()
+        self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.http = HTTPServer(
             make_app(self),
             idle_connection_timeout=options.handshake_timeout,
@@ -1554,7 +1491,7 @@ class Server:
     def check_room(self) -> None:
         """Raises Refusal when no further WebSocket is taken."""
         if self.stopping or len(self.connections.open) >= self.max_connections:
-            raise Refusal(503, "the server is stopping" if self.stopping else "the server is full", Retry_After="5")
+            raise Refusal(503, "the server is stopping" if self.stopping else "the server is full")
 
     def stop(self, number: int) -> None:
         """SIGTERM and SIGINT: the first one lets everybody finish, the second one does not."""
@@ -1569,11 +1506,12 @@ class Server:
         for listener in self.sockets:
             IOLoop.current().remove_handler(listener)
             listener.close()
-        unlink_socket(self.options.unix_socket)
+        if self.options.unix_socket:
+            Path(self.options.unix_socket).unlink(missing_ok=True)
         for connection in list(self.connections.open):
             connection.go_away()
         deadline = time.monotonic() + self.options.drain_timeout
-        while self.connections.open and time.monotonic() < deadline:
+        while self.connections.open and time.monotonic() < deadline:  # noqa: ASYNC110  # simpler than an event
             await asyncio.sleep(0.02)
         log.info("[SERVER] stopped")
         if not self.exit_code.done():
@@ -1606,34 +1544,23 @@ def listening_sockets(options: Options) -> list[socket.socket]:
     if options.unix_socket:
         return [unix_socket(options.unix_socket)]
     try:
-        return netutil.bind_sockets(options.port, options.address or None, backlog=4096, reuse_port=options.reuse_port)
+        return netutil.bind_sockets(
+            options.port, options.address or None, backlog=BACKLOG, reuse_port=options.reuse_port
+        )
     except OSError as error:
-        where = f"{options.address or '*'}, port {options.port}"
+        where = f"{options.address or 'all addresses'}, port {options.port}"
         raise CannotServe(f"cannot listen on {where}: {error.strerror or error}") from None
 
 
 def unix_socket(path: str) -> socket.socket:
     """A socket file that nobody listens on is replaced."""
     try:
-        with socket.socket(socket.AF_UNIX) as probe:
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
             probe.connect(path)
-        raise CannotServe(f"cannot listen on {path}: {os.strerror(errno.EADDRINUSE)}")
-    except ConnectionRefusedError:
-        unlink_socket(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise CannotServe(f"cannot listen on {path}: {error.strerror or error}") from None
-    try:
-        return netutil.bind_unix_socket(path, mode=0o660, backlog=4096)
+            raise OSError(None, "it is in use")
+        return netutil.bind_unix_socket(path, mode=0o660, backlog=BACKLOG)
     except (OSError, ValueError) as error:
         raise CannotServe(f"cannot listen on {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def unlink_socket(path: str) -> None:
-    with contextlib.suppress(OSError):
-        if path and stat.S_ISSOCK(os.stat(path).st_mode):
-            os.unlink(path)
 
 
 def inherited_sockets() -> list[socket.socket]:
@@ -1677,29 +1604,19 @@ def tls_context(options: Options) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    names = [name for name in (options.certfile, options.keyfile, options.client_cafile) if name]
-    for name in names:
-        readable(name)
+    files = [name for name in (options.certfile, options.keyfile, options.client_cafile) if name]
     try:
-        context.load_cert_chain(options.certfile, options.keyfile or None, password=lambda: "")
-    except (ssl.SSLError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise CannotServe(f"cannot use {' and '.join(names[: 1 + bool(options.keyfile)])}: {reason}") from None
-    if options.client_cafile:
-        context.verify_mode = ssl.CERT_REQUIRED
-        try:
+        for name in files:  # ssl does not say which one it cannot read
+            Path(name).read_bytes()
+        context.load_cert_chain(options.certfile, options.keyfile or None, password="")  # do not ask for one
+        if options.client_cafile:
+            context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(options.client_cafile)
-        except ssl.SSLError as error:
-            raise CannotServe(f"cannot use {options.client_cafile}: {error.reason}") from None
-    return context
-
-
-def readable(path: str) -> None:
-    """ssl does not say which file it could not read."""
-    try:
-        open(path, "rb").close()
+    except ssl.SSLError as error:
+        raise CannotServe(f"cannot use {' with '.join(files)}: {error.reason or error}") from None
     except OSError as error:
-        raise CannotServe(f"cannot read {path}: {error.strerror}") from None
+        raise CannotServe(f"cannot read {error.filename}: {error.strerror}") from None
+    return context
 
 
 def descriptor_limit() -> int:
@@ -1866,9 +1783,8 @@ def add_option(group: Any, name: str, default: Any, text: str) -> None:
 
 
 def parse_option(name: str, text: str) -> Any:
-    kind = type(FIELDS[name].default)
     try:
-        return check_option(name, kind(text))
+        return check_option(name, cast(Any, type(FIELDS[name].default))(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
