@@ -22,6 +22,7 @@ import base64
 import codecs
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gc
 import hashlib
@@ -36,6 +37,7 @@ import socket
 import ssl
 import struct
 import sys
+import termios
 import threading
 import time
 import weakref
@@ -85,8 +87,9 @@ class EchoHandler(WebSocketHandler):
         self.prefix, self.compression, self.origins = prefix, compression, origins
         self.stall_timeout, self.server = stall_timeout, server
 
-    def open(self, *args: str, **kwargs: str) -> None:
+    def open(self, *args: str, **kwargs: str) -> Awaitable[None] | None:
         log.info("[SERVER] connection() from %s %s", self.peer, printable(path_of(self.request)))
+        return None
 
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
         if log.isEnabledFor(logging.DEBUG):
@@ -473,11 +476,11 @@ class Connection(WebSocketProtocol):
     """A handler's protocol on a plain socket, which it takes over from Tornado's IOStream."""
 
     __slots__ = (
-        "_backlog", "_deadline", "_deflate", "_hold", "_io", "_leaving", "_linger", "_loop", "_mark", "_mark_at",
-        "_only_echoes", "_out", "_out_size", "_pending", "_ping", "_pinged", "_pong", "_progress_at", "_queue",
-        "_queue_size", "_receiver", "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_socket", "_stall_timeout",
-        "_state", "_subprotocol", "_turning", "_waiters", "_writing", "bytes", "close_code", "close_reason", "messages",
-        "opened", "outcome",
+        "_backlog", "_deadline", "_deflate", "_held", "_hold", "_io", "_leaving", "_linger", "_loop", "_mark",
+        "_mark_at", "_only_echoes", "_out", "_out_size", "_pending", "_ping", "_pinged", "_pong", "_progress_at",
+        "_queue", "_queue_size", "_receiver", "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_socket",
+        "_stall_timeout", "_state", "_subprotocol", "_turning", "_waiters", "_writing", "bytes", "close_code",
+        "close_reason", "messages", "opened", "outcome",
     )  # fmt: skip
 
     def __init__(self, handler: WebSocketHandler, stall_timeout: float) -> None:
@@ -502,6 +505,7 @@ class Connection(WebSocketProtocol):
         self._writing: asyncio.Future[None] | None = None  # what StreamConnection has given to its stream
         self._waiters: deque[tuple[int, asyncio.Future[None]]] | None = None  # by the _sent that they wait for
         self._pong: bytes | None = None  # the answer to the latest of the pings that came during a backlog
+        self._held = 0  # bytes that the kernel had not delivered at the last check
         self._leaving = self._linger = False
         self._seen = self._pinged = False  # a byte came or left since the last check; a ping was sent
         self._deadline = 0.0  # of the present state, in time.monotonic(); 0: none
@@ -684,6 +688,8 @@ class Connection(WebSocketProtocol):
 
     def _control(self, opcode: int, payload: bytes | bytearray) -> None:
         payload = bytes(payload)
+        if self._state >= ENDING:
+            return
         if opcode == CLOSE:
             self._on_close_frame(payload)
         elif opcode == PONG:
@@ -903,6 +909,8 @@ class Connection(WebSocketProtocol):
         """Comes some times in the shortest of the limits. Any byte, either way, is a sign of life."""
         if self._seen:
             self._seen, self._seen_at, self._pinged = False, now, False
+        if self._backlog or self._writing:
+            self._check_progress(now)
         if self._backlog and 0 < self._stall_timeout <= now - self._progress_at:
             self.outcome = 1008
             self._warn("1008 takes nothing,")
@@ -913,6 +921,15 @@ class Connection(WebSocketProtocol):
         elif self._state == OPEN and self._may_read():
             self._check_message(now)
             self._check_life(now, *self._ping)
+
+    def _check_progress(self, now: float) -> None:
+        """The kernel says that a socket is writable when a third of its buffer is free, which can be a megabyte later:
+        ask it how much it holds."""
+        with contextlib.suppress(OSError):
+            (held,) = struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))
+            if held < self._held:
+                self._progress_at = self._seen_at = now
+            self._held = held
 
     def _check_message(self, now: float) -> None:
         mark = self._receiver.unfinished
@@ -993,8 +1010,9 @@ class StreamConnection(Connection):
 
     def _on_written(self, written: asyncio.Future[None]) -> None:
         self._writing = None
-        failed = written.cancelled() or written.exception()
-        if self._state != CLOSED and not failed:
+        if written.cancelled() or written.exception():
+            self._lost("the peer has left", owed=True)
+        elif self._state != CLOSED:
             self._seen, self._progress_at = True, time.monotonic()
             self._drain()
 
@@ -1313,7 +1331,7 @@ function draw() {
   if (end) feed.scrollTop = feed.scrollHeight;
   const svg = $('plot'), n = samples.length, by = [...samples].sort((a, b) => a - b), max = by[n - 1];
   const mid = (by[(n - 1) >> 1] + by[n >> 1]) / 2, p95 = by[Math.ceil(n * .95) - 1], min = by[0];
-  $('median').textContent = n ? ms(mid) : '–';
+  $('median').textContent = n ? ms(mid) : '-';
   $('stats').textContent = n ? `min ${ms(min)}, p95 ${ms(p95)}, max ${ms(max)}, count ${n}` : 'no replies';
   svg.setAttribute('aria-label', 'Round-trip times. ' + $('summary').textContent); svg.textContent = '';
   const all = [...Array(24).keys()].map(i => +`${'125'[i % 3]}e${(i / 3 | 0) - 2}`);  // 0.01, 0.02, 0.05 ...
@@ -1573,9 +1591,9 @@ def listening_sockets(options: Options) -> list[socket.socket]:
         return netutil.bind_sockets(
             options.port, options.address or None, backlog=BACKLOG, reuse_port=options.reuse_port
         )
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         where = f"{options.address or 'all addresses'}, port {options.port}"
-        raise CannotServe(f"cannot listen on {where}: {error.strerror or error}") from None
+        raise CannotServe(f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def unix_socket(path: str) -> socket.socket:
@@ -1619,7 +1637,7 @@ def url_of(sock: socket.socket, tls: bool) -> str:
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         return f"ws+unix:{os.fsdecode(name)}"
-    host = "localhost" if name[0] in ("0.0.0.0", "::", "127.0.0.1", "::1") else name[0]  # noqa: S104  # it is compared
+    host = "localhost" if name[0] in ("0.0.0.0", "::", "127.0.0.1") else name[0]  # noqa: S104  # it is compared
     return f"{'wss' if tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{name[1]}/"
 
 
@@ -1760,7 +1778,7 @@ class LineHandler(logging.Handler):
         counts, self.counts = self.counts, Counter()
         for (kind, level), number in counts.items():
             if number > LINES_A_SECOND:
-                text = f"… and {number - LINES_A_SECOND:,} more: {kind}"
+                text = f"… and {number - LINES_A_SECOND:,} more: {kind.partition('%')[0].strip()}"
                 self.write(logging.makeLogRecord({"levelno": level, "msg": text}))
 
     def write(self, record: logging.LogRecord) -> None:
@@ -1847,6 +1865,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = parse_args(argv)
+        if options.cafile:
+            Path(options.cafile).read_bytes()  # ssl does not say which file it cannot read
     except OSError as error:
         print(f"echo_server: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
@@ -1859,7 +1879,9 @@ def main(argv: list[str] | None = None) -> int:
             return await run_client(options)
         return await Server(options, lambda: parse_args(argv)).serve()
 
-    if not options.connect:
+    if options.connect:
+        logging.basicConfig(handlers=[logging.NullHandler()])  # the client says itself what is wrong
+    else:
         set_up_logging(options.log_level)
         gc.freeze()  # what is there stays; and the garbage of a connection is little, so look for it less often:
         gc.set_threshold(20_000, 20, 20)  # a tenth of the time of short connections was spent on that
