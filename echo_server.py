@@ -28,6 +28,7 @@ import gc
 import hashlib
 import html
 import ipaddress
+import itertools
 import logging
 import os
 import re
@@ -76,31 +77,41 @@ class EchoHandler(WebSocketHandler):
     `on_message`, `open` or `on_close`. Tornado's own settings and methods do what Tornado says.
     """
 
+    scenario: Scenario | None = None
+
     def initialize(
         self,
         prefix: str = "ECHO:",
         compression: bool = True,  # take permessage-deflate (RFC 7692) when it is offered
         origins: Collection[str] = (),  # of pages that may connect beside our own; "*" is any
         stall_timeout: float = 60.0,  # seconds without progress of a message, either way; 0: for ever
+        scenarios: bool = False,  # the URL may ask for trouble: see Scenario
         server: Server | None = None,  # the stand-alone server, which can be full, or stopping
     ) -> None:
         self.prefix, self.compression, self.origins = prefix, compression, origins
-        self.stall_timeout, self.server = stall_timeout, server
+        self.stall_timeout, self.scenarios, self.server = stall_timeout, scenarios, server
 
     def open(self, *args: str, **kwargs: str) -> Awaitable[None] | None:
         log.info("[SERVER] connection() from %s %s", self.peer, printable(path_of(self.request)))
+        if self.scenario:
+            self.scenario.begin(self)
         return None
 
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("[SERVER] Received:%s", printable(message))
+        if self.scenario:
+            return self.scenario.reply(self, message)
+        self.reply(message)
+        return None
+
+    def reply(self, message: str | bytes) -> None:
         if isinstance(message, str):
             sent = self.write_message(self.prefix + message)
         else:
             sent = self.write_message(utf8(self.prefix) + message, binary=True)
         if not sent.done():  # the kernel has not taken it at once
             sent.add_done_callback(self.on_sent)
-        return None
 
     def on_sent(self, sent: asyncio.Future[None]) -> None:
         if not sent.cancelled() and sent.exception():
@@ -110,6 +121,8 @@ class EchoHandler(WebSocketHandler):
         it, seconds = self.connection, time.monotonic() - self.connection.opened
         line = "[SERVER] close() %d from %s after %.1f s, %d messages, %d bytes"
         log.info(line, it.outcome, self.peer, seconds, it.messages, it.bytes)
+        if self.scenario and self.scenario.pushing:
+            self.scenario.pushing.cancel()
         del self.connection  # a cycle, which would be left to the garbage collector
 
     async def get(self, *args: str, **kwargs: str) -> None:
@@ -118,6 +131,8 @@ class EchoHandler(WebSocketHandler):
         check_handshake(self.request)
         if self.server:
             self.server.check_room()
+        if self.scenarios:
+            self.scenario = Scenario.of(self.request)
         await super().get(*args, **kwargs)
 
     head = get  # is refused, since no handshake is a HEAD
@@ -145,13 +160,72 @@ class EchoHandler(WebSocketHandler):
         return error.answer(self) if isinstance(error, Refusal) else super().write_error(status_code, **kwargs)
 
 
-ECHO = (EchoHandler.on_message, WebSocketHandler.write_message)
+class Scenario:
+    """What the query of the URL asks for, so that people see how their client behaves. Other names are ignored."""
+
+    names: ClassVar[dict[str, str]] = {
+        "delay": "seconds before each reply, at most 60",
+        "close": "close with this code ...",
+        "reason": "... and this reason, at most 123 bytes",
+        "drop": "1: reset the connection instead",
+        "after": "how many messages come first; default 0: at once",
+        "push": "1: also send PUSH:1, PUSH:2 ... by itself, one a second",
+    }
+    pushing: asyncio.Task[None] | None = None
+
+    def __init__(self, query: dict[str, str]) -> None:
+        """Raises ValueError."""
+        self.delay, self.after = float(query.get("delay", 0)), int(query.get("after", 0))
+        self.code, self.reason = int(query.get("close", 0)), query.get("reason", "")
+        self.drop, self.push = query.get("drop", "0") == "1", query.get("push", "0") == "1"
+        flags = {query.get("drop", "0"), query.get("push", "0")} <= {"0", "1"}
+        code = self.code in CLOSE_CODES or "close" not in query
+        if not (flags and code and 0 <= self.delay <= 60 and self.after >= 0 and len(utf8(self.reason)) <= 123):
+            raise ValueError
+
+    @classmethod
+    def of(cls, request: HTTPServerRequest) -> Scenario | None:
+        given = {name: values for name, values in request.query_arguments.items() if name in cls.names}
+        try:
+            return cls({name: value.decode() for name, (value,) in given.items()}) if given else None
+        except ValueError:
+            known = "".join(f"\n  {name}={text}" for name, text in cls.names.items())
+            raise Refusal(400, f"the query has a bad value; it may ask for:{known}") from None
+
+    def begin(self, handler: EchoHandler) -> None:
+        if self.push:
+            self.pushing = asyncio.create_task(self.push_messages(handler))
+        if self.after == 0:
+            self.end(handler)
+
+    async def push_messages(self, handler: EchoHandler) -> None:
+        with contextlib.suppress(WebSocketClosedError):
+            for number in itertools.count(1):
+                await asyncio.sleep(1)
+                await handler.write_message(f"PUSH:{number}")
+
+    async def reply(self, handler: EchoHandler, message: str | bytes) -> None:
+        await asyncio.sleep(self.delay)
+        with contextlib.suppress(WebSocketClosedError):
+            handler.reply(message)
+            if handler.connection.messages >= self.after:
+                self.end(handler)
+
+    def end(self, handler: EchoHandler) -> None:
+        if self.drop:
+            handler.connection.drop()
+        elif self.code:
+            handler.close(self.code, self.reason)
+
+
+OWN = {"on_message": EchoHandler.on_message, "reply": EchoHandler.reply, "write_message": EchoHandler.write_message}
 
 
 def only_echoes(handler: WebSocketHandler) -> bool:
     """Whether `on_message` is the one above, and what it calls is what it was."""
-    own = isinstance(handler, EchoHandler) and not {"on_message", "write_message"} & vars(handler).keys()
-    return own and (type(handler).on_message, type(handler).write_message) == ECHO
+    if not isinstance(handler, EchoHandler) or handler.scenario or {*OWN} & vars(handler).keys():
+        return False
+    return all(getattr(type(handler), name) is method for name, method in OWN.items())
 
 
 def make_app(server: Server) -> Application:
@@ -159,7 +233,7 @@ def make_app(server: Server) -> Application:
     options = server.options
     origins = {origin.strip() for origin in options.origins.split(",")}
     echo = {"prefix": options.prefix, "compression": options.compression, "origins": origins}
-    echo |= {"stall_timeout": options.stall_timeout, "server": server}
+    echo |= {"stall_timeout": options.stall_timeout, "scenarios": options.scenarios, "server": server}
     return Application(
         [Rule(PlainGet(), PlainHandler, {"server": server}), (r".*", EchoHandler, echo)],
         websocket_ping_interval=options.ping_interval,
@@ -833,6 +907,10 @@ class Connection(WebSocketProtocol):
         self._leaving = True
         self._after_turn()
 
+    def drop(self) -> None:
+        """Without a Close: the peer sees a reset."""
+        self._closed(reset=True)
+
     def is_closing(self) -> bool:
         return self._state != OPEN
 
@@ -1067,7 +1145,9 @@ class Refusal(HTTPError):  # noqa: N818  # not always an error
 
     def answer(self, handler: EchoHandler) -> None:
         if "Sec-WebSocket-Key" in handler.request.headers:  # it was meant to be a handshake
-            log.warning("[SERVER] error:%d %s, %s", self.status_code, self.text, handler.peer)
+            reason = self.text.partition("\n")[0]
+            log.warning("[SERVER] error:%d %s, %s", self.status_code, reason, handler.peer)
+            Connections.current().refused[reason] += 1
         if self.status_code == 426:
             handler.set_header("Upgrade", "websocket")
             handler.set_header("Connection", "Upgrade")
@@ -1195,8 +1275,8 @@ class PlainHandler(RequestHandler):
         rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in seen)
         set_headers(self, "text/html")
         self.set_header("Content-Security-Policy", page_policy())
-        page = re.sub(r"<!--scenarios-->.*<!--/scenarios-->", "", PAGE, flags=re.DOTALL)
-        self.finish(page.replace("<!--handshake-->", rows))
+        off = r"<!--scenarios-->.*<!--/scenarios-->" if not self.server.options.scenarios else "$^"
+        self.finish(re.sub(off, "", PAGE, flags=re.DOTALL).replace("<!--handshake-->", rows))
 
     head = get
 
@@ -1381,6 +1461,7 @@ class Options:
     prefix: str = option("Echo", "ECHO:", "what comes before the message, '' makes a mirror", "TEXT")
     origins: str = option("Echo", "*", "comma-separated origins of pages that may connect, '' only our own", "LIST")
     compression: bool = option("Echo", True, "accept permessage-deflate")
+    scenarios: bool = option("Echo", True, "let the URL ask for delays, closes, drops and pushes")
     max_message_size: int = option("Limits", 1 << 20, "of a message, also after inflating", "BYTES", 125)
     max_connections: int = option("Limits", 0, "at the same time, 0: from the descriptor limit", "NUMBER")
     handshake_timeout: float = option("Limits", 10.0, "for TLS and the request", "SECONDS", 0.001)
