@@ -607,6 +607,8 @@ class Connection(WebSocketProtocol):
         self._only_echoes = only_echoes(handler)
         self._call(handler.open, *handler.open_args, **handler.open_kwargs)
         self._turn(early)
+        if self._registry.leaving:
+            self.go_away()
 
     def _negotiate(self, handler: WebSocketHandler, headers: HTTPHeaders) -> None:
         offer = headers.get("Sec-WebSocket-Protocol", "")
@@ -904,8 +906,9 @@ class Connection(WebSocketProtocol):
 
     def go_away(self) -> None:
         """Closes with 1001, behind the replies that are owed."""
-        self._leaving = True
-        self._after_turn()
+        if self._state == OPEN:
+            self._leaving = True
+            self._after_turn()
 
     def drop(self) -> None:
         """Without a Close: the peer sees a reset."""
@@ -1105,6 +1108,8 @@ class Connections:
 
     def __init__(self) -> None:
         self.open: set[Connection] = set()
+        self.leaving = False  # the server stops
+        self.refused: Counter[str] = Counter()  # handshakes, by reason
         self.finished: asyncio.Future[None] = asyncio.Future()  # of all writes that left at once
         self.finished.set_result(None)
         self.timer: object = None
@@ -1275,7 +1280,7 @@ class PlainHandler(RequestHandler):
         rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in seen)
         set_headers(self, "text/html")
         self.set_header("Content-Security-Policy", page_policy())
-        off = r"<!--scenarios-->.*<!--/scenarios-->" if not self.server.options.scenarios else "$^"
+        off = r"<!--/?scenarios-->" if self.server.options.scenarios else r"<!--scenarios-->.*<!--/scenarios-->"
         self.finish(re.sub(off, "", PAGE, flags=re.DOTALL).replace("<!--handshake-->", rows))
 
     head = get
@@ -1547,7 +1552,8 @@ class Server:
         self.urls = ", ".join(dict.fromkeys(url_of(sock, self.tls is not None) for sock in self.sockets))
         self.connections = Connections.current()
         self.waiting: weakref.WeakSet[IOStream] = weakref.WeakSet()  # who has connected and not asked yet
-        self.stopping, self.draining = False, cast("asyncio.Task[None] | None", None)
+        self.stopping = self.closed = False  # closed: also to those who had connected before
+        self.draining: asyncio.Task[None] | None = None
         self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.http = HTTPServer(
             make_app(self),
@@ -1607,8 +1613,8 @@ class Server:
 
     def check_room(self) -> None:
         """Raises Refusal when no further WebSocket is taken."""
-        if self.stopping or len(self.connections.open) >= self.max_connections:
-            raise Refusal(503, "the server is stopping" if self.stopping else "the server is full")
+        if self.closed or len(self.connections.open) >= self.max_connections:
+            raise Refusal(503, "the server is stopping" if self.closed else "the server is full")
 
     def stop(self, number: int) -> None:
         """SIGTERM and SIGINT: the first one lets everybody finish, the second one does not."""
@@ -1618,7 +1624,7 @@ class Server:
             self.exit_code.set_result(128 + number)
 
     async def drain(self) -> None:
-        """Lets in who has connected already, then sends everybody away."""
+        """Sends everybody away, also who has connected and not asked yet: a restart refuses nobody."""
         notify(f"STOPPING=1\nSTATUS=stopping with {len(self.connections.open)} connections")
         for listener in self.sockets:
             IOLoop.current().remove_handler(listener)
@@ -1626,12 +1632,13 @@ class Server:
         if self.own_path:
             with contextlib.suppress(OSError):
                 os.unlink(self.own_path)
-        patience = self.options.drain_timeout
-        await until(lambda: all(stream.closed() for stream in self.waiting), min(GRACE, patience))
-        self.stopping = True
+        begin, patience = time.monotonic(), self.options.drain_timeout
+        self.stopping = self.connections.leaving = True
         for connection in list(self.connections.open):
             connection.go_away()
-        await until(lambda: not self.connections.open, patience)
+        await until(lambda: all(stream.closed() for stream in self.waiting), begin + min(GRACE, patience))
+        self.closed = True
+        await until(lambda: not self.connections.open, begin + patience)
         log.info("[SERVER] stopped")
         if not self.exit_code.done():
             self.exit_code.set_result(0)
@@ -1659,8 +1666,7 @@ class Server:
             await asyncio.sleep(min(limit / 3 or 5.0, 5.0))
 
 
-async def until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+async def until(condition: Callable[[], bool], deadline: float) -> None:
     while not condition() and time.monotonic() < deadline:  # noqa: ASYNC110  # there is no one event for it
         await asyncio.sleep(0.01)
 
@@ -1761,15 +1767,8 @@ def descriptor_limit() -> int:
 
 async def run_client(options: Options) -> int:
     """0: the handshake succeeded, and as many messages came as were sent."""
-    request = HTTPRequest(
-        options.connect,
-        connect_timeout=options.timeout,
-        request_timeout=options.timeout,
-        validate_cert=not options.insecure,
-        ca_certs=options.cafile or None,
-    )
     try:
-        connection = await websocket.websocket_connect(request, max_message_size=1 << 30)
+        connection = await websocket.websocket_connect(client_request(options), max_message_size=1 << 30)
     except Exception as error:  # of the URL, the name, the connection, TLS or the handshake
         return client_error(str(error) or type(error).__name__)
     print("[CLIENT] open()", flush=True)
@@ -1777,6 +1776,18 @@ async def run_client(options: Options) -> int:
         return await converse(connection, options)
     finally:
         connection.close(1000)
+
+
+def client_request(options: Options) -> HTTPRequest:
+    if options.cafile:
+        Path(options.cafile).read_bytes()  # ssl does not say which file it cannot read
+    return HTTPRequest(
+        options.connect,
+        connect_timeout=options.timeout,
+        request_timeout=options.timeout,
+        validate_cert=not options.insecure,
+        ca_certs=options.cafile or None,
+    )
 
 
 async def converse(connection: websocket.WebSocketClientConnection, options: Options) -> int:
@@ -1946,8 +1957,6 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = parse_args(argv)
-        if options.cafile:
-            Path(options.cafile).read_bytes()  # ssl does not say which file it cannot read
     except OSError as error:
         print(f"echo_server: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
