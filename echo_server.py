@@ -120,7 +120,7 @@ class EchoHandler(WebSocketHandler):
     def on_close(self) -> None:
         it, seconds = self.connection, time.monotonic() - self.connection.opened
         line = "[SERVER] close() %d from %s after %.1f s, %d messages, %d bytes"
-        log.info(line, it.outcome, self.peer, seconds, it.messages, it.bytes)
+        log.info(line, it.outcome, self.peer, seconds, it.messages(), it.text_bytes + it.binary_bytes)
         if self.scenario and self.scenario.pushing:
             self.scenario.pushing.cancel()
         del self.connection  # a cycle, which would be left to the garbage collector
@@ -208,7 +208,7 @@ class Scenario:
         await asyncio.sleep(self.delay)
         with contextlib.suppress(WebSocketClosedError):
             handler.reply(message)
-            if handler.connection.messages >= self.after:
+            if handler.connection.messages() >= self.after:
                 self.end(handler)
 
     def end(self, handler: EchoHandler) -> None:
@@ -232,10 +232,11 @@ def make_app(server: Server) -> Application:
     """The stand-alone application: WebSocket on every path, and what answers a plain GET."""
     options = server.options
     origins = {origin.strip() for origin in options.origins.split(",")}
+    paths = ["/healthz", "/metrics"] if options.metrics else ["/healthz"]
     echo = {"prefix": options.prefix, "compression": options.compression, "origins": origins}
     echo |= {"stall_timeout": options.stall_timeout, "scenarios": options.scenarios, "server": server}
     return Application(
-        [Rule(PlainGet(), PlainHandler, {"server": server}), (r".*", EchoHandler, echo)],
+        [Rule(PlainGet(paths), PlainHandler, {"server": server}), (r".*", EchoHandler, echo)],
         websocket_ping_interval=options.ping_interval,
         websocket_ping_timeout=options.ping_timeout,
         websocket_max_message_size=options.max_message_size,
@@ -550,11 +551,49 @@ class Connection(WebSocketProtocol):
     """A handler's protocol on a plain socket, which it takes over from Tornado's IOStream."""
 
     __slots__ = (
-        "_backlog", "_deadline", "_deflate", "_held", "_hold", "_io", "_leaving", "_linger", "_loop", "_mark",
-        "_mark_at", "_only_echoes", "_out", "_out_size", "_pending", "_ping", "_pinged", "_pong", "_progress_at",
-        "_queue", "_queue_size", "_receiver", "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_socket",
-        "_stall_timeout", "_state", "_subprotocol", "_turning", "_waiters", "_writing", "bytes", "close_code",
-        "close_reason", "messages", "opened", "outcome",
+        "_backlog",
+        "_deadline",
+        "_deflate",
+        "_held",
+        "_hold",
+        "_io",
+        "_leaving",
+        "_linger",
+        "_loop",
+        "_mark",
+        "_mark_at",
+        "_only_echoes",
+        "_out",
+        "_out_size",
+        "_pending",
+        "_ping",
+        "_pinged",
+        "_pong",
+        "_progress_at",
+        "_queue",
+        "_queue_size",
+        "_receiver",
+        "_registry",
+        "_scheduled",
+        "_seen",
+        "_seen_at",
+        "_sent",
+        "_slow",
+        "_socket",
+        "_stall_timeout",
+        "_state",
+        "_subprotocol",
+        "_turning",
+        "_waiters",
+        "_writing",
+        "binaries",
+        "binary_bytes",
+        "close_code",
+        "close_reason",
+        "opened",
+        "outcome",
+        "text_bytes",
+        "texts",
     )  # fmt: skip
 
     def __init__(self, handler: WebSocketHandler, stall_timeout: float) -> None:
@@ -562,7 +601,8 @@ class Connection(WebSocketProtocol):
         self.handler: WebSocketHandler = handler
         self._loop, self._registry, self._state = IOLoop.current(), Connections.current(), OPEN
         self.opened = self._seen_at = self._mark_at = self._progress_at = time.monotonic()
-        self.messages = self.bytes = 0  # received; bytes of payload
+        self.texts = self.text_bytes = self.binaries = self.binary_bytes = 0  # received
+        self._slow: list[int] | None = None  # the same of those that `on_message` got, and of what was sent otherwise
         self.outcome = 1006  # the close code for log and metrics; 1006: without a Close
         self.close_code: int | None = None  # what the peer said
         self.close_reason: str | None = None
@@ -719,7 +759,7 @@ class Connection(WebSocketProtocol):
     def _echo(self, events: list[Event]) -> None:
         """The replies of EchoHandler's own `on_message`, without calling it: 0.6 rather than 1.3 us a message."""
         head, heads = echo_heads(self.handler.prefix)  # type: ignore[attr-defined]  # only_echoes() has looked
-        out, messages, size = self._out, 0, 0
+        out, texts, size, binaries, binary_size = self._out, 0, 0, 0, 0
         for opcode, payload in events:
             if opcode > BINARY:
                 self._control(opcode, payload)
@@ -734,11 +774,18 @@ class Connection(WebSocketProtocol):
             else:
                 out.append(frame_header(FIN | opcode, len(head) + length) + head)
                 out.append(payload)
-            messages += 1
-            size += length
-        self.messages += messages
-        self.bytes += size
-        self._out_size += size
+            if opcode == TEXT:
+                texts += 1
+                size += length
+            else:
+                binaries += 1
+                binary_size += length
+        self.texts += texts
+        self.text_bytes += size
+        if binaries:
+            self.binaries += binaries
+            self.binary_bytes += binary_size
+        self._out_size += size + binary_size
 
     def _dispatch(self, events: Iterable[Event]) -> None:
         """Hands messages to the handler, until the ones that are left have to wait."""
@@ -747,11 +794,27 @@ class Connection(WebSocketProtocol):
             if opcode > BINARY:
                 self._control(opcode, payload)
             elif self._state == OPEN:
-                self.messages += 1
-                self.bytes += len(payload)
+                self._count_received(opcode, len(payload))
                 self._call(self.handler.on_message, payload.decode() if opcode == TEXT else bytes(payload))
                 if self._hold:
                     self._enqueue(rest)
+
+    def _count_received(self, opcode: int, size: int) -> None:
+        self._slow = self._slow or [0] * 8
+        if opcode == TEXT:
+            self.texts, self.text_bytes = self.texts + 1, self.text_bytes + size
+        else:
+            self.binaries, self.binary_bytes = self.binaries + 1, self.binary_bytes + size
+        self._slow[2 * opcode - 2] += 1
+        self._slow[2 * opcode - 1] += size
+
+    def traffic(self) -> list[int]:
+        """Texts, their bytes, binaries, their bytes, that were received; then the same of what was sent."""
+        received, slow = [self.texts, self.text_bytes, self.binaries, self.binary_bytes], self._slow or [0] * 8
+        echoed = [all_of_them - some for all_of_them, some in zip(received, slow[:4], strict=True)]
+        prefix = len(utf8(getattr(self.handler, "prefix", "")))
+        echoed = [echoed[0], echoed[1] + prefix * echoed[0], echoed[2], echoed[3] + prefix * echoed[2]]
+        return received + [one + other for one, other in zip(echoed, slow[4:], strict=True)]
 
     def _enqueue(self, events: Iterable[Event]) -> None:
         for opcode, payload in events:
@@ -818,9 +881,11 @@ class Connection(WebSocketProtocol):
         is done at once, up to HIGH_WATER bytes that leave at the end of the turn."""
         if self._state != OPEN:
             raise WebSocketClosedError
-        self._add_message(
-            BINARY if binary else TEXT, utf8(json_encode(message) if isinstance(message, dict) else message)
-        )
+        payload = utf8(json_encode(message) if isinstance(message, dict) else message)
+        self._add_message(BINARY if binary else TEXT, payload)
+        self._slow = self._slow or [0] * 8
+        self._slow[6 if binary else 4] += 1
+        self._slow[7 if binary else 5] += len(payload)
         if not self._turning or self._out_size > HIGH_WATER:
             self._flush()
             if self._backlog or self._state == CLOSED:
@@ -910,6 +975,10 @@ class Connection(WebSocketProtocol):
             self._leaving = True
             self._after_turn()
 
+    def messages(self) -> int:
+        """How many have been received."""
+        return self.texts + self.binaries
+
     def drop(self) -> None:
         """Without a Close: the peer sees a reset."""
         self._closed(reset=True)
@@ -994,6 +1063,7 @@ class Connection(WebSocketProtocol):
             self._check_progress(now)
         if self._backlog and 0 < self._stall_timeout <= now - self._progress_at:
             self.outcome = 1008
+            self._registry.cut["stalled"] += 1
             self._warn("1008 takes nothing,")
             self._closed(reset=True)
         elif self._deadline and now >= self._deadline:
@@ -1022,6 +1092,7 @@ class Connection(WebSocketProtocol):
     def _check_life(self, now: float, interval: float, timeout: float) -> None:
         silence = now - self._seen_at
         if self._pinged and 0 < timeout <= silence - interval:
+            self._registry.cut["silent"] += 1
             self._warn("no answer to a ping,")
             self._closed(reset=True)
         elif interval and silence >= interval and not self._pinged and not self._backlog:
@@ -1109,6 +1180,9 @@ class Connections:
     def __init__(self) -> None:
         self.open: set[Connection] = set()
         self.leaving = False  # the server stops
+        self.opened, self.traffic = 0, [0] * 8  # of the connections that are closed
+        self.closed: Counter[int] = Counter()  # by close code
+        self.cut: Counter[str] = Counter()  # for a reason that has no code on the wire
         self.refused: Counter[str] = Counter()  # handshakes, by reason
         self.finished: asyncio.Future[None] = asyncio.Future()  # of all writes that left at once
         self.finished.set_result(None)
@@ -1124,11 +1198,14 @@ class Connections:
 
     def add(self, connection: Connection, limits: Iterable[float]) -> None:
         self.open.add(connection)
+        self.opened += 1
         self.period = min(self.period, *(limit / 4 for limit in limits if limit))
         self.timer = self.timer or IOLoop.current().call_later(self.period, self.check)
 
     def remove(self, connection: Connection) -> None:
         self.open.discard(connection)
+        self.closed[connection.outcome] += 1
+        self.traffic = [sum(pair) for pair in zip(self.traffic, connection.traffic(), strict=True)]
 
     def check(self) -> None:
         now = time.monotonic()
@@ -1256,13 +1333,53 @@ def set_headers(handler: RequestHandler, media_type: str) -> None:
     handler.set_header("X-Content-Type-Options", "nosniff")
 
 
+def metrics(connections: Connections) -> str:
+    """The text format of Prometheus, 0.0.4."""
+    columns = zip(connections.traffic, *(connection.traffic() for connection in connections.open), strict=True)
+    traffic = [sum(column) for column in columns]
+    kinds = [f'direction="{way}",type="{kind}"' for way in ("received", "sent") for kind in ("text", "binary")]
+    families: list[tuple[str, str, str, dict[str, int]]] = [
+        ("build_info", "gauge", "The version that runs.", {f'version="{__version__}"': 1}),
+        ("connections", "gauge", "Open WebSocket connections.", {"": len(connections.open)}),
+        ("connections_opened_total", "counter", "WebSocket connections so far.", {"": connections.opened}),
+        (
+            "connections_closed_total",
+            "counter",
+            "By close code.",
+            {f'code="{c}"': n for c, n in connections.closed.items()},
+        ),
+        (
+            "connections_cut_total",
+            "counter",
+            "Stalled, or silent.",
+            {f'reason="{r}"': n for r, n in connections.cut.items()},
+        ),
+        (
+            "handshakes_refused_total",
+            "counter",
+            "By reason.",
+            {f'reason="{r}"': n for r, n in connections.refused.items()},
+        ),
+        ("messages_total", "counter", "Messages.", dict(zip(kinds, traffic[::2], strict=True))),
+        ("message_bytes_total", "counter", "Their payload.", dict(zip(kinds, traffic[1::2], strict=True))),
+    ]
+    lines = []
+    for name, kind, text, values in families:
+        lines += [f"# HELP ws_echo_{name} {text}", f"# TYPE ws_echo_{name} {kind}"]
+        lines += [f"ws_echo_{name}{f'{{{labels}}}' if labels else ''} {value}" for labels, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
 class PlainGet(Matcher):
-    """Not a handshake, and for /healthz or from somebody who accepts HTML."""
+    """Not a handshake, and of one of these paths or from somebody who accepts HTML."""
+
+    def __init__(self, paths: Collection[str]) -> None:
+        self.paths = paths
 
     def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
         if is_upgrade(request) or request.method not in ("GET", "HEAD"):
             return None
-        wanted = path_of(request) == "/healthz" or "text/html" in request.headers.get("Accept", "")
+        wanted = path_of(request) in self.paths or "text/html" in request.headers.get("Accept", "")
         return {} if wanted else None
 
 
@@ -1271,10 +1388,15 @@ class PlainHandler(RequestHandler):
         self.server = server
 
     def get(self) -> None:
-        if path_of(self.request) == "/healthz":  # for load balancers
+        path = path_of(self.request)
+        if path == "/healthz":  # for load balancers
             set_headers(self, "text/plain")
             self.set_status(503 if self.server.stopping else 200)
             self.finish("stopping\n" if self.server.stopping else "ok\n")
+            return
+        if path == "/metrics" and self.server.options.metrics:
+            set_headers(self, "text/plain; version=0.0.4")
+            self.finish(metrics(self.server.connections))
             return
         seen = seen_by_server(self.request, peer_of(self.request, self.server.proxies))
         rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in seen)
@@ -1475,6 +1597,7 @@ class Options:
     stall_timeout: float = option("Limits", 60.0, "without progress of a message, 0: for ever", "SECONDS")
     drain_timeout: float = option("Limits", 10.0, "for clients to leave when stopping, 0: none", "SECONDS")
     trusted_proxies: str = option("Operation", "", "addresses whose X-Forwarded-For is believed, or unix", "LIST")
+    metrics: bool = option("Operation", False, "answer /metrics for Prometheus")
     log_level: str = option("Operation", "info", "debug, info, warning or error", "LEVEL")
     config: str = option("Operation", "", "TOML file with these names; the command line wins", "FILE")
     connect: str = option("Client", "", "be a client of this server, instead of one", "URL")
