@@ -27,6 +27,7 @@ import functools
 import gc
 import hashlib
 import html
+import io
 import ipaddress
 import itertools
 import logging
@@ -728,12 +729,13 @@ class Connection(WebSocketProtocol):
             self._queue_size -= len(payload) + EVENT
             self._dispatch([(opcode, payload)])
         events = receiver.feed(data)
-        if self._hold:
-            self._enqueue(events)
-        elif self._only_echoes and self._state == OPEN and not log.isEnabledFor(logging.DEBUG):
-            self._echo(events)
-        else:
-            self._dispatch(events)
+        try:
+            if self._only_echoes and not self._hold and self._state == OPEN and not log.isEnabledFor(logging.DEBUG):
+                self._echo(events)
+            else:
+                self._dispatch(events)
+        except Exception:  # a prefix that cannot be encoded
+            self._bug()
         self._turning = False
         if self._out:
             self._flush()
@@ -760,9 +762,12 @@ class Connection(WebSocketProtocol):
         """The replies of EchoHandler's own `on_message`, without calling it: 0.6 rather than 1.3 us a message."""
         head, heads = echo_heads(self.handler.prefix)  # type: ignore[attr-defined]  # only_echoes() has looked
         out, texts, size, binaries, binary_size = self._out, 0, 0, 0, 0
-        for opcode, payload in events:
+        rest = iter(events)
+        for opcode, payload in rest:
             if opcode > BINARY:
                 self._control(opcode, payload)
+                if self._hold or self._state != OPEN:
+                    self._dispatch(rest)
                 out = self._out  # it may have been flushed
                 continue
             length = len(payload)
@@ -789,15 +794,14 @@ class Connection(WebSocketProtocol):
 
     def _dispatch(self, events: Iterable[Event]) -> None:
         """Hands messages to the handler, until the ones that are left have to wait."""
-        rest = iter(events)
-        for opcode, payload in rest:
-            if opcode > BINARY:
+        for opcode, payload in events:
+            if self._hold:
+                self._enqueue(opcode, payload)
+            elif opcode > BINARY:
                 self._control(opcode, payload)
             elif self._state == OPEN:
                 self._count_received(opcode, len(payload))
                 self._call(self.handler.on_message, payload.decode() if opcode == TEXT else bytes(payload))
-                if self._hold:
-                    self._enqueue(rest)
 
     def _count_received(self, opcode: int, size: int) -> None:
         self._slow = self._slow or [0] * 8
@@ -816,19 +820,20 @@ class Connection(WebSocketProtocol):
         echoed = [echoed[0], echoed[1] + prefix * echoed[0], echoed[2], echoed[3] + prefix * echoed[2]]
         return received + [one + other for one, other in zip(echoed, slow[4:], strict=True)]
 
-    def _enqueue(self, events: Iterable[Event]) -> None:
-        for opcode, payload in events:
-            if opcode > CLOSE or (opcode == CLOSE and self._state == CLOSING):
-                self._control(opcode, payload)  # does not wait
-            else:
-                self._queue = self._queue or deque()
-                self._queue.append((opcode, payload))
-                self._queue_size += len(payload) + EVENT
+    def _enqueue(self, opcode: int, payload: bytes | bytearray) -> None:
+        if opcode == CLOSE:
+            self._read_close(bytes(payload))  # its sender may have gone when its turn comes
+        if opcode > CLOSE or self._state != OPEN:
+            self._control(opcode, payload)  # does not wait
+        else:
+            self._queue = self._queue or deque()
+            self._queue.append((opcode, payload))
+            self._queue_size += len(payload) + EVENT
 
     def _control(self, opcode: int, payload: bytes | bytearray) -> None:
         payload = bytes(payload)
-        if self._state >= ENDING:
-            return
+        if self._state >= ENDING or opcode <= BINARY:
+            return  # section 1.4: behind a Close, messages are discarded
         if opcode == CLOSE:
             self._on_close_frame(payload)
         elif opcode == PONG:
@@ -846,13 +851,12 @@ class Connection(WebSocketProtocol):
         """Calls a method of the handler. While it runs as a coroutine, messages wait."""
         try:
             result = method(*args, **kwargs)
-        except (Exception, asyncio.CancelledError):
-            self._bug()
-        else:
             if result is not None:
+                gen.convert_yielded(result).add_done_callback(self._resume)
                 self._pending += 1
                 self._hold = True
-                gen.convert_yielded(result).add_done_callback(self._resume)
+        except (Exception, asyncio.CancelledError):
+            self._bug()
 
     def _resume(self, future: asyncio.Future[None]) -> None:
         self._pending -= 1
@@ -990,9 +994,12 @@ class Connection(WebSocketProtocol):
         self._write(FIN | CLOSE, (struct.pack("!H", code) if code is not None else b"") + utf8(reason))
         self.outcome = code or 1005
 
-    def _on_close_frame(self, payload: bytes) -> None:
+    def _read_close(self, payload: bytes) -> None:
         if payload:
             self.close_code, self.close_reason = int.from_bytes(payload[:2], "big"), payload[2:].decode()
+
+    def _on_close_frame(self, payload: bytes) -> None:
+        self._read_close(payload)
         if self._state == OPEN:
             self._send_close(self.close_code)  # section 5.5.1: the code comes back
         self._end()
@@ -1072,6 +1079,8 @@ class Connection(WebSocketProtocol):
         elif self._state == OPEN and self._may_read():
             self._check_message(now)
             self._check_life(now, *self._ping)
+        else:
+            self._mark_at = now  # it is not the peer who holds the message up
 
     def _check_progress(self, now: float) -> None:
         """The kernel says that a socket is writable when a third of its buffer is free, which can be a megabyte later:
@@ -1625,6 +1634,10 @@ def check_option(name: str, value: Any) -> Any:
         raise ValueError(f"{value!r} is not debug, info, warning or error")
     if name == "trusted_proxies":
         parse_proxies(str(value))
+    if name == "connect" and not re.match("wss?://", str(value)):
+        raise ValueError(f"{value!r} does not begin with ws:// or wss://")
+    if isinstance(value, str):
+        value.encode()  # UnicodeEncodeError is a ValueError
     return value
 
 
@@ -1674,7 +1687,8 @@ class Server:
         self.own_path = "" if inherited else options.unix_socket
         self.urls = ", ".join(dict.fromkeys(url_of(sock, self.tls is not None) for sock in self.sockets))
         self.connections = Connections.current()
-        self.waiting: weakref.WeakSet[IOStream] = weakref.WeakSet()  # who has connected and not asked yet
+        self.waiting: set[IOStream] = set()  # who has connected and not asked yet
+        self.talking: dict[IOStream, float] = {}  # since when: who is not a WebSocket, or not yet
         self.stopping = self.closed = False  # closed: also to those who had connected before
         self.draining: asyncio.Task[None] | None = None
         self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -1696,11 +1710,12 @@ class Server:
             IOLoop.current().add_handler(sock, self.accept, IOLoop.READ)
         log.info("[SERVER] listening on %s", self.urls)
         notify("READY=1")
-        watchdog = asyncio.create_task(self.keep_systemd_informed())
+        tasks = [asyncio.create_task(task) for task in (self.keep_systemd_informed(), self.hang_up())]
         try:
             return await self.exit_code
         finally:
-            watchdog.cancel()
+            for task in tasks:
+                task.cancel()
 
     def accept(self, listener: Any, _: int) -> None:
         for _ in range(128):
@@ -1719,6 +1734,7 @@ class Server:
                 sock.close()
             else:
                 self.waiting.add(stream)
+                self.talking[stream] = time.monotonic()
                 self.http.handle_stream(stream, address)
 
     def accept_again(self, listener: socket.socket) -> None:
@@ -1732,7 +1748,21 @@ class Server:
         return SSLIOStream(wrapped, ssl_options=self.tls, max_buffer_size=1 << 20)
 
     def on_request(self, handler: RequestHandler) -> None:
-        self.waiting.discard(cast(Any, handler.request.connection).stream)
+        stream = cast(Any, handler.request.connection).stream
+        self.waiting.discard(stream)
+        self.talking[stream] = time.monotonic()
+        if handler.get_status() == 101:
+            del self.talking[stream]
+
+    async def hang_up(self) -> None:
+        """On those who neither ask nor read in time: Tornado has no limit for the latter."""
+        while True:
+            await asyncio.sleep(min(1.0, self.options.handshake_timeout / 4))
+            for stream, since in list(self.talking.items()):
+                if stream.closed() or time.monotonic() - since > self.options.handshake_timeout:
+                    stream.close()
+                    self.waiting.discard(stream)
+                    del self.talking[stream]
 
     def check_room(self) -> None:
         """Raises Refusal when no further WebSocket is taken."""
@@ -1820,9 +1850,9 @@ def unix_socket(path: str) -> socket.socket:
 def inherited_sockets() -> list[socket.socket]:
     """Socket activation, sd_listen_fds(3): descriptors from 3 on, meant for us if LISTEN_PID says so."""
     ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
-    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    count = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
-    sockets = [socket.socket(fileno=number) for number in range(3, 3 + count if ours else 3)]
+    sockets = [socket.socket(fileno=number) for number in range(3, 3 + int(count if ours and count.isdecimal() else 0))]
     for sock in sockets:
         sock.setblocking(False)
         sock.set_inheritable(False)
@@ -1894,9 +1924,12 @@ async def run_client(options: Options) -> int:
         connection = await websocket.websocket_connect(client_request(options), max_message_size=1 << 30)
     except Exception as error:  # of the URL, the name, the connection, TLS or the handshake
         return client_error(str(error) or type(error).__name__)
-    print("[CLIENT] open()", flush=True)
     try:
+        print("[CLIENT] open()", flush=True)
         return await converse(connection, options)
+    except BrokenPipeError:  # nobody reads what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     finally:
         connection.close(1000)
 
@@ -1975,8 +2008,10 @@ class LineHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        status = os.fstat(2)
-        self.journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"  # systemd.exec(5)
+        self.journal = False
+        with contextlib.suppress(OSError):  # standard error may be closed
+            status = os.fstat(2)
+            self.journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"  # systemd.exec(5)
         self.setFormatter(logging.Formatter("%(message)s" if self.journal else "%(asctime)s %(message)s"))
         self.second = 0
         self.counts: Counter[tuple[str, int]] = Counter()  # lines of this second, by kind and level
@@ -2094,6 +2129,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.connect:
         logging.basicConfig(handlers=[logging.NullHandler()])  # the client says itself what is wrong
+        cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     else:
         set_up_logging(options.log_level)
         gc.freeze()  # what is there stays; and the garbage of a connection is little, so look for it less often:

@@ -1,0 +1,570 @@
+#!/bin/bash
+# Goes through what the units promise, and prints a line for each claim: "ok" or "FAIL", with the figure that was seen.
+# Exit status 1 if there is a FAIL, 77 where it cannot run. It wants root, a booted systemd, x86-64 and ws-echo
+# installed as the README says, on a machine or container that can be thrown away: it breaks the configuration, kills
+# the service and restarts it often.
+set -u
+APP_DIR=${APP_DIR:-/opt/ws-echo} ETC_DIR=${ETC_DIR:-/etc/ws-echo}
+PYTHON=$APP_DIR/venv/bin/python3 UNIT=ws-echo.service SOCKET=ws-echo.socket CONFIG=$ETC_DIR/ws-echo.toml
+DROPIN=/run/systemd/system/$UNIT.d SOCKET_DROPIN=/run/systemd/system/$SOCKET.d
+if [ "$(id -u) $(uname -m)" != "0 x86_64" ] || [ ! -d /run/systemd/system ] || [ ! -x "$PYTHON" ] ||
+    ! systemctl cat $UNIT $SOCKET > /dev/null; then
+    echo "this needs root, x86-64, a booted systemd and ws-echo installed" >&2
+    exit 77
+fi
+failed=0 work=$(mktemp -d /var/tmp/ws-echo.XXXXXX)
+chmod 755 "$work"
+cp -p "$CONFIG" "$work/toml"
+
+tidy() {
+    jobs -p | xargs -r kill 2>/dev/null
+    for name in ws-echo ws-echo-test; do systemctl stop $name.socket $name.service 2>/dev/null; done
+    cat "$work/toml" > "$CONFIG"
+    rm -rf "$work" "$DROPIN" "$SOCKET_DROPIN" "$ETC_DIR/tls" "$ETC_DIR/ws-echo-test.toml" "$ETC_DIR/probe.py" \
+        /run/systemd/system/ws-echo-test.{socket,service} /dev/ws-echo-probe /tmp/ws-echo-probe
+    systemctl daemon-reload
+    systemctl reset-failed $UNIT $SOCKET 2>/dev/null
+}
+trap tidy EXIT
+
+check() { # TEXT FIGURE COMMAND...: the claim holds if the command succeeds
+    local text=$1 figure=$2
+    shift 2
+    if "$@" > /dev/null; then echo "ok   $text: $figure"; else echo "FAIL $text: $figure"; failed=1; fi
+}
+until_true() { # SECONDS COMMAND...
+    local end=$((${EPOCHREALTIME/./} + $1 * 1000000))
+    shift
+    until "$@" > /dev/null 2>&1; do [ "${EPOCHREALTIME/./}" -lt $end ] || return 1; sleep 0.05; done
+}
+show() { systemctl show -P "$1" "${2:-$UNIT}"; }
+matches() { [[ $1 =~ $2 ]]; }
+status_is() { matches "$(show StatusText)" "$1"; }
+pid_is_not() { [ "$(show MainPID)" != "$1" ] && [ "$(show ActiveState)" = active ]; }
+mark() { journalctl --sync; since=@$EPOCHREALTIME; }
+said() { journalctl --sync; journalctl -q --since="$since" -o cat "$@"; } # since the mark
+service_said() { said _SYSTEMD_UNIT=$UNIT "$@"; }
+logged() { service_said | grep -qE "$1"; }
+client() { "$PYTHON" -W ignore "$work/client.py" "$@"; }
+in_background() { # a client; returns when it says that it is open
+    rm -f "$work/go"
+    exec {out}< <(client "$@")
+    read -r -t 20 _ <&"$out"
+}
+outcome() { timeout 30 cat <&"$out"; } # what it says at its end
+dropin() { # LINES: of [Service], instead of those before
+    mkdir -p "$DROPIN"
+    printf '[Service]\n%s\n' "$1" > "$DROPIN/test.conf"
+    systemctl daemon-reload
+}
+fresh() { # SERVICE-LINES TOML-LINES: started anew with these
+    systemctl stop $SOCKET $UNIT 2> /dev/null
+    systemctl reset-failed $UNIT $SOCKET 2> /dev/null
+    dropin "${1:-}"
+    printf '%s\n' "${2:-}" > "$CONFIG"
+    mark
+    systemctl start $UNIT
+}
+milliseconds() { # COMMAND...: how long it takes
+    local start=${EPOCHREALTIME/./}
+    "$@" > /dev/null 2>&1
+    echo $(((${EPOCHREALTIME/./} - start) / 1000))
+}
+certificate() { # NAME
+    mkdir -p "$ETC_DIR/tls"
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj "/CN=$1" \
+        -addext subjectAltName=DNS:localhost -keyout "$ETC_DIR/tls/key.pem" -out "$ETC_DIR/tls/cert.pem" 2> /dev/null
+    chmod 644 "$ETC_DIR"/tls/*.pem
+}
+served_name() { openssl s_client -connect localhost:4000 < /dev/null 2> /dev/null | sed -n 's/^subject=CN = //p'; }
+
+cat > "$work/client.py" <<'PYTHON'
+import asyncio, collections, os, socket, sys, time
+from tornado import httpclient, netutil, simple_httpclient, websocket
+from tornado.iostream import IOStream
+
+class OneAddress(netutil.Resolver):  # no second try on another address: what is refused must be seen
+    async def resolve(self, host, port, family=socket.AF_UNSPEC):
+        return [(socket.AF_INET, ("127.0.0.1", port))] if host == "localhost" else [
+            (socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))]
+
+def connect(url="ws://localhost:4000/", **options):
+    request = httpclient.HTTPRequest(url, validate_cert=False, connect_timeout=20, request_timeout=20, **options)
+    return websocket.websocket_connect(request, resolver=OneAddress())
+
+def summary(counter):
+    print(", ".join(f"{n} {what}" for what, n in sorted(counter.items())) or "nothing", flush=True)
+
+async def echo(url):  # one message, there and back
+    connection = await connect(url)
+    await connection.write_message("hello")
+    print(await connection.read_message())
+    connection.close()
+
+async def hold(number, url="ws://localhost:4000/", then=""):  # many clients, until the server closes them
+    connections = [await connect(url) for _ in range(int(number))]
+    print("open", flush=True)
+    if then:  # a message each once this file exists, then leave
+        while not os.path.exists(then):
+            await asyncio.sleep(0.05)
+        for connection in connections:
+            await connection.write_message("x")
+        summary(collections.Counter([await connection.read_message() for connection in connections]))
+        return
+    for connection in connections:
+        while await connection.read_message() is not None:
+            pass
+    summary(collections.Counter(connection.close_code for connection in connections))
+
+async def churn(seconds, url="ws://localhost:4000/"):  # connect, echo, leave, again and again
+    seen, longest, end = collections.Counter(), 0, time.monotonic() + float(seconds)
+    async def worker():
+        nonlocal longest
+        while time.monotonic() < end:
+            start = time.monotonic()
+            try:
+                connection = await connect(url)
+            except Exception as error:
+                seen[f"failed to connect ({str(error) or type(error).__name__})"] += 1
+                continue
+            longest = max(longest, time.monotonic() - start)
+            try:
+                await connection.write_message("x")
+            except websocket.WebSocketClosedError:
+                pass
+            reply = await connection.read_message()
+            seen["echoed" if reply == "ECHO:x" else f"closed with {connection.close_code}"] += 1
+            connection.close()
+    await asyncio.gather(*[worker() for _ in range(20)])
+    print(f"the longest handshake took {longest * 1000:.0f} ms", end=", ")
+    summary(seen)
+
+async def flood(seconds):  # as much work as the server can get: whole messages of 10 bytes, without waiting
+    end, got = time.monotonic() + float(seconds), 0
+    async def worker():
+        nonlocal got
+        reader, writer = await upgrade()
+        async def drain():
+            nonlocal got
+            while data := await reader.read(1 << 18):
+                got += len(data) // 17
+        reading = asyncio.create_task(drain())
+        while time.monotonic() < end:
+            writer.write((b"\x81\x8a\0\0\0\0" + b"x" * 10) * 4096)
+            await writer.drain()
+        reading.cancel()
+    await asyncio.gather(*[worker() for _ in range(8)])
+    print(got, "replies")
+
+async def upgrade():  # by hand
+    reader, writer = await asyncio.open_connection("127.0.0.1", 4000)
+    writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                 b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    return reader, writer
+
+async def deaf():  # takes the Close frame and does nothing
+    both = await upgrade()
+    print("open", flush=True)
+    await asyncio.sleep(20)
+
+async def fill(number):  # one more than there is room for
+    connections = [await connect() for _ in range(int(number))]
+    try:
+        await connect()
+        print("one more got in")
+    except httpclient.HTTPError as error:
+        health = await httpclient.AsyncHTTPClient().fetch("http://127.0.0.1:4000/healthz", raise_error=False)
+        print(f"the next one gets {error.code}, /healthz {health.code}")
+
+async def bad(what):  # warnings
+    if what == "frame":
+        connection = await connect()
+        connection.protocol.stream.write(b"\xff\xff")
+        await connection.read_message()
+        print(connection.close_code)
+    else:
+        try:
+            await connect(headers={"Origin": "http://evil.example"})
+        except httpclient.HTTPError as error:
+            print(error.code)
+
+async def unix(path):
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    print((await reader.read()).splitlines()[0].decode())
+
+asyncio.run(globals()[sys.argv[1]](*sys.argv[2:]))
+PYTHON
+
+# --------------------------------------------------------------------------------------- 1. Started by systemd
+systemctl log-level debug
+fresh
+check "start: it runs" "$(show ActiveState), $(show SubState)" [ "$(show SubState)" = running ]
+reply=$(client echo ws://localhost:4000/)
+check "start: port 4000 answers" "$reply" [ "$reply" = ECHO:hello ]
+seen=$(said -u $UNIT | sed -n 's/.*\(\[SERVER\] listening\|READY=1\|start -> running\).*/\1/p' | head -3 | paste -sd,)
+check "READY=1 comes once it listens" "$seen" [ "$seen" = "[SERVER] listening,READY=1,start -> running" ]
+in_background hold 12 ws://localhost:4000/ "$work/go"
+until_true 7 status_is "serving 12 connections on "
+check "STATUS can be read" "$(show StatusText)" status_is "^serving 12 connections on ws://localhost:4000/$"
+mark
+systemctl reload $UNIT
+until_true 3 logged reloaded
+check "RELOADING=1, with the time" "$(said -u $UNIT | grep -o 'RELOADING=1[^)]*' | head -1)" \
+    matches "$(said -u $UNIT)" "RELOADING=1, MONOTONIC_USEC=[0-9]+"
+check "after a reload it runs" "$(show SubState)" until_true 3 [ "$(show SubState)" = running ]
+touch "$work/go"
+seen=$(outcome)
+check "a reload drops nobody" "$seen" [ "$seen" = "12 ECHO:x" ]
+
+fresh "" "drain-timeout = 2"
+in_background deaf
+mark
+systemctl stop --no-block $UNIT $SOCKET
+until_true 1 status_is "stopping with 1"
+check "STOPPING=1, and STATUS says so" "$(show SubState), $(show StatusText)" matches "$(said -u $UNIT)" "STOPPING=1"
+until_true 5 [ "$(show ActiveState)" = inactive ]
+systemctl log-level info
+
+fresh $'WatchdogSec=2\nTimeoutAbortSec=1'
+pid=$(show MainPID)
+cpu=$(show CPUUsageNSec)
+seen=$(client flood 8)
+cpu=$((($(show CPUUsageNSec) - cpu) / 1000000))
+check "a busy loop is left alone by a watchdog of 2 s" "$seen and $cpu ms of CPU in 8 s" [ "$(show MainPID)" = "$pid" ]
+kill -STOP "$pid"
+took=$(milliseconds until_true 15 pid_is_not "$pid")
+check "a loop that hangs is killed and restarted" "after $took ms, $(show NRestarts) restart" \
+    [ "$(show NRestarts)" = 1 ]
+reply=$(client echo ws://localhost:4000/)
+check "and then it serves" "$reply" [ "$reply" = ECHO:hello ]
+mark
+kill -ABRT "$(show MainPID)"
+until_true 3 logged 'File ".*/echo_server.py", line'
+check "the journal shows where it hung" "$(service_said | grep -m1 -o 'File ".*echo_server.py".*')" \
+    logged 'File ".*echo_server.py", line'
+
+systemctl stop $SOCKET $UNIT
+mkdir -p "$SOCKET_DROPIN"
+printf '%s\n' '[Socket]' ListenStream= ListenStream=127.0.0.1:4000 'ListenStream=[::1]:4001' \
+    ListenStream=/run/ws-echo-test.sock > "$SOCKET_DROPIN/test.conf"
+fresh
+seen="$(client echo ws://localhost:4000/) $(client echo 'ws://[::1]:4001/') $(client unix /run/ws-echo-test.sock)"
+check "three inherited sockets" "$seen" [ "$seen" = "ECHO:hello ECHO:hello HTTP/1.1 200 OK" ]
+check "STATUS names them" "$(show StatusText)" \
+    status_is "on ws://localhost:4000/, ws://\[::1\]:4001/, ws\+unix:/run/ws-echo-test.sock$"
+fresh "" 'unix-socket = "/run/ws-echo-test.sock"'
+systemctl stop $SOCKET $UNIT
+check "a --unix-socket that does not apply is left alone" "$(show Result)" [ "$(show Result)" = success ]
+rm -r "$SOCKET_DROPIN"
+systemctl daemon-reload
+
+# ---------------------------------------------------------------------------------------- 2. Start, restart, stop
+fresh
+in_background hold 100
+client churn 6 > "$work/churn" &
+churn=$!
+sleep 1
+for _ in 1 2 3; do systemctl restart $UNIT; sleep 1; done
+wait $churn
+check "three restarts under load refuse nobody" "$(cat "$work/churn")" eval "! grep -q failed '$work/churn'"
+seen=$(outcome)
+check "a restart tells every open client 1001" "$seen" [ "$seen" = "100 1001" ]
+
+fresh "" 'log-level = "info"'
+in_background hold 5 ws://localhost:4000/ "$work/go"
+pid=$(show MainPID)
+echo 'log-level = "debug"' > "$CONFIG"
+mark
+systemctl reload $UNIT
+until_true 3 logged reloaded
+reply=$(client echo ws://localhost:4000/)
+check "reload takes the log level" "$(service_said | grep -m1 Received)" logged '^\[SERVER\] Received:hello'
+echo 'log-level = "loud"' > "$CONFIG"
+mark
+systemctl reload $UNIT
+until_true 3 logged error
+reply=$(client echo ws://localhost:4000/)
+check "a broken file changes nothing" "$reply at level debug, process $(show MainPID) as before" \
+    eval 'logged "Received:hello" && [ "$(show MainPID)" = '"$pid ]"
+seen=$(service_said -p err)
+check "and is one line of priority err" "$seen" [ "$(wc -l <<< "$seen")" = 1 -a -n "$seen" ]
+touch "$work/go"
+seen=$(outcome)
+check "all the while its clients stay" "$seen" [ "$seen" = "5 ECHO:x" ]
+
+certificate first
+fresh "" "$(printf 'certfile = "%s/tls/cert.pem"\nkeyfile = "%s/tls/key.pem"' "$ETC_DIR" "$ETC_DIR")"
+seen=$(served_name)
+in_background hold 3 wss://localhost:4000/ "$work/go"
+certificate second
+mark
+systemctl reload $UNIT
+until_true 3 logged reloaded
+seen="$seen, then $(served_name)"
+check "reload takes a renewed certificate" "$seen" [ "$seen" = "first, then second" ]
+echo broken > "$ETC_DIR/tls/cert.pem"
+mark
+systemctl reload $UNIT
+until_true 3 logged error
+check "a broken certificate changes nothing" "$(served_name), $(service_said -p err)" [ "$(served_name)" = second ]
+touch "$work/go"
+seen=$(outcome)
+check "and its clients stay" "$seen" [ "$seen" = "3 ECHO:x" ]
+rm -r "$ETC_DIR/tls"
+
+fresh "" "drain-timeout = 3"
+in_background hold 10
+took=$(milliseconds systemctl stop $SOCKET $UNIT)
+check "stop is a success, within the drain timeout of 3 s" "$(show Result) in $took ms" \
+    [ "$(show Result)" = success -a "$took" -lt 3500 ]
+fresh "" "drain-timeout = 3"
+in_background deaf
+took=$(milliseconds systemctl stop $SOCKET $UNIT)
+check "also with a client that does not leave" "$(show Result) in $took ms" \
+    [ "$(show Result)" = success -a "$took" -lt 3500 ]
+
+fresh
+pid=$(show MainPID)
+kill -KILL "$pid"
+took=$(milliseconds until_true 10 pid_is_not "$pid")
+check "kill -9 is followed by a restart" "$(client echo ws://localhost:4000/) after $took ms" pid_is_not "$pid"
+until_true 30 eval 'kill -KILL "$(show MainPID)"; sleep 0.2; [ "$(show ActiveState)" = failed ]'
+check "a service that keeps dying is given up" \
+    "$(show NRestarts) restarts, $(show Result), socket $(show Result $SOCKET)" \
+    [ "$(show ActiveState)" = failed -a "$(show NRestarts)" -le 10 ]
+systemctl reset-failed $SOCKET $UNIT
+systemctl start $UNIT
+check "reset-failed of both, then it starts" "$(client echo ws://localhost:4000/)" [ "$(show ActiveState)" = active ]
+
+fails() { # TEXT STATUS LINE: a start that fails as it should
+    local took restarts
+    took=$(milliseconds systemctl start $UNIT)
+    sleep 1
+    restarts=$(show NRestarts)
+    check "$1 fails at once" "after $took ms with $(show ExecMainStatus), $restarts restarts" \
+        [ "$(show ActiveState)" = failed -a "$(show ExecMainStatus)" = "$2" -a "$restarts" = 0 ]
+    check "and systemctl status says why" \
+        "$(systemctl status -l --no-pager $UNIT | sed -n 's/.*\(echo_server: .*\)/\1/p')" \
+        eval "systemctl status -l --no-pager $UNIT | grep -qF '$3'"
+    check "as an error" "$(said -u $UNIT -p err _TRANSPORT=stdout | head -1)" \
+        eval "said -u $UNIT -p err | grep -qF '$3'"
+}
+fresh "" 'colour = "red"' 2> /dev/null
+fails "an unknown option" 2 "$CONFIG: colour: there is no such option"
+fresh "" 'prefix = ' 2> /dev/null
+fails "a file that is not TOML" 2 "$CONFIG: "
+fresh "" 'certfile = "/nonexistent.pem"' 2> /dev/null
+fails "a missing certificate" 1 "cannot read /nonexistent.pem"
+
+fresh
+systemctl stop $UNIT 2> /dev/null
+reply=$(client echo ws://localhost:4000/)
+check "the socket alone starts it again" "$reply, $(show ActiveState)" [ "$(show ActiveState)" = active ]
+systemctl stop $SOCKET $UNIT
+check "with both stopped nobody answers" "$(client echo ws://localhost:4000/ 2>&1 | tail -1)" \
+    eval '! client echo ws://localhost:4000/ 2> /dev/null'
+fresh
+directory=$(dirname "$(show FragmentPath)")
+for kind in socket service; do cp "$directory/ws-echo.$kind" /run/systemd/system/ws-echo-test.$kind; done
+sed -i 's/^ListenStream=4000/ListenStream=4001/' /run/systemd/system/ws-echo-test.socket
+echo 'prefix = ""' > "$ETC_DIR/ws-echo-test.toml"
+systemctl daemon-reload
+systemctl start ws-echo-test
+reply="$(client echo ws://localhost:4000/), $(client echo ws://localhost:4001/)"
+check "a second server is a second pair of units" "$reply" [ "$reply" = "ECHO:hello, hello" ]
+systemctl stop ws-echo-test.socket ws-echo-test.service $SOCKET $UNIT
+mkdir -p "$SOCKET_DROPIN"
+printf '[Socket]\nReusePort=yes\n' | tee "$SOCKET_DROPIN/test.conf" >> /run/systemd/system/ws-echo-test.socket
+sed -i 's/^ListenStream=4001/ListenStream=4000/' /run/systemd/system/ws-echo-test.socket
+systemctl daemon-reload
+fresh
+systemctl start ws-echo-test
+seen=$(for _ in {1..40}; do client echo ws://localhost:4000/; done | sort | uniq -c | xargs)
+check "with ReusePort= two services share a port" "$seen" matches "$seen" "[0-9]+ ECHO:hello [0-9]+ hello"
+systemctl stop ws-echo-test.socket ws-echo-test.service $SOCKET $UNIT
+rm -r "$SOCKET_DROPIN"
+
+# ------------------------------------------------------------------------------------------------ 3. Locked down
+cat > "$ETC_DIR/probe.py" <<'PYTHON'
+import ctypes, errno, mmap, os, re, resource, shutil, signal, socket, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+
+def call(number, *arguments):  # a system call, by its number on x86-64
+    if libc.syscall(number, *arguments) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+def line(name, seen, holds):
+    print("ok  " if holds else "FAIL", f"{name}: {seen}", flush=True)
+
+def refused(name, what, *codes):  # what must fail, with one of these errors
+    try:
+        line(name, f"no error but {what()!r}", False)
+    except (OSError, RuntimeError) as error:
+        line(name, error, not codes or error.errno in codes)
+
+status = dict(re.findall(r"(\w+):\t(.*)", open("/proc/self/status").read()))
+line("DynamicUser=", f"user {os.getuid()}", 61184 <= os.getuid() <= 65519)
+line("CapabilityBoundingSet=", status["CapBnd"], not int(status["CapBnd"] + status["CapEff"] + status["CapAmb"], 16))
+line("NoNewPrivileges=", status["NoNewPrivs"], status["NoNewPrivs"] == "1")
+users = open("/proc/self/uid_map").read().split()
+line("PrivateUsers=", " ".join(users), "4294967295" not in users)
+networks = re.findall(r"(\w+):", open("/proc/self/net/dev").read())
+line("PrivateNetwork=", f"interfaces {networks}", networks == ["lo"])
+for family in (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_PACKET):
+    refused(f"RestrictAddressFamilies=, {family.name}", lambda: socket.socket(family), errno.EAFNOSUPPORT)
+for path in ("/etc/ws-echo", "/opt/ws-echo", "/var/lib", "/run", "/run/lock", "/usr"):
+    refused("ProtectSystem=strict and ReadOnlyPaths=/run", lambda: open(path + "/probe", "w"), errno.EROFS)
+refused("ProtectHome=", lambda: os.listdir("/home"), errno.EACCES)
+line("PrivateTmp=", os.listdir("/tmp"), "ws-echo-probe" not in os.listdir("/tmp"))
+line("PrivateDevices=", " ".join(sorted(os.listdir("/dev"))), "ws-echo-probe" not in os.listdir("/dev"))
+line("ProtectControlGroups=", "/sys/fs/cgroup is read-only", os.statvfs("/sys/fs/cgroup").f_flag & os.ST_RDONLY)
+line("ProtectKernelTunables=", "/sys is read-only", os.statvfs("/sys").f_flag & os.ST_RDONLY)
+refused("ProtectKernelLogs=", lambda: call(103, 3, ctypes.create_string_buffer(99), 99), errno.EPERM)
+if os.path.isdir("/usr/lib/modules"):
+    refused("ProtectKernelModules=", lambda: os.listdir("/usr/lib/modules"), errno.EACCES)
+refused("ProtectKernelModules=", lambda: call(175, None, 0, None), errno.EPERM)
+refused("ProtectClock=", lambda: time.clock_settime(time.CLOCK_REALTIME, time.time()), errno.EPERM)
+refused("ProtectHostname=", lambda: socket.sethostname("probe"), errno.EPERM)
+processes = [name for name in os.listdir("/proc") if name.isdigit()]
+line("ProtectProc=", f"processes {processes}", "1" not in processes and len(processes) < 5)
+refused("ProcSubset=", lambda: open("/proc/meminfo"), errno.ENOENT)
+with open("/tmp/probe", "w") as file:
+    line("UMask=", oct(os.fstat(file.fileno()).st_mode), not os.fstat(file.fileno()).st_mode & 0o77)
+for path in ("/", "/dev", "/dev/shm", "/proc", "/run", "/sys", "/tmp", "/var/tmp"):
+    line("NoExecPaths=", path + " is noexec", os.statvfs(path).f_flag & os.ST_NOEXEC)
+for path in ("/bin/sh", "/usr/bin/env", "/usr/sbin/nologin"):
+    refused("NoExecPaths=", lambda: os.posix_spawn(path, [path], {}), errno.EACCES)
+for path in ("/var/tmp", "/dev/shm", "/tmp"):
+    shutil.copyfile("/usr/bin/true", path + "/true")
+    os.chmod(path + "/true", 0o700)
+    refused("NoExecPaths=, " + path, lambda: os.posix_spawn(path + "/true", ["true"], {}), errno.EACCES)
+    with open(path + "/true", "rb") as file:
+        protection = mmap.PROT_READ | mmap.PROT_EXEC
+        refused("mapped from " + path, lambda: mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, protection), errno.EPERM)
+    if path != "/tmp":
+        os.remove(path + "/true")
+child = os.posix_spawn("/lib64/ld-linux-x86-64.so.2", ["ld.so", "/usr/bin/true"], {})
+line("NoExecPaths=", "not through the loader either", os.waitpid(child, 0)[1])
+for arguments in ([sys.executable, "-c", ""], ["/usr/bin/kill", "-l"]):
+    child = os.posix_spawn(arguments[0], arguments, {}, file_actions=[(os.POSIX_SPAWN_CLOSE, 1)])
+    line("ExecPaths=", arguments[0] + " runs", os.waitpid(child, 0)[1] == 0)
+everything = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+refused("MemoryDenyWriteExecute=", lambda: mmap.mmap(-1, 4096, mmap.MAP_PRIVATE, everything), errno.EPERM)
+refused("LockPersonality=", lambda: call(135, 8), errno.EPERM)
+for flag, name in ((0x10000000, "user"), (0x20000, "mount"), (0x40000000, "network")):
+    refused("RestrictNamespaces=, " + name, lambda: call(272, flag), errno.EPERM)
+refused("RestrictRealtime=", lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)), errno.EPERM)
+refused("RestrictSUIDSGID=", lambda: os.chmod("/tmp/true", 0o4700), errno.EPERM)
+line("SystemCallFilter=", f"{status['Seccomp_filters']} filters", status["Seccomp"] == "2")
+child = os.fork()
+if not child:
+    libc.syscall(0x40000000 | 39)  # getpid of the x32 ABI
+    os._exit(0)
+end = os.waitpid(child, 0)[1]
+line("SystemCallArchitectures=, x32", f"signal {end}", end == signal.SIGSYS)
+refused("SystemCallFilter=, ptrace", lambda: call(101, 0, 0, 0, 0), errno.EPERM)
+refused("SystemCallFilter=, mount", lambda: call(165, b"x", b"/tmp", b"tmpfs", 0, None), errno.EPERM)
+refused("SystemCallFilter=, chown", lambda: os.chown("/tmp/true", -1, os.getgid()), errno.EPERM)
+refused("SystemCallFilter=, nice", lambda: os.nice(1), errno.EPERM)
+line("LimitCORE=", resource.getrlimit(resource.RLIMIT_CORE), resource.getrlimit(resource.RLIMIT_CORE) == (0, 0))
+PYTHON
+touch /tmp/ws-echo-probe
+mknod -m 666 /dev/ws-echo-probe c 1 3
+fresh "ExecStartPost=$APP_DIR/venv/bin/python3 $ETC_DIR/probe.py"
+pid=$(show MainPID)
+service_said | grep -E '^(ok  |FAIL) ' | tee "$work/probe"
+grep -q '^FAIL' "$work/probe" && failed=1
+check "the probe ran to its end" "$(wc -l < "$work/probe") lines, $(show ActiveState)" grep -q LimitCORE "$work/probe"
+check "and all the while it serves" "$(client echo ws://localhost:4000/)" [ "$(show MainPID)" = "$pid" -a "$pid" != 0 ]
+cat > "$ETC_DIR/probe.py" <<'PYTHON'
+import errno, socket
+datagram = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for what in (lambda: datagram.sendto(b"x", ("127.0.0.1", 4000)), lambda: open("/dev/ws-echo-probe")):
+    try:
+        print("FAIL", what(), flush=True)
+    except OSError as error:
+        print("ok" if error.errno == errno.EPERM else "FAIL", error, flush=True)
+PYTHON
+rm /dev/ws-echo-probe
+mknod -m 666 /dev/ws-echo-probe c 10 250 # nothing that exists
+fresh "PrivateNetwork=no
+RestrictAddressFamilies=AF_INET
+PrivateDevices=no
+ExecStartPost=$APP_DIR/venv/bin/python3 $ETC_DIR/probe.py"
+pid=$(show MainPID)
+seen=$(service_said | grep -E '^(ok|FAIL) ')
+check "IPAddressDeny= without PrivateNetwork=" "$(sed -n 1p <<< "$seen")" matches "$(sed -n 1p <<< "$seen")" ^ok
+check "DevicePolicy= without PrivateDevices=" "$(sed -n 2p <<< "$seen")" matches "$(sed -n 2p <<< "$seen")" ^ok
+check "and all the while it serves" "$(client echo ws://localhost:4000/)" [ "$(show MainPID)" = "$pid" -a "$pid" != 0 ]
+fresh
+pid=$(show MainPID)
+for kind in net ipc uts user mnt; do
+    check "its own namespace" "$(readlink "/proc/$pid/ns/$kind")" \
+        [ "$(readlink "/proc/$pid/ns/$kind")" != "$(readlink /proc/self/ns/$kind)" ]
+done
+check "uvloop runs under MemoryDenyWriteExecute=" "$(grep -o 'uvloop/loop.*' "/proc/$pid/maps" | head -1)" \
+    grep -q uvloop/loop "/proc/$pid/maps"
+score=$(systemd-analyze security --no-pager $UNIT | sed -n 's/.*exposure level.*: \([0-9.]*\) .*/\1/p')
+check "systemd-analyze security is at most 0.3" "$score" matches "$score" '^0\.[0-3]$'
+seen=$(systemd-analyze verify "$directory/$UNIT" "$directory/$SOCKET" 2>&1)
+check "systemd-analyze verify is silent" "'$seen'" [ -z "$seen" ]
+
+# ------------------------------------------------------------------------------------------- 4. TLS, limits, times
+fresh
+certificate first
+mkdir "$work/private"
+mv "$ETC_DIR"/tls/*.pem "$work/private"
+chmod 600 "$work"/private/*.pem
+chmod 700 "$work/private"
+credentials="LoadCredential=cert.pem:$work/private/cert.pem
+LoadCredential=key.pem:$work/private/key.pem"
+fresh "$credentials" 'certfile = "/run/credentials/ws-echo.service/cert.pem"
+keyfile = "/run/credentials/ws-echo.service/key.pem"'
+seen="$(client echo wss://localhost:4000/) from $(served_name), key $(stat -c '%U %a' "$work/private/key.pem")"
+check "TLS with a key that only root can read" "$seen" matches "$seen" "ECHO:hello from first, key root 600"
+certificate second
+cat "$ETC_DIR/tls/cert.pem" > "$work/private/cert.pem"
+cat "$ETC_DIR/tls/key.pem" > "$work/private/key.pem"
+client churn 4 wss://localhost:4000/ > "$work/churn" &
+churn=$!
+sleep 1
+systemctl restart $UNIT
+seen=$(served_name)
+wait $churn
+check "restart takes a renewed certificate" "$seen" [ "$seen" = second ]
+check "and refuses nobody" "$(cat "$work/churn")" eval "! grep -q failed '$work/churn'"
+
+fresh
+check "TimeoutStopSec= is above the drain timeout of 10 s" "$(show TimeoutStopUSec)" [ "$(show TimeoutStopUSec)" = 20s ]
+check "LimitNOFILE=, as much as there is here" \
+    "$(show LimitNOFILE), the process has $(awk '/open files/ {print $5}' "/proc/$(show MainPID)/limits")" \
+    [ "$(show LimitNOFILE)" = 65536 ]
+fresh "LimitNOFILE=264"
+seen=$(client fill 200)
+check "max-connections follows from it: 264 descriptors, 200 connections" "$seen" \
+    [ "$seen" = "the next one gets 503, /healthz 200" ]
+check "and nothing goes wrong there" "$(service_said -p err | head -1)" [ -z "$(service_said -p err)" ]
+
+# --------------------------------------------------------------------------------------------------- 5. The logs
+fresh "" 'log-level = "debug"
+origins = ""'
+client echo ws://localhost:4000/ > /dev/null
+client bad frame > /dev/null
+client bad origin > /dev/null
+sleep 0.2
+seen=$(service_said -o json | "$PYTHON" -c '
+import collections, json, sys
+lines = [json.loads(line) for line in sys.stdin]
+print(dict(sorted(collections.Counter(line["PRIORITY"] for line in lines).items())))')
+check "each line has its priority" "$seen" matches "$seen" "'4': [0-9]+, '6': [0-9]+, '7': [0-9]+"
+seen=$(service_said -p warning)
+check "-p warning shows warnings only" "$(wc -l <<< "$seen") lines: $(head -1 <<< "$seen")" \
+    eval '[ -n "$seen" ] && ! grep -qv "error:" <<< "$seen"'
+seen=$(service_said | grep -m1 'connection() from')
+check "an IPv4 client is shown as one" "$seen" matches "$seen" 'from 127\.0\.0\.1:'
+seen=$(service_said | grep -cE '^(<[0-9]>|[0-9]{2,4}[-:][0-9]{2})')
+check "no second time stamp, no visible priority" "$seen lines of $(service_said | wc -l)" [ "$seen" = 0 ]
+
+exit $failed
