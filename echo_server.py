@@ -1963,16 +1963,16 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
         done, _ = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             return client_error(f"no answer within {options.timeout:g} s")
+        if sending in done and (error := sending.exception()):
+            return client_error(str(error) or "closed before everything was sent")
         if reading in done:
-            message = reading.result()
+            message, reading = reading.result(), asyncio.ensure_future(connection.read_message())
             if message is None:
-                return client_error(
-                    f"closed with code {connection.close_code or 1006}, {sent - received} answers missing"
-                )
+                code = connection.close_code or 1006
+                return client_error(f"closed with code {code}, {sent - received} answers missing")
             received += 1
             print("[CLIENT] Received:", message if isinstance(message, str) else printable(message), flush=True)
-            reading = asyncio.ensure_future(connection.read_message())
-    return 0 if not sending.exception() else client_error(str(sending.exception()))
+    return 0
 
 
 async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
