@@ -552,49 +552,11 @@ class Connection(WebSocketProtocol):
     """A handler's protocol on a plain socket, which it takes over from Tornado's IOStream."""
 
     __slots__ = (
-        "_backlog",
-        "_deadline",
-        "_deflate",
-        "_held",
-        "_hold",
-        "_io",
-        "_leaving",
-        "_linger",
-        "_loop",
-        "_mark",
-        "_mark_at",
-        "_only_echoes",
-        "_out",
-        "_out_size",
-        "_pending",
-        "_ping",
-        "_pinged",
-        "_pong",
-        "_progress_at",
-        "_queue",
-        "_queue_size",
-        "_receiver",
-        "_registry",
-        "_scheduled",
-        "_seen",
-        "_seen_at",
-        "_sent",
-        "_slow",
-        "_socket",
-        "_stall_timeout",
-        "_state",
-        "_subprotocol",
-        "_turning",
-        "_waiters",
-        "_writing",
-        "binaries",
-        "binary_bytes",
-        "close_code",
-        "close_reason",
-        "opened",
-        "outcome",
-        "text_bytes",
-        "texts",
+        "_backlog", "_deadline", "_deflate", "_held", "_hold", "_io", "_leaving", "_linger", "_loop", "_mark",
+        "_mark_at", "_only_echoes", "_out", "_out_size", "_pending", "_ping", "_pinged", "_pong", "_progress_at",
+        "_queue", "_queue_size", "_receiver", "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_slow",
+        "_socket", "_stall_timeout", "_state", "_subprotocol", "_turning", "_waiters", "_writing", "binaries",
+        "binary_bytes", "close_code", "close_reason", "opened", "outcome", "text_bytes", "texts",
     )  # fmt: skip
 
     def __init__(self, handler: WebSocketHandler, stall_timeout: float) -> None:
@@ -870,8 +832,7 @@ class Connection(WebSocketProtocol):
     def _release(self) -> None:
         """Goes on with what had to wait, unless something else holds it up."""
         self._hold = self._pending > 0 or len(self._backlog or b"") > HIGH_WATER
-        if not self._turning:
-            self._turn()
+        self._turn()
 
     def _bug(self) -> None:
         """An error on our side: its traceback is logged, and the peer is told."""
