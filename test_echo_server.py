@@ -1,0 +1,3897 @@
+"""Tests of ws-echo on real sockets, TLS, processes and browsers, in the order of the module."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import html
+import http.client
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import urllib.request
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from email.message import Message
+from pathlib import Path
+from subprocess import PIPE
+from typing import IO, Any, BinaryIO
+
+import pytest
+import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tornado import gen
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
+from tornado.httpserver import HTTPServer
+from tornado.ioloop import IOLoop
+from tornado.web import Application
+from tornado.websocket import WebSocketClosedError, websocket_connect
+from websockets.asyncio.client import connect as websockets_connect_async
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.extensions.permessage_deflate import PerMessageDeflate
+from websockets.frames import Frame, Opcode
+from websockets.protocol import CLIENT, SERVER, Protocol
+from websockets.sync.client import ClientConnection, unix_connect
+from websockets.sync.client import connect as websockets_connect
+
+import echo_server
+from echo_server import (
+    Connections,
+    EchoHandler,
+    Fault,
+    Options,
+    Receiver,
+    accept_deflate,
+    check_text,
+    deflate,
+    frame_header,
+    main,
+    parse_args,
+)
+
+MODULE = Path(echo_server.__file__)
+PATIENCE = 10.0  # seconds that anything may take before the test has failed
+NONCE = "dGhlIHNhbXBsZSBub25jZQ=="  # of RFC 6455 section 1.3
+HEADERS = {
+    "Host": "localhost",
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Key": NONCE,
+    "Sec-WebSocket-Version": "13",
+}
+
+
+def start(*command: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, text=True, **{"stdin": subprocess.DEVNULL} | options)  # noqa: S603  # it is ours
+
+
+def ended(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """What a command that ends by itself has printed."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **options)  # noqa: S603  # it is ours
+
+
+class Process:
+    """The server as a process of its own; `lines` is what it has said on standard error so far."""
+
+    def __init__(self, *args: str, before: Sequence[str] = (), env: dict[str, str] | None = None, **popen: Any) -> None:
+        environment = os.environ | (env or {})
+        self.lines: list[str] = []
+        self.popen = start(*before, sys.executable, str(MODULE), *args, stderr=PIPE, env=environment, **popen)
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    def read(self) -> None:
+        assert self.popen.stderr
+        with self.popen.stderr as lines:
+            for line in lines:
+                self.lines.append(line.rstrip("\n"))
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.popen.kill()
+        self.popen.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        assert not self.tracebacks()
+
+    def tracebacks(self) -> list[str]:
+        return [line for line in self.lines if "Traceback" in line or "exception was never" in line]
+
+    def matching(self, pattern: str) -> list[re.Match[str]]:
+        return [found for line in list(self.lines) if (found := re.search(pattern, line))]
+
+    def line(self, pattern: str, count: int = 1) -> re.Match[str]:
+        """The first line that has this, when `count` of them have come."""
+        until(lambda: len(self.matching(pattern)) >= count, lambda: f"{pattern!r} is not in {self.lines}")
+        return self.matching(pattern)[0]
+
+    @property
+    def url(self) -> str:
+        return self.line(r"\[SERVER\] listening on (wss?://\S+?)(,|$)")[1]
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rstrip("/").rpartition(":")[2])
+
+    def signal(self, number: int) -> None:
+        self.popen.send_signal(number)
+
+    def exit_code(self) -> int:
+        """Waits for the end."""
+        code = self.popen.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        return code
+
+    def stop(self) -> int:
+        self.signal(signal.SIGTERM)
+        return self.exit_code()
+
+    def dial(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+
+    def connect(self, path: str = "", **options: Any) -> ClientConnection:
+        return connect(self.url + path.lstrip("/"), **options)
+
+
+def until(condition: Callable[[], Any], otherwise: Callable[[], str] = lambda: "it did not happen") -> None:
+    """Polls until the condition holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, otherwise()
+        select.select([], [], [], 0.01)
+
+
+def connect(url: str, **options: Any) -> ClientConnection:
+    client: ClientConnection = websockets_connect(
+        url, open_timeout=PATIENCE, close_timeout=PATIENCE, proxy=None, **options
+    )
+    return client
+
+
+def echoed(client: ClientConnection, message: str | bytes = "Hello!") -> str | bytes:
+    client.send(message)
+    return client.recv(PATIENCE)
+
+
+def request(line: str = "GET / HTTP/1.1", *, without: str = "", add: str = "", **changed: str) -> bytes:
+    """A handshake; `without` a header, with header lines added, or values changed (Sec_WebSocket_Key="x")."""
+    headers = HEADERS | {name.replace("_", "-"): value for name, value in changed.items()}
+    headers.pop(without, None)
+    lines = [line, *(f"{name}: {value}" for name, value in headers.items()), *([add] if add else [])]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def answer(sock: socket.socket, data: bytes) -> tuple[int, Message, str]:
+    """Status, headers and body of what comes back; the socket stays open."""
+    sock.sendall(data)
+    with http.client.HTTPResponse(sock, method=data.partition(b" ")[0].decode()) as response:
+        response.begin()
+        return response.status, response.headers, response.read().decode()
+
+
+def get(server: Process, path: str = "/", *, method: str = "GET", **headers: str) -> tuple[int, Message, str]:
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    with server.dial() as sock:
+        return answer(sock, f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
+
+
+def refused(server: Process, data: bytes) -> tuple[int, Message, str]:
+    with server.dial() as sock:
+        return answer(sock, data)
+
+
+def shaken(
+    server: Process, line: str = "GET / HTTP/1.1", trust: ssl.SSLContext | None = None, **changed: str
+) -> socket.socket:
+    """A raw socket behind its handshake; over TLS, where that is what the server is trusted by."""
+    sock = server.dial()
+    if trust:
+        sock = trust.wrap_socket(sock, server_hostname="localhost")
+    sock.sendall(request(line, **changed))
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += sock.recv(1)
+    assert head.startswith(b"HTTP/1.1 101")
+    return sock
+
+
+def raw_echo(sock: socket.socket, text: str = "Hello!") -> str:
+    """What comes back, by a raw socket: in some versions of Python, two threads may not use one of TLS at a time."""
+    sock.sendall(masked(text.encode()))
+    with sock.makefile("rb") as file:
+        return read_frame(file)[1].decode()
+
+
+def masked(payload: bytes, opcode: int = 1) -> bytes:
+    """A frame as a client sends it; its key is 0."""
+    head = bytearray(echo_server.frame_header(0x80 | opcode, len(payload)))
+    head[1] |= 0x80
+    return bytes(head) + bytes(4) + payload
+
+
+def read_frame(file: BinaryIO) -> tuple[int, bytes]:
+    """Opcode and payload of an unmasked frame; opcode -1 at the end of the stream."""
+    head = file.read(2)
+    if len(head) < 2:
+        return -1, b""
+    size = {126: 2, 127: 8}.get(head[1], 0)
+    length = int.from_bytes(file.read(size), "big") if size else head[1]
+    return head[0] & 15, file.read(length)
+
+
+def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The program from start to end, where it ends by itself."""
+    return ended(sys.executable, str(MODULE), *args, input=stdin, env=os.environ | {"COLUMNS": "80"})
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Process]]:
+    """Starts servers, on any free port; none of them has printed a traceback when the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **popen: stack.enter_context(Process("--port=0", *args, **popen))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Process]:
+    """One for all the tests that leave no trace in it."""
+    with Process("--port=0") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def certificate(authority: trustme.CA, tmp_path: Path) -> Path:
+    """A file with key and certificate for localhost."""
+    path = tmp_path / "server.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(path))
+    return path
+
+
+@pytest.fixture
+def trust(authority: trustme.CA) -> ssl.SSLContext:
+    """What a client needs to believe in that certificate."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+LIMIT = 4096  # bytes of a message, where a test needs to reach it quickly
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+FIN, RSV1, RSV2, RSV3 = 0x80, 0x40, 0x20, 0x10
+KEY = b"\x37\xfa\x21\x3d"
+
+
+def header(first: int, length: int, size: int = 0, mask: int = 0x80) -> bytes:
+    """The header of a client's frame; `size` is 2 or 8 for more bytes of length than are needed."""
+    size = size or (0 if length < 126 else 2 if length < 65536 else 8)
+    short = {0: length, 2: 126, 8: 127}[size]
+    return bytes((first, mask | short)) + (length.to_bytes(size, "big") if size else b"") + KEY[: mask // 32]
+
+
+def frame(first: int, payload: bytes = b"") -> bytes:
+    """A client's frame, masked."""
+    key = KEY * (len(payload) // 4 + 1)
+    masked = (int.from_bytes(payload, "big") ^ int.from_bytes(key[: len(payload)], "big")).to_bytes(len(payload), "big")
+    return header(first, len(payload)) + masked
+
+
+def text(payload: str) -> bytes:
+    return frame(FIN | TEXT, payload.encode())
+
+
+def close_body(code: int, reason: str = "") -> bytes:
+    return struct.pack("!H", code) + reason.encode()
+
+
+def close(code: int = 1000, reason: str = "") -> bytes:
+    return frame(FIN | CLOSE, close_body(code, reason))
+
+
+def fragments(opcode: int, *payloads: bytes) -> bytes:
+    """One message in as many frames."""
+    firsts = [opcode] + [CONTINUATION] * (len(payloads) - 1)
+    firsts[-1] |= FIN
+    return b"".join(map(frame, firsts, payloads))
+
+
+def packed(payload: bytes, level: int = 6) -> bytes:
+    """The payload of a frame with RSV1."""
+    return deflate(payload, 15, level, 8)
+
+
+def inflated(payload: bytes, window_bits: int = 15) -> bytes:
+    """What was deflated, if it needs no more of a window: its pieces are smaller than the smallest."""
+    inflater, data, content = zlib.decompressobj(-window_bits), payload + b"\0\0\xff\xff", bytearray()
+    while piece := inflater.decompress(data, 256):
+        content += piece
+        data = inflater.unconsumed_tail
+    return bytes(content)
+
+
+def noise(length: int) -> bytes:
+    """Bytes that do not compress."""
+    return random.Random(length).randbytes(length)  # noqa: S311  # nobody has to guess them
+
+
+HELLO = bytes.fromhex("f248cdc9c90700")  # RFC 7692 section 7.2.3.1
+NOT_UTF8 = {
+    "a byte that no text has": b"\xff",
+    "an overlong form": b"\xc0\x80",
+    "an overlong form of three bytes": b"\xe0\x80\xaf",
+    "a surrogate": b"\xed\xa0\x80",
+    "a surrogate by its first two bytes": b"\xed\xa0",
+    "above U+10FFFF": b"\xf4\x90",
+    "five bytes": b"\xf8\x88",
+    "a lone continuation": b"\x80",
+    "a broken sequence": b"\xce\xbaa\xe2\x28",
+}  # each invalid at its last byte, whatever comes behind
+
+BAD: dict[int, dict[str, bytes]] = {
+    1002: {
+        "unmasked text": b"\x81\x02hi",
+        "unmasked empty text": b"\x81\x00",
+        "unmasked ping": b"\x89\x00",
+        "unmasked close": b"\x88\x02\x03\xe8",
+        "RSV2": frame(FIN | RSV2 | TEXT, b"hi"),
+        "RSV3": frame(FIN | RSV3 | BINARY, b"hi"),
+        "RSV1 and RSV2": frame(FIN | RSV1 | RSV2 | TEXT, HELLO),
+        "RSV2 on a ping": frame(FIN | RSV2 | PING),
+        "RSV1 on a ping": frame(FIN | RSV1 | PING),
+        "RSV1 on a pong": frame(FIN | RSV1 | PONG),
+        "RSV1 on a close": frame(FIN | RSV1 | CLOSE),
+        "RSV1 on a continuation": frame(TEXT, b"hi") + frame(FIN | RSV1, b"hi"),
+        "RSV1 on a continuation of RSV1": frame(RSV1 | TEXT, HELLO[:3]) + frame(FIN | RSV1, HELLO[3:]),
+        **{f"opcode {opcode}": frame(FIN | opcode) for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
+        "opcode 3 within a message": frame(TEXT, b"hi") + frame(FIN | 3),
+        "fragmented ping": frame(PING),
+        "fragmented pong": frame(PONG),
+        "fragmented close": frame(CLOSE),
+        "ping of 126 bytes": header(FIN | PING, 126),
+        "pong of 126 bytes": header(FIN | PONG, 126),
+        "close of 126 bytes": header(FIN | CLOSE, 126),
+        "ping of 65536 bytes": header(FIN | PING, 65536),
+        "ping with a long form of a short length": header(FIN | PING, 5, size=2),
+        "continuation of nothing": frame(FIN | CONTINUATION, b"hi"),
+        "unfinished continuation of nothing": frame(CONTINUATION, b"hi"),
+        "text within text": frame(TEXT, b"hi") + frame(FIN | TEXT, b"hi"),
+        "binary within text": frame(TEXT, b"hi") + frame(BINARY, b"hi"),
+        "text within an empty start": frame(TEXT) + frame(FIN | TEXT),
+        "text within compressed text": frame(RSV1 | TEXT, HELLO[:3]) + frame(FIN | RSV1 | TEXT, HELLO),
+        "125 in two bytes": header(FIN | TEXT, 125, size=2),
+        "0 in two bytes": header(FIN | BINARY, 0, size=2),
+        "125 in eight bytes": header(FIN | TEXT, 125, size=8),
+        "65535 in eight bytes": header(FIN | BINARY, 65535, size=8),
+        "length 2^63": header(FIN | BINARY, 1 << 63),
+        "length 2^64-1": header(FIN | TEXT, (1 << 64) - 1),
+        "close of 1 byte": frame(FIN | CLOSE, b"\x03"),
+        **{f"close {n}": close(n) for n in (0, 1, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)},
+        "close within a message, with a bad code": frame(TEXT, b"hi") + close(1005),
+    },
+    1007: {
+        **{f"text, {name}": frame(FIN | TEXT, b"a" + data) for name, data in NOT_UTF8.items()},
+        **{f"in a fragment, {name}": frame(TEXT, b"a" + data) for name, data in NOT_UTF8.items()},
+        **{f"inside a frame, {name}": header(FIN | TEXT, 100) + frame(0, data)[6:] for name, data in NOT_UTF8.items()},
+        "unfinished character": frame(FIN | TEXT, "aé".encode()[:-1]),
+        "unfinished character at the end of fragments": fragments(TEXT, "é".encode()[:1], b""),
+        "surrogate over two fragments": frame(TEXT, b"\xed") + frame(CONTINUATION, b"\xa0"),
+        "character broken by the next fragment": frame(TEXT, b"\xf0\x9f") + frame(CONTINUATION, b"a"),
+        "compressed text": frame(FIN | RSV1 | TEXT, packed(b"abc\xff")),
+        "compressed fragment": frame(RSV1 | TEXT, packed(b"abc\xff")),
+        "compressed unfinished character": frame(FIN | RSV1 | TEXT, packed("é".encode()[:1])),
+        "close reason": frame(FIN | CLOSE, close_body(1000) + b"\xff"),
+        "unfinished close reason": frame(FIN | CLOSE, close_body(1000) + "é".encode()[:1]),
+        "corrupt deflate data": frame(FIN | RSV1 | BINARY, b"\xff\xff\xff\xff"),
+        "corrupt deflate data in a fragment": frame(RSV1 | BINARY, b"\xff\xff\xff\xff"),
+        "deflate data of the context before": frame(FIN | RSV1 | TEXT, bytes.fromhex("f200110000")),
+        "truncated deflate data": frame(FIN | RSV1 | BINARY, packed(b"Hello" * 9)[:-3]),
+        "truncated stored block": frame(FIN | RSV1 | BINARY, packed(b"Hello", level=0)[:6]),
+        "truncated deflate fragments": fragments(RSV1 | BINARY, HELLO[:3], HELLO[3:5]),
+    },
+    1008: {
+        "1,025 empty fragments": frame(TEXT) + frame(CONTINUATION) * 1024,
+        "1,025 empty fragments between others": frame(TEXT, b"a") + (frame(0) + frame(0, b"b")) * 1024 + frame(0),
+    },
+    1009: {
+        "message": header(FIN | TEXT, LIMIT + 1),
+        "huge message": header(FIN | BINARY, (1 << 63) - 1),
+        "fragments": frame(TEXT, b"a" * LIMIT) + header(CONTINUATION, 1),
+        "fragment sizes": frame(BINARY, b"a") + header(FIN | CONTINUATION, 1 << 40),
+        "bomb": frame(FIN | RSV1 | BINARY, packed(bytes(LIMIT + 1))),
+        "large bomb": frame(FIN | RSV1 | TEXT, packed(bytes(200 * LIMIT))),
+        "bomb in fragments": fragments(RSV1 | BINARY, packed(bytes(LIMIT)) + b"\0\0\xff\xff", packed(b"a")),
+        "compressed size": header(FIN | RSV1 | BINARY, 2 * LIMIT),
+        "compressed huge size": header(RSV1 | TEXT, 1 << 62),
+    },
+}
+
+
+def faults(longest: int) -> list[Any]:
+    return [
+        pytest.param(data, code, id=f"{code} {name}")
+        for code, frames in BAD.items()
+        for name, data in frames.items()
+        if len(data) <= longest
+    ]
+
+
+FAULTS, SHORT_FAULTS = faults(1 << 20), faults(200)
+
+
+# --------------------------------------------------------------------------------------------- Handler
+
+
+MESSAGES = [
+    "Hello!",
+    "",
+    "a\0b",
+    '{"a": [1, 2.5, null]}',
+    "\U0001f600 Zoë ﷽",
+    "x" * (1 << 20),
+    b"",
+    b"\x00\xff",
+    b"x" * 65536,
+]
+
+
+class Shout(EchoHandler):
+    def on_message(self, message: str | bytes) -> Awaitable[None] | None:
+        assert isinstance(message, str)
+        return super().on_message(message.upper())
+
+
+class Diary(EchoHandler):
+    pages: list[object]
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        super().open()
+        self.pages = self.application.settings["pages"]
+        self.pages.append(("open", args, kwargs))
+
+    async def on_message(self, message: str | bytes) -> None:
+        self.pages.append(message)
+        await self.write_message(f"page {len(self.pages)}")
+
+    def on_close(self) -> None:
+        super().on_close()
+        self.pages.append(("close", self.close_code, self.close_reason))
+
+
+@pytest.fixture
+def app() -> Application:
+    """Somebody's application, which has routed some of its URLs to our handler."""
+    return Application(
+        [
+            (r"/echo", EchoHandler),
+            (r"/mirror", EchoHandler, {"prefix": ""}),
+            (r"/anybody", EchoHandler, {"origins": ["*"]}),
+            (r"/friends", EchoHandler, {"origins": ["https://friend.example"]}),
+            (r"/shout", Shout),
+            (r"/diary/(\w+)", Diary),
+        ],
+        pages=[],
+        websocket_max_message_size=1 << 20,
+    )
+
+
+@pytest.fixture
+def ws_url(http_server: HTTPServer, base_url: str) -> str:
+    return base_url.replace("http", "ws", 1)
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: f"{type(message).__name__}{len(message)}")
+async def test_a_route_in_an_application_echoes_on_tornados_own_http_server(ws_url: str, message: str | bytes) -> None:
+    client = await websocket_connect(ws_url + "/echo")
+    await client.write_message(message, binary=isinstance(message, bytes))
+    reply = await client.read_message()
+    assert reply == ("ECHO:" + message if isinstance(message, str) else b"ECHO:" + message)
+    client.close()
+
+
+@pytest.mark.gen_test
+async def test_replies_come_one_for_each_message_and_in_order(ws_url: str) -> None:
+    client = await websocket_connect(ws_url + "/echo")
+    for number in range(1000):
+        client.write_message(str(number))
+    assert [await client.read_message() for _ in range(1000)] == [f"ECHO:{number}" for number in range(1000)]
+    client.close()
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("message", ["", "Hello!", b"\x00"])
+async def test_an_empty_prefix_in_the_route_makes_a_mirror(ws_url: str, message: str | bytes) -> None:
+    client = await websocket_connect(ws_url + "/mirror")
+    await client.write_message(message, binary=isinstance(message, bytes))
+    assert await client.read_message() == message
+    client.close()
+
+
+@pytest.mark.gen_test
+async def test_a_subclass_overrides_on_message(ws_url: str) -> None:
+    client = await websocket_connect(ws_url + "/shout")
+    await client.write_message("Hello!")
+    assert await client.read_message() == "ECHO:HELLO!"
+    client.close()
+
+
+@pytest.mark.gen_test
+async def test_a_subclass_sees_open_messages_and_close_in_their_order(ws_url: str, app: Application) -> None:
+    client = await websocket_connect(ws_url + "/diary/blue?token=x")
+    await client.write_message("dear diary")
+    assert await client.read_message() == "page 2"
+    client.close(4001, "bed time")
+    assert await client.read_message() is None
+    await until_async(lambda: len(app.settings["pages"]) == 3)
+    assert app.settings["pages"] == [("open", ("blue",), {}), "dear diary", ("close", 4001, "bed time")]
+
+
+@pytest.mark.gen_test
+async def test_the_hosts_limit_of_a_message_is_kept(ws_url: str) -> None:
+    client = await websocket_connect(ws_url + "/echo")
+    await client.write_message("x" * ((1 << 20) + 1))
+    assert await client.read_message() is None
+    assert client.close_code == 1009
+    client.close()
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    ("offered", "selected"),
+    [([], None), (["graphql-ws"], "graphql-ws"), (["b", "a", "c"], "b"), (["soap,wamp"], "soap")],
+)
+async def test_the_subprotocol_that_is_offered_first_is_selected(
+    ws_url: str, offered: list[str], selected: str | None
+) -> None:
+    client = await websocket_connect(ws_url + "/echo", subprotocols=offered)
+    assert client.selected_subprotocol == selected
+    client.close()
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    ("path", "origin"),
+    [
+        ("/echo", "http://evil.example"),
+        ("/echo", "null"),
+        ("/echo", "http://localhost:1"),
+        ("/echo", "http://[::1"),
+        ("/friends", "http://friend.example"),
+        ("/friends", "https://friend.example.evil.example"),
+        ("/shout", "http://evil.example"),
+        ("/anybody", "http://[::1"),
+    ],
+)
+async def test_an_origin_that_may_not_connect_gets_403_and_one_warning(
+    ws_url: str, path: str, origin: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(HTTPClientError) as refusal:
+        await websocket_connect(HTTPRequest(ws_url + path, headers={"Origin": origin}))
+    assert refusal.value.code == 403
+    assert [record.levelname for record in ours(caplog)] == ["WARNING"]
+    assert ours(caplog)[0].getMessage().startswith("[SERVER] error:")
+
+
+def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == "echo_server"]
+
+
+@pytest.mark.gen_test
+async def test_the_warning_says_which_origin_was_refused_and_from_where(
+    ws_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(HTTPClientError):
+        await websocket_connect(HTTPRequest(ws_url + "/echo", headers={"Origin": "http://evil.example"}))
+    assert re.fullmatch(r".*http://evil\.example.* 127\.0\.0\.1:\d+.*", ours(caplog)[0].getMessage())
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    ("path", "origin"),
+    [
+        ("/echo", ""),
+        ("/anybody", "http://evil.example"),
+        ("/anybody", "null"),
+        ("/friends", "https://friend.example"),
+        ("/friends", ""),
+    ],
+)
+async def test_an_origin_that_may_connect_does(ws_url: str, base_url: str, path: str, origin: str) -> None:
+    """The empty one stands for our own."""
+    client = await websocket_connect(HTTPRequest(ws_url + path, headers={"Origin": origin or base_url}))
+    await client.write_message("Hello!")
+    assert await client.read_message() == "ECHO:Hello!"
+    client.close()
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("accept", ["text/html", "*/*"])
+async def test_embedded_a_plain_get_is_told_that_this_is_a_websocket(
+    http_client: AsyncHTTPClient, base_url: str, method: str, accept: str
+) -> None:
+    answer = await http_client.fetch(base_url + "/echo", raise_error=False, method=method, headers={"Accept": accept})
+    assert (answer.code, answer.headers["Upgrade"], answer.headers["Sec-WebSocket-Version"]) == (426, "websocket", "13")
+    assert answer.headers["Content-Type"].startswith("text/plain")
+    assert (b"Upgrade: websocket" in answer.body) == (method == "GET")
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("path", ["/", "/healthz", "/metrics", "/test"])
+async def test_embedded_no_other_url_is_answered(http_client: AsyncHTTPClient, base_url: str, path: str) -> None:
+    answer = await http_client.fetch(base_url + path, raise_error=False, headers={"Accept": "text/html"})
+    assert answer.code == 404
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("query", ["close=4001&after=0", "push=1", "drop=1&after=0", "delay=60", "token=x"])
+async def test_embedded_the_query_asks_for_nothing(ws_url: str, query: str) -> None:
+    client = await websocket_connect(f"{ws_url}/echo?{query}")
+    await client.write_message("Hello!")
+    assert await client.read_message() == "ECHO:Hello!"
+    client.close()
+
+
+@pytest.mark.gen_test
+async def test_the_log_has_the_words_of_the_original_sample(
+    ws_url: str, app: Application, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "echo_server")
+    client = await websocket_connect(ws_url + "/shout?token=secret")
+    for text in ("Hello!", "Zoë\n", "ab" * 300):
+        await client.write_message(text)
+        await client.read_message()
+    client.close(4001, "bye")
+    lines = await log_lines(caplog, 5)
+    assert re.fullmatch(r"\[SERVER\] connection\(\) from 127\.0\.0\.1:\d+ /shout", lines[0])
+    assert lines[1:4] == [f"[SERVER] Received:{text}" for text in ("HELLO!", r"ZO\xcb\n", "AB" * 100)]
+    assert re.fullmatch(
+        r"\[SERVER\] close\(\) 4001 from 127\.0\.0\.1:\d+ after 0\.\d s, 3 messages, 611 bytes", lines[4]
+    )
+
+
+async def log_lines(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
+    await until_async(lambda: len(ours(caplog)) >= count)
+    return [record.getMessage() for record in ours(caplog)]
+
+
+async def until_async(condition: Callable[[], bool]) -> None:
+    """Polls, while the loop runs, until the condition holds; the test's own limit bounds it."""
+    while not condition():
+        await gen.sleep(0.005)
+
+
+@pytest.mark.gen_test
+async def test_at_the_level_info_the_log_has_no_message(ws_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "echo_server")
+    client = await websocket_connect(ws_url + "/echo")
+    await client.write_message("Hello!")
+    await client.read_message()
+    client.close()
+    assert [re.sub(r"[^a-z].*", "", line[9:]) for line in await log_lines(caplog, 2)] == ["connection", "close"]
+
+
+STATE = r"""
+import argparse, asyncio, codecs, json, logging, os, signal, sys, threading, warnings
+import tornado.httpserver, tornado.options, tornado.web, tornado.websocket
+
+def state():
+    loggers = ["", "tornado", "tornado.access", "tornado.application", "tornado.general", "asyncio", "echo_server"]
+    return {
+        "options": sorted(tornado.options.options),
+        "logging": [(n, logging.getLogger(n).level, logging.getLogger(n).handlers[:]) for n in loggers],
+        "raise": logging.raiseExceptions,
+        "signals": [str(signal.getsignal(n)) for n in sorted(signal.valid_signals())],
+        "threads": [thread.name for thread in threading.enumerate()],
+        "environment": dict(os.environ),
+        "policy": str(type(asyncio.get_event_loop_policy())) if sys.version_info < (3, 14) else "",
+        "hooks": [str(sys.excepthook), str(threading.excepthook), str(sys.stdout), str(sys.stderr), sys.argv, sys.path],
+        "warnings": warnings.filters[:],
+        "descriptors": len(os.listdir("/dev/fd")),
+        "folder": os.getcwd(),
+    }
+
+touched = []
+watched = ("socket.", "subprocess.", "os.putenv")
+sys.addaudithook(lambda event, args: event.startswith(watched) and touched.append(event))
+before = json.dumps(state(), default=str)
+import echo_server
+after = json.dumps(state(), default=str)
+late = sorted({"tomllib", "resource", "uvloop"} & sys.modules.keys())
+assert before == after, (before, after)
+print(touched, late)
+"""
+
+
+def python(script: str, *args: str) -> str:
+    """What a fresh interpreter prints, which finds the module."""
+    done = ended(sys.executable, "-W", "error", "-c", script, *args, cwd=MODULE.parent)
+    return done.stdout + done.stderr
+
+
+def test_importing_does_nothing() -> None:
+    assert python(STATE) == "[] []\n"
+
+
+HOST = """
+import sys
+from tornado.options import define, options, parse_command_line
+define("port", default=1, type=int)
+define("config", default="")
+from echo_server import EchoHandler, make_app
+define("address", default="")
+parse_command_line(sys.argv)
+print(options.port, options.config, options.address)
+"""
+
+
+def test_a_host_that_defines_port_and_config_imports_it() -> None:
+    assert python(HOST, "--port=5", "--config=mine", "--address=here") == "5 mine here\n"
+
+
+DOCSTRING = r"""
+import asyncio, re, tornado.web, echo_server
+lines = re.search("Embed it:((?:.*\\S.*\\n)+)", echo_server.__doc__)[1].replace("8888", "0").splitlines()
+async def main():
+    exec("\n".join(line.strip() for line in lines), globals())
+asyncio.run(main())
+print(app.wildcard_router.rules[0].target.__name__)
+"""
+
+
+def test_the_three_lines_in_the_docstring_work() -> None:
+    assert python(DOCSTRING) == "EchoHandler\n"
+
+
+# ---------------------------------------------------------------------------------------------- Frames
+
+
+Received = tuple[list[tuple[int, bytes]], int | None]  # events, code of the fault
+
+
+def receive(data: bytes | Iterable[bytes], limit: int = LIMIT, compressed: bool = True) -> Received:
+    """What a Receiver makes of the pieces."""
+    receiver = Receiver(limit, compressed)
+    events = []
+    for piece in [data] if isinstance(data, bytes) else data:
+        events += receiver.feed(piece)
+        while receiver.more:
+            events += receiver.feed()
+    return [(opcode, bytes(payload)) for opcode, payload in events], receiver.fault.code if receiver.fault else None
+
+
+def bytewise(data: bytes) -> Iterator[bytes]:
+    return (data[i : i + 1] for i in range(len(data)))
+
+
+@pytest.mark.parametrize(("data", "code"), FAULTS)
+def test_a_fault_has_its_code_as_soon_as_its_last_byte_has_come(data: bytes, code: int) -> None:
+    assert receive(data) == ([], code)
+    assert receive(bytewise(data)) == ([], code)
+
+
+@pytest.mark.parametrize(("data", "code"), FAULTS)
+def test_messages_before_a_fault_are_delivered_and_none_behind_it(data: bytes, code: int) -> None:
+    stream = text("before") + data + frame(FIN) * 9 + text("behind") + close()
+    assert receive(stream) == ([(TEXT, b"before")], code)
+    assert receive(bytewise(stream)) == ([(TEXT, b"before")], code)
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 125, 126, 127, 65535, 65536, 100_000])
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+def test_a_message_of_any_length_arrives(opcode: int, length: int) -> None:
+    payload = noise(length) if opcode == BINARY else b"x" * length
+    data = frame(FIN | opcode, payload)
+    assert receive(data, 1 << 20) == ([(opcode, payload)], None)
+    assert receive(bytewise(data), 1 << 20) == ([(opcode, payload)], None)
+
+
+TEXTS = ["", "{}", "\0", "é", "\ud7ff\ue000", "\U0010ffff", "👩‍👩‍👧‍👦", "\ufeffBOM", "a" * 200 + "€"]
+
+
+@pytest.mark.parametrize("payload", TEXTS)
+def test_text_may_be_cut_anywhere(payload: str) -> None:
+    data = payload.encode()
+    for i in range(len(data) + 1):
+        assert receive(fragments(TEXT, data[:i], data[i:])) == ([(TEXT, data)], None)
+        assert receive(fragments(RSV1 | TEXT, packed(data)[:i], packed(data)[i:])) == ([(TEXT, data)], None)
+    assert receive(bytewise(fragments(TEXT, *bytewise(data), b""))) == ([(TEXT, data)], None)
+
+
+def test_binary_need_not_be_text() -> None:
+    for data in NOT_UTF8.values():
+        assert receive(fragments(BINARY, data, data)) == ([(BINARY, data + data)], None)
+
+
+@pytest.mark.parametrize("name", NOT_UTF8)
+def test_check_text_knows_at_the_last_byte_that_it_is_not_utf8(name: str) -> None:
+    with pytest.raises(Fault) as fault:
+        check_text(b"abc" + NOT_UTF8[name], final=False)
+    assert fault.value.code == 1007
+
+
+def test_check_text_agrees_with_the_whole_decoder_on_every_start_of_a_character() -> None:
+    for data in map(
+        bytes, itertools.product((0x41, *range(0x7F, 0x100)), (0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF))
+    ):
+        try:
+            rest = check_text(data, final=False)
+        except Fault:
+            rest = None
+        assert (rest is not None) == can_become_text(data), data
+        assert not rest or data.endswith(rest)
+
+
+def can_become_text(data: bytes) -> bool:
+    """By trying what may follow."""
+    for tail in (b"", b"\x80", b"\x80\x80", b"\x80\x80\x80"):
+        try:
+            (data + tail).decode()
+        except UnicodeDecodeError:
+            continue
+        return True
+    return False
+
+
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+@pytest.mark.parametrize("first", [0, RSV1])
+def test_a_ping_between_fragments_comes_at_once_and_changes_nothing(opcode: int, first: int) -> None:
+    payload = b"Hello" * 20
+    data = packed(payload) if first else payload
+    parts = [
+        frame(first | opcode, data[:3]),
+        frame(FIN | PING, b"p"),
+        frame(0, data[3:4]),
+        frame(FIN | PONG),
+        frame(FIN, data[4:]),
+    ]
+    assert receive(parts) == receive(b"".join(parts)) == ([(PING, b"p"), (PONG, b""), (opcode, payload)], None)
+    assert receive(parts[:2]) == ([(PING, b"p")], None)
+    assert receive(bytewise(b"".join(parts))) == receive(parts)
+
+
+def test_a_ping_may_come_while_a_message_stands_at_its_limit() -> None:
+    data = frame(TEXT, b"a" * LIMIT) + frame(FIN | PING, b"p" * 100) + frame(FIN)
+    assert receive(data) == ([(PING, b"p" * 100), (TEXT, b"a" * LIMIT)], None)
+
+
+@pytest.mark.parametrize("opcode", [PING, PONG])
+def test_a_control_frame_holds_up_to_125_bytes_of_anything(opcode: int) -> None:
+    for payload in (b"", b"\xff\xfe", bytes(range(125))):
+        assert receive(bytewise(frame(FIN | opcode, payload))) == ([(opcode, payload)], None)
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, *range(1007, 1015), 3000, 3999, 4000, 4999])
+def test_a_close_code_that_may_be_sent_is_taken(code: int) -> None:
+    assert receive(close(code)) == ([(CLOSE, close_body(code))], None)
+    assert receive(bytewise(close(code, "é" * 61))) == ([(CLOSE, close_body(code, "é" * 61))], None)
+
+
+def test_every_other_close_code_is_a_protocol_error() -> None:
+    good = {1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)}
+    assert {code for code in range(65536) if receive(close(code))[1] is None} == good
+    assert {receive(close(code))[1] for code in range(65536) if code not in good} == {1002}
+
+
+def test_nothing_is_looked_at_behind_a_close() -> None:
+    receiver = Receiver(LIMIT)
+    assert receiver.feed(frame(FIN | CLOSE) + b"\xff" * 99) == [(CLOSE, b"")]
+    assert receiver.done and receiver.fault is None
+    assert receiver.feed(text("hi") + b"\xff" * 99) == [] and receiver.fault is None
+
+
+def test_nothing_is_looked_at_behind_a_fault() -> None:
+    receiver = Receiver(LIMIT)
+    assert receiver.feed(b"\xff" * 2) == []
+    assert receiver.done and receiver.fault is not None and not receiver.more
+    assert receiver.feed(text("hi")) == []
+
+
+def test_rsv1_needs_the_extension() -> None:
+    assert receive(frame(FIN | RSV1 | TEXT, HELLO), compressed=False) == ([], 1002)
+    assert receive(frame(FIN | RSV1 | BINARY), compressed=False) == ([], 1002)
+
+
+# What RFC 7692 section 7.2.3 shows, in its order; the second message of 7.2.3.2 is among the faults.
+EXAMPLES = {
+    "one compressed block": ("c107f248cdc9c90700", b"Hello"),
+    "the same in two fragments": ("4103f248cd8004c9c90700", b"Hello"),
+    "a block with no compression": ("c10b000500faff48656c6c6f00", b"Hello"),
+    "a block with BFINAL": ("c108f348cdc9c9070000", b"Hello"),
+    "two blocks in one message": ("c10df248050000 00ffffcac9c90700", b"Hello"),
+    "an empty message": ("c10100", b""),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_rfc_7692_are_read(name: str) -> None:
+    data, payload = bytes.fromhex(EXAMPLES[name][0]), EXAMPLES[name][1]
+    assert receive(as_client(data)) == receive(bytewise(as_client(data))) == ([(TEXT, payload)], None)
+
+
+def as_client(data: bytes) -> bytes:
+    """The short frames of a server, as a client sends them."""
+    frames = []
+    while data:
+        frames.append(frame(data[0], data[2 : 2 + data[1]]))
+        data = data[2 + data[1] :]
+    return b"".join(frames)
+
+
+def test_blocks_with_bfinal_share_a_window() -> None:
+    word = b"a word that comes again "
+    first, second = zlib.compressobj(9, wbits=-15), zlib.compressobj(9, wbits=-15, zdict=word)
+    data = first.compress(word) + first.flush() + second.compress(word) + second.flush() + b"\0"
+    assert len(data) < 2 * len(word)  # the second block refers to the first
+    assert receive(frame(FIN | RSV1 | TEXT, data)) == ([(TEXT, word * 2)], None)
+    assert receive(bytewise(fragments(RSV1 | TEXT, *bytewise(data)))) == ([(TEXT, word * 2)], None)
+
+
+def test_endless_blocks_with_bfinal_are_a_policy_violation() -> None:
+    assert receive(frame(FIN | RSV1 | BINARY, b"\x03\x00" * 2000)) == ([], 1008)
+
+
+@pytest.mark.parametrize("payload", [b"Hello", b"Hello" * 50, noise(300)], ids=len)
+@pytest.mark.parametrize("level", [0, 1, 6, 9])
+def test_deflate_data_that_ends_early_is_corrupt(payload: bytes, level: int) -> None:
+    data = packed(payload, level)
+    for i in range(1 + (data[0] == 0), len(data)):  # a first byte 00 alone is the empty message
+        assert receive(frame(FIN | RSV1 | BINARY, data[:i])) == ([], 1007), i
+    assert receive(frame(FIN | RSV1 | BINARY, data)) == ([(BINARY, payload)], None)
+
+
+def test_a_compressed_message_starts_with_an_empty_window() -> None:
+    again = bytes.fromhex("f200110000")  # RFC 7692 section 7.2.3.2: Hello, from the window of the message before
+    assert receive(frame(FIN | RSV1 | TEXT, HELLO) + frame(FIN | RSV1 | TEXT, again)) == ([(TEXT, b"Hello")], 1007)
+
+
+def test_compressed_and_plain_messages_alternate() -> None:
+    stream = (frame(FIN | RSV1 | TEXT, HELLO) + text("Hello")) * 5
+    assert receive(bytewise(stream)) == receive(stream) == ([(TEXT, b"Hello")] * 10, None)
+
+
+@pytest.mark.parametrize("limit", [125, 126, 1000, 65535, 65536, 1 << 20])
+def test_a_message_may_have_exactly_the_limit(limit: int) -> None:
+    below, above = b"a" * limit, b"a" * (limit + 1)
+    for data in (
+        frame(FIN | TEXT, below),
+        fragments(BINARY, below[:9], below[9:]),
+        frame(FIN | RSV1 | TEXT, packed(below)),
+    ):
+        (event,), code = receive(data, limit)
+        assert event[1] == below and code is None
+    for data in (
+        frame(FIN | TEXT, above),
+        fragments(BINARY, above[:9], above[9:]),
+        frame(FIN | RSV1 | TEXT, packed(above)),
+    ):
+        assert receive(data, limit) == ([], 1009)
+
+
+@pytest.mark.parametrize("limit", [125, 1000, 65536, 1 << 20])
+@pytest.mark.parametrize("level", [0, 1, 6, 9])
+def test_a_message_that_deflate_makes_longer_may_have_the_limit_too(limit: int, level: int) -> None:
+    payload = noise(limit)
+    data = packed(payload, level)
+    assert len(data) > limit
+    assert receive(frame(FIN | RSV1 | BINARY, data), limit) == ([(BINARY, payload)], None)
+
+
+def test_a_bomb_is_stopped_when_it_has_inflated_to_the_limit() -> None:
+    bomb = packed(bytes(100 << 20), 9)
+    receiver = Receiver(1 << 20, deflate=True)
+    assert receiver.feed(frame(FIN | RSV1 | BINARY, bomb)[:2000]) == []  # of 100 KB
+    assert receiver.fault is not None and receiver.fault.code == 1009
+
+
+def test_a_message_may_have_131_072_fragments() -> None:
+    data = frame(BINARY, b"a") + frame(CONTINUATION, b"a") * 131_070
+    assert receive(data + frame(FIN, b"a"), 1 << 20) == ([(BINARY, b"a" * 131_072)], None)
+    assert receive(data + frame(CONTINUATION, b"a"), 1 << 20) == ([], None)
+    assert receive(data + frame(CONTINUATION, b"a") * 2, 1 << 20) == ([], 1008)
+
+
+def test_a_message_may_have_1_024_empty_fragments() -> None:
+    data = frame(TEXT) + frame(CONTINUATION) * 1022
+    assert receive((data + frame(FIN)) * 2) == ([(TEXT, b"")] * 2, None)
+    assert receive(data + frame(CONTINUATION) * 2) == ([], 1008)
+
+
+def test_a_turn_ends_after_about_a_message_of_the_limit() -> None:
+    receiver = Receiver(1 << 20, deflate=True)
+    turns = [receiver.feed(frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20))) * 20)]
+    while receiver.more:
+        turns.append(receiver.feed())
+    assert [[len(payload) for _, payload in events] for events in turns] == [[1 << 20]] * 20
+
+
+@pytest.mark.parametrize(
+    "small", [frame(FIN | PING), text("hi"), frame(FIN | RSV1 | TEXT, HELLO)], ids=["ping", "text", "packed"]
+)
+def test_a_turn_ends_after_some_hundred_small_frames(small: bytes) -> None:
+    receiver = Receiver(LIMIT, deflate=True)
+    counts = [len(receiver.feed(small * 5000 + close()))]
+    while receiver.more:
+        counts.append(len(receiver.feed()))
+    assert sum(counts) == 5001 and max(counts) <= 1024
+
+
+def test_what_is_fed_before_the_rest_is_taken_comes_behind_it() -> None:
+    receiver = Receiver(LIMIT)
+    events = receiver.feed(text("a") * 2000)
+    assert receiver.more
+    events += receiver.feed(text("b"))
+    while receiver.more:
+        events += receiver.feed()
+    assert [bytes(payload) for _, payload in events] == [b"a"] * 2000 + [b"b"]
+
+
+# ---- permessage-deflate in the handshake
+
+AGREED = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+TAKEN = {  # offers, and the server_max_window_bits of the answer
+    "permessage-deflate": None,
+    "permessage-deflate; server_no_context_takeover": None,
+    "permessage-deflate; client_no_context_takeover": None,
+    "permessage-deflate; client_max_window_bits": None,
+    "permessage-deflate; client_max_window_bits=8": None,
+    "permessage-deflate; client_max_window_bits=15": None,
+    'permessage-deflate; client_max_window_bits="10"': None,
+    "permessage-deflate; server_max_window_bits=9": 9,
+    "permessage-deflate; server_max_window_bits=15": 15,
+    'permessage-deflate; server_max_window_bits="10"': 10,
+    " permessage-deflate ;server_no_context_takeover;\tserver_max_window_bits=12 ": 12,
+    "permessage-deflate; client_no_context_takeover; server_no_context_takeover; server_max_window_bits=11;"
+    " client_max_window_bits=11": 11,
+    "permessage-deflate; server_max_window_bits=8, permessage-deflate": None,
+    "permessage-deflate; server_max_window_bits=10, permessage-deflate": 10,
+    "permessage-deflate; unknown, permessage-deflate; server_max_window_bits=13": 13,
+    "x-webkit-deflate-frame, permessage-deflate; client_max_window_bits": None,
+    'permessage-other; x="a,b", permessage-deflate': None,
+    ", permessage-deflate,": None,
+}
+
+
+@pytest.mark.parametrize("offers", TAKEN)
+def test_the_first_offer_that_suits_is_taken_without_context_takeover(offers: str) -> None:
+    answer, bits = accept_deflate(offers)
+    assert answer == AGREED + (f"; server_max_window_bits={TAKEN[offers]}" if TAKEN[offers] else "")
+    assert bits == (TAKEN[offers] or 15)
+
+
+DECLINED = [
+    "",
+    ",",
+    "deflate",
+    "permessage-deflate=1",
+    "permessage-deflated",
+    "x-permessage-deflate",
+    "permessage-deflate server_no_context_takeover",
+    *(
+        f"permessage-deflate; {parameters}"
+        for parameters in (
+            "",
+            "; client_max_window_bits",
+            "client_max_window_bits;",
+            "unknown",
+            "unknown=1",
+            "Server_No_Context_Takeover_",
+            "server_no_context_takeover=1",
+            'server_no_context_takeover=""',
+            "client_no_context_takeover=true",
+            "server_max_window_bits",
+            "server_max_window_bits=",
+            *(
+                f"server_max_window_bits={bits}"
+                for bits in ("8", "7", "0", "16", "010", "09", "+9", "-9", "9.", "1_0", "٩")
+            ),
+            *(f"server_max_window_bits={bits}" for bits in ('"9', '9"', '""9', "'9'", '"16"', "999", "9 9")),
+            "client_max_window_bits=",
+            *(f"client_max_window_bits={bits}" for bits in ("7", "16", "08", "010", '"8', '""', "x")),
+            "server_no_context_takeover; server_no_context_takeover",
+            "client_no_context_takeover; client_no_context_takeover",
+            "server_max_window_bits=9; server_max_window_bits=9",
+            "server_max_window_bits=10; server_max_window_bits=9",
+            "client_max_window_bits; client_max_window_bits",
+            "client_max_window_bits; client_max_window_bits=9",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("offers", DECLINED)
+def test_an_offer_that_does_not_suit_is_declined(offers: str) -> None:
+    assert accept_deflate(offers) == ("", 0)
+    assert accept_deflate(f"{offers}, {offers}") == ("", 0)
+
+
+def test_a_quoted_string_is_not_an_offer() -> None:
+    assert accept_deflate('x; y=", permessage-deflate, "') == ("", 0)
+
+
+@given(st.text(max_size=60) | st.lists(st.sampled_from([*TAKEN, *DECLINED, ";", '"', "="])).map(",".join))
+@settings(deadline=None, derandomize=True, max_examples=300)
+def test_no_offer_raises_anything(offers: str) -> None:
+    answer, bits = accept_deflate(offers)
+    assert bits in range(9, 16) if answer else bits == 0
+
+
+@pytest.mark.parametrize("bits", range(9, 16))
+def test_a_reply_keeps_to_the_window_that_was_asked_for(bits: int) -> None:
+    payload = noise(3000) * 30
+    data = deflate(payload, bits, 6, 8)
+    assert inflated(data, bits) == payload
+
+
+# ---- Properties
+
+quick = settings(deadline=None, derandomize=True, max_examples=250)
+payloads = st.binary(max_size=300) | st.text(max_size=100).map(str.encode) | st.integers(0, 2000).map(bytes)
+payload_texts = st.text("aé€😀\0", max_size=31)  # at most 125 bytes
+messages = st.tuples(
+    st.sampled_from([TEXT, BINARY]),
+    payloads,
+    st.booleans(),  # compressed
+    st.lists(st.integers(0, 300), max_size=4),  # where it is cut
+    st.lists(st.sampled_from([PING, PONG]), max_size=2),  # what stands between its fragments
+)
+Cut = tuple[int, bytes, bool, list[int], list[int]]
+
+
+def cut(data: bytes, where: Iterable[int]) -> list[bytes]:
+    """In pieces, as many as it has cuts and one."""
+    ends = sorted(min(i, len(data)) for i in where)
+    return [data[i:j] for i, j in itertools.pairwise([0, *ends, len(data)])]
+
+
+def sent(message: Cut) -> tuple[list[bytes], list[tuple[int, bytes]]]:
+    """The frames of a message, and what should become of them."""
+    opcode, payload, compressed, cuts, controls = message
+    if opcode == TEXT:
+        payload = payload.decode("utf-8", "replace").encode()
+    parts = cut(packed(payload) if compressed else payload, cuts)
+    frames = [frame(opcode | RSV1 * compressed, parts[0]), *(frame(CONTINUATION, part) for part in parts[1:])]
+    frames[-1] = bytes((frames[-1][0] | FIN,)) + frames[-1][1:]
+    between = controls if len(frames) > 1 else []
+    frames[1:1] = [frame(FIN | control, b"c") for control in between]
+    return frames, [(control, b"c") for control in between] + [(opcode, payload)]
+
+
+@given(st.lists(messages, max_size=6), st.lists(st.integers(0, 3000), max_size=8))
+@quick
+def test_what_was_sent_arrives_however_it_is_split(what: list[Cut], cuts: list[int]) -> None:
+    stream = b"".join(data for message in what for data in sent(message)[0])
+    expected = [event for message in what for event in sent(message)[1]], None
+    assert receive(stream) == expected
+    assert receive(cut(stream, cuts)) == expected
+    assert receive(bytewise(stream)) == expected
+
+
+firsts = st.sampled_from([0x81, 0x82, 0x01, 0x00, 0x80, 0xC1, 0xC2, 0x41, 0x89, 0x8A, 0x88]) | st.integers(0, 255)
+bodies = (
+    payloads | payloads.map(packed) | st.sampled_from([*NOT_UTF8.values(), close_body(1000), close_body(1005, "x")])
+)
+any_frame = st.builds(frame, firsts, bodies)
+any_header = st.builds(
+    header,
+    firsts,
+    st.sampled_from([0, 5, 125, 126, LIMIT, LIMIT + 1, 65535]),
+    st.sampled_from([2, 8]),
+    st.sampled_from([0x80, 0x80, 0x80, 0]),
+)
+good_frames = messages.map(lambda message: b"".join(sent(message)[0]))
+streams = st.lists(good_frames | any_frame | any_header | st.binary(max_size=20), max_size=8).map(b"".join)
+
+
+@given(streams, st.lists(st.integers(0, 1500), max_size=8), st.sampled_from([125, LIMIT]), st.booleans())
+@quick
+def test_any_bytes_have_the_same_events_and_fault_however_they_are_split(
+    stream: bytes, cuts: list[int], limit: int, compressed: bool
+) -> None:
+    whole = receive(stream, limit, compressed)
+    assert whole[1] in (None, 1002, 1007, 1008, 1009)
+    assert receive(cut(stream, cuts), limit, compressed) == whole
+    assert receive(bytewise(stream), limit, compressed) == whole
+
+
+@given(st.binary(max_size=400), st.sampled_from([TEXT, BINARY]), st.booleans())
+@quick
+def test_any_bytes_as_deflate_data_are_a_message_or_a_fault(data: bytes, opcode: int, final: bool) -> None:
+    stream = frame(RSV1 | opcode, data) + frame(FIN * final, data)
+    events, code = receive(stream)
+    assert (len(events), code) in ([(1, None)] if final else [(0, None)]) + [(0, 1007), (0, 1008), (0, 1009)]
+    assert receive(bytewise(stream)) == (events, code)
+
+
+@given(st.sampled_from(FAULTS), st.lists(messages, max_size=3), st.lists(st.integers(0, 1000), max_size=6))
+@quick
+def test_a_fault_behind_any_messages_has_its_code(fault: Any, before: list[Cut], cuts: list[int]) -> None:
+    data, code = fault.values
+    stream = b"".join(piece for message in before for piece in sent(message)[0]) + data
+    events = [event for message in before for event in sent(message)[1]]
+    assert receive(stream) == receive(cut(stream, cuts)) == (events, code)
+
+
+# ---- Against an implementation that is not ours
+
+
+@given(st.lists(messages, max_size=6))
+@quick
+def test_the_parser_of_websockets_reads_the_same(what: list[Cut]) -> None:
+    other = Protocol(SERVER)
+    other.extensions = [PerMessageDeflate(True, True, 15, 15)]
+    stream = b"".join(data for message in what for data in sent(message)[0])
+    other.receive_data(stream)
+    frames = [event for event in other.events_received() if isinstance(event, Frame)]
+    ours, fault = receive(stream)
+    assert fault is None and joined(frames) == ours
+
+
+def joined(frames: list[Frame]) -> list[tuple[int, bytes]]:
+    """Messages from frames, with control frames in their place."""
+    events: list[tuple[int, bytes]] = []
+    opcode, payload = 0, b""
+    for item in frames:
+        if item.opcode >= Opcode.CLOSE:
+            events.append((item.opcode, bytes(item.data)))
+            continue
+        opcode, payload = item.opcode or opcode, payload + bytes(item.data)
+        if item.fin:
+            events.append((opcode, payload))
+            opcode, payload = 0, b""
+    return events
+
+
+@given(st.lists(st.tuples(st.sampled_from([TEXT, BINARY, PING]), payload_texts), max_size=5), st.booleans())
+@quick
+def test_what_websockets_sends_is_read(what: list[tuple[int, str]], compressed: bool) -> None:
+    other = Protocol(CLIENT)
+    other.extensions = [PerMessageDeflate(True, True, 15, 15)] if compressed else []
+    send = {TEXT: other.send_text, BINARY: other.send_binary, PING: other.send_ping}
+    for opcode, payload in what:
+        send[opcode](payload.encode())
+    expected = [(opcode, payload.encode()) for opcode, payload in what]
+    assert receive(b"".join(other.data_to_send()), compressed=compressed) == (expected, None)
+
+
+@pytest.mark.parametrize("length", [0, 5, 125, 126, 65535, 65536, 200_000])
+@pytest.mark.parametrize("bits", [0, 9, 15])
+def test_websockets_reads_what_is_sent(length: int, bits: int) -> None:
+    payload = noise(length // 2) + bytes(length - length // 2)
+    other = Protocol(CLIENT, max_size=None)
+    other.extensions = [PerMessageDeflate(True, True, bits, 15)] if bits else []
+    data = deflate(payload, bits, 6, 8) if bits else payload
+    other.receive_data(frame_header(FIN | BINARY | (RSV1 if bits else 0), len(data)) + data)
+    assert other.events_received() == [Frame(Opcode.BINARY, payload)]
+
+
+# ------------------------------------------------------------------------------------------ Connection
+
+
+def reply_frame(first: int, payload: bytes) -> bytes:
+    """A frame of the server."""
+    return frame_header(first, len(payload)) + payload
+
+
+class Peer:
+    """A client that sends and sees bytes as they are."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.head = ""  # of the server's answer
+
+    def send(self, *data: bytes) -> None:
+        self.writer.write(b"".join(data))
+
+    async def send_bytewise(self, data: bytes) -> None:
+        for i in range(len(data)):
+            self.send(data[i : i + 1])
+            await asyncio.sleep(0)  # the server's turn, and it reads just this
+            await asyncio.sleep(0)
+
+    async def receive(self, size: int) -> bytes:
+        async with asyncio.timeout(PATIENCE):
+            return await self.reader.readexactly(size)
+
+    async def frame(self) -> tuple[int, bytes]:
+        """First byte and payload."""
+        first, length = await self.receive(2)
+        if length > 125:
+            length = int.from_bytes(await self.receive(2 if length == 126 else 8), "big")
+        return first, await self.receive(length)
+
+    async def replies(self, *payloads: bytes, first: int = FIN | TEXT) -> bool:
+        """Whether exactly these come next."""
+        expected = b"".join(reply_frame(first, payload) for payload in payloads)
+        return await self.receive(len(expected)) == expected
+
+    async def close_code(self) -> int | None:
+        """Of the Close frame that comes next; None when it has none."""
+        first, payload = await self.frame()
+        assert first == FIN | CLOSE
+        return int.from_bytes(payload[:2], "big") if payload else None
+
+    async def rest(self) -> bytes:
+        """What comes until the end of the connection; raises ConnectionResetError if that is a reset."""
+        async with asyncio.timeout(PATIENCE):
+            return await self.reader.read()
+
+    def leave(self) -> None:
+        """Ends TCP without a Close."""
+        self.writer.close()
+
+    def reset(self) -> None:
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+
+async def eventually(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110  # the server has no event for what a test may ask
+            await asyncio.sleep(0.002)
+
+
+NO_HEADERS: Mapping[str, str] = {}
+
+
+class Host:
+    """An application with our handler, and what connects to it."""
+
+    def __init__(
+        self, app: Application, port: int, trust: ssl.SSLContext | None, errors: Callable[[], list[str]]
+    ) -> None:
+        self.app, self.port, self.trust, self.errors = app, port, trust, errors
+        self.peers: list[Peer] = []
+        self.url = f"{'wss' if trust else 'ws'}://localhost:{port}"
+
+    def route(self, handler: type[EchoHandler] = EchoHandler, **initialize: Any) -> str:
+        path = f"/{len(self.app.default_router.rules)}"
+        self.app.add_handlers(".*", [(path, handler, initialize)])
+        return path
+
+    async def dial(self, receive_buffer: int = 0) -> Peer:
+        sock = socket.socket()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if receive_buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        sock.connect(("127.0.0.1", self.port))
+        name = "localhost" if self.trust else None
+        self.peers.append(
+            Peer(*await asyncio.open_connection(sock=sock, ssl=self.trust, server_hostname=name, limit=4096))
+        )
+        return self.peers[-1]
+
+    async def connect(
+        self,
+        handler: type[EchoHandler] = EchoHandler,
+        headers: Mapping[str, str] = NO_HEADERS,
+        early: bytes = b"",
+        receive_buffer: int = 0,
+        **initialize: Any,
+    ) -> Peer:
+        """A peer behind its handshake; `early` comes in one piece with it."""
+        peer = await self.dial(receive_buffer)
+        line = f"GET {self.route(handler, **initialize)} HTTP/1.1"
+        peer.send(request(line, add="\r\n".join(f"{name}: {headers[name]}" for name in headers)), early)
+        async with asyncio.timeout(PATIENCE):
+            peer.head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
+        assert peer.head.startswith("HTTP/1.1 101 ")
+        return peer
+
+    async def finish(self) -> None:
+        for peer in self.peers:
+            peer.writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await peer.writer.wait_closed()
+        await eventually(lambda: not Connections.current().open)
+
+
+@pytest.fixture(params=["tcp", "tls"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def ssl_options(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    return context
+
+
+@pytest.fixture(scope="module")
+def client_context(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # without the authorities of the system, which take 20 ms to load
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.fixture
+def host(
+    request: pytest.FixtureRequest,
+    transport: str,
+    app: Application,
+    io_loop: IOLoop,
+    http_port: int,
+    caplog: pytest.LogCaptureFixture,
+    client_context: ssl.SSLContext,
+) -> Iterator[Host]:
+    """Afterwards no connection is left, and there was no error other than those the test has asked for."""
+    request.getfixturevalue("http_server" if transport == "tcp" else "https_server")
+    seen: list[str] = []
+
+    def errors() -> list[str]:
+        records = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
+        new = [record.name for record in records][len(seen) :]
+        seen.extend(new)
+        return new
+
+    host = Host(app, http_port, client_context if transport == "tls" else None, errors)
+    yield host
+    io_loop.run_sync(host.finish, timeout=PATIENCE)
+    assert not errors()
+
+
+DEFLATE = {"Sec-WebSocket-Extensions": "permessage-deflate"}
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(("data", "code"), FAULTS)
+async def test_a_fault_is_answered_by_its_code_and_the_end(host: Host, data: bytes, code: int) -> None:
+    host.app.settings["websocket_max_message_size"] = LIMIT
+    peer = await host.connect(headers=DEFLATE)
+    peer.send(text("before"), data)
+    assert await peer.replies(b"ECHO:before")
+    assert await peer.close_code() == code
+    assert await peer.rest() == b""
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(("data", "code"), SHORT_FAULTS)
+async def test_a_fault_that_comes_byte_by_byte_is_answered_too(host: Host, data: bytes, code: int) -> None:
+    host.app.settings["websocket_max_message_size"] = LIMIT
+    peer = await host.connect(headers=DEFLATE)
+    await peer.send_bytewise(data)
+    assert await peer.close_code() == code
+    assert await peer.rest() == b""
+
+
+@pytest.mark.gen_test
+async def test_a_peer_can_read_why_it_was_failed_while_it_is_still_sending(host: Host) -> None:
+    peer = await host.connect()
+    peer.send(b"\xff\xff", bytes(4 << 20))
+    await asyncio.wait_for(peer.writer.drain(), PATIENCE)
+    assert await peer.close_code() == 1002
+    assert await peer.rest() == b""
+
+
+WORDS = [
+    "",
+    "Hello!",
+    '{"a": [1, 2.5, null]}',
+    "\U0001f600 Zoë",
+    "a\0b",
+    "x" * 125,
+    "x" * 126,
+    "é" * 32768,
+    "x" * (1 << 20),
+]
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("prefix", ["ECHO:", "", "é" * 70])
+async def test_text_and_binary_come_back_behind_the_prefix(host: Host, prefix: str) -> None:
+    peer = await host.connect(prefix=prefix)
+    for word in WORDS:
+        peer.send(text(word), frame(FIN | BINARY, word.encode()))
+        assert await peer.replies((prefix + word).encode())
+        assert await peer.replies((prefix + word).encode(), first=FIN | BINARY)
+    peer.send(frame(FIN | BINARY, b"\xff\xfe"))
+    assert await peer.replies(prefix.encode() + b"\xff\xfe", first=FIN | BINARY)
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("level", ["DEBUG", "WARNING"])
+async def test_replies_come_in_order(host: Host, level: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(level, "echo_server")
+    peer = await host.connect()
+    words = [str(i) * (i % 99) for i in range(2000)]
+    peer.send(*map(text, words))
+    assert await peer.replies(*(f"ECHO:{word}".encode() for word in words))
+
+
+@pytest.mark.gen_test
+async def test_a_ping_stands_in_order_between_replies_and_at_once_between_fragments(host: Host) -> None:
+    peer = await host.connect()
+    peer.send(text("a"), frame(FIN | PING, b"1"), text("b"), frame(TEXT, b"c"), frame(FIN | PING, b"2"))
+    assert await peer.replies(b"ECHO:a") and await peer.frame() == (FIN | PONG, b"1")
+    assert await peer.replies(b"ECHO:b") and await peer.frame() == (FIN | PONG, b"2")
+    peer.send(frame(FIN | PONG, b"not asked for"), frame(FIN, b"d"))
+    assert await peer.replies(b"ECHO:cd")
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("count", [1, 9000])
+async def test_frames_in_one_packet_with_the_handshake_are_answered(host: Host, count: int) -> None:
+    word = "x" * 110
+    peer = await host.connect(early=text(word) * count)
+    assert await peer.replies(*[f"ECHO:{word}".encode()] * count)
+    peer.send(text("and on"))
+    assert await peer.replies(b"ECHO:and on")
+
+
+@pytest.mark.gen_test
+async def test_a_close_in_one_packet_with_the_handshake_is_answered(host: Host) -> None:
+    peer = await host.connect(early=text("hi") + close(4000))
+    assert await peer.replies(b"ECHO:hi")
+    assert await peer.close_code() == 4000
+    assert await peer.rest() == b""
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("code", [None, 1000, 1001, 1014, 3000, 4999])
+async def test_a_close_is_answered_with_the_code_of_the_peer(host: Host, code: int | None) -> None:
+    peer = await host.connect()
+    peer.send(text("last"), close(code, "bye") if code else frame(FIN | CLOSE), text("too late"))
+    assert await peer.replies(b"ECHO:last")
+    assert await peer.close_code() == code
+    assert await peer.rest() == b""
+
+
+# ---- Subprotocol and compression
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(("offered", "selected"), [("chat", "chat"), ("b, a", "b"), ("", ""), (" , x", "x")])
+async def test_the_first_subprotocol_is_selected(host: Host, offered: str, selected: str) -> None:
+    peer = await host.connect(headers={"Sec-WebSocket-Protocol": offered} if offered else {})
+    assert header_of(peer, "Sec-WebSocket-Protocol") == selected
+
+
+def header_of(peer: Peer, name: str) -> str:
+    lines = dict(line.lower().split(": ", 1) for line in peer.head.splitlines()[1:-1])
+    return lines.get(name.lower(), "")
+
+
+class Picky(EchoHandler):
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return "b" if "b" in subprotocols else None
+
+    def get_compression_options(self) -> dict[str, Any] | None:
+        return {"compression_level": 9, "mem_level": 9} if self.prefix else None
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(("offered", "selected"), [("a, b", "b"), ("a", "")])
+async def test_a_subclass_selects_the_subprotocol(host: Host, offered: str, selected: str) -> None:
+    calls = Calls()
+    peer = await host.connect(PickyRecorder, headers={"Sec-WebSocket-Protocol": offered}, calls=calls)
+    assert header_of(peer, "Sec-WebSocket-Protocol") == selected
+    await eventually(lambda: calls)
+    assert calls.handler.selected_subprotocol == (selected or None)
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("prefix", ["x", ""])
+async def test_a_subclass_decides_about_compression(host: Host, prefix: str) -> None:
+    peer = await host.connect(Picky, headers=DEFLATE, prefix=prefix)
+    peer.send(text("a" * 5000))
+    first, payload = await peer.frame()
+    assert bool(header_of(peer, "Sec-WebSocket-Extensions")) == bool(first & RSV1) == bool(prefix)
+    assert (inflated(payload) if prefix else payload) == prefix.encode() + b"a" * 5000
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+async def test_replies_from_1_kib_are_compressed_each_by_itself(host: Host, opcode: int) -> None:
+    peer = await host.connect(headers=DEFLATE, prefix="")
+    assert "permessage-deflate; server_no_context_takeover; client_no_context_takeover" in peer.head
+    for length in (0, 1, 125, 1023, 1024, 1024, 1 << 20):
+        peer.send(frame(FIN | RSV1 | opcode, packed(b"z" * length)))
+        first, payload = await peer.frame()
+        assert first == FIN | opcode | (RSV1 if length >= 1024 else 0)
+        assert (inflated(payload) if first & RSV1 else payload) == b"z" * length
+
+
+@pytest.mark.gen_test
+async def test_an_offered_window_is_kept_to(host: Host) -> None:
+    peer = await host.connect(headers={"Sec-WebSocket-Extensions": "permessage-deflate; server_max_window_bits=9"})
+    assert "server_max_window_bits=9" in peer.head
+    data = noise(3000) * 9  # comes again outside of a window of 512 bytes
+    peer.send(frame(FIN | BINARY, data))
+    assert inflated((await peer.frame())[1], 9) == b"ECHO:" + data
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    "offer", ["", "permessage-deflate; server_max_window_bits=8", "permessage-deflate; x=1", "x, y;z"]
+)
+async def test_without_an_offer_that_suits_nothing_is_compressed(host: Host, offer: str) -> None:
+    peer = await host.connect(headers={"Sec-WebSocket-Extensions": offer})
+    assert not header_of(peer, "Sec-WebSocket-Extensions")
+    peer.send(text("a" * 5000), frame(FIN | RSV1 | TEXT, HELLO))
+    assert await peer.replies(b"ECHO:" + b"a" * 5000)
+    assert await peer.close_code() == 1002
+
+
+@pytest.mark.gen_test
+async def test_compression_can_be_turned_off(host: Host) -> None:
+    peer = await host.connect(headers=DEFLATE, compression=False)
+    assert not header_of(peer, "Sec-WebSocket-Extensions")
+
+
+@pytest.mark.gen_test
+async def test_several_headers_of_offers_are_one_list(host: Host) -> None:
+    peer = await host.connect(headers={"Sec-WebSocket-Extensions": "x\r\nSec-WebSocket-Extensions: permessage-deflate"})
+    assert header_of(peer, "Sec-WebSocket-Extensions").startswith("permessage-deflate")
+
+
+@pytest.mark.gen_test
+async def test_the_client_of_tornado_gets_every_message_with_compression_on(host: Host) -> None:
+    url = HTTPRequest(host.url + host.route(), ssl_options=host.trust)
+    client = await websocket_connect(url, compression_options={})
+    for i in range(5):
+        await client.write_message(f"{i}" * 5000)
+        assert await client.read_message() == "ECHO:" + f"{i}" * 5000
+    client.close()
+    assert await client.read_message() is None
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("compression", ["deflate", None])
+async def test_the_client_of_websockets_gets_every_message(host: Host, compression: str | None) -> None:
+    url = host.url + host.route()
+    async with websockets_connect_async(
+        url, ssl=host.trust, compression=compression, proxy=None, max_size=None
+    ) as client:
+        for word in WORDS:
+            await client.send(word)
+            assert await client.recv() == "ECHO:" + word
+        await client.send([b"frag", b"", b"ments"])
+        assert await client.recv() == b"ECHO:fragments"
+    assert client.close_code == 1000
+
+
+# ---- What a subclass sees
+
+
+class Calls(list[Any]):
+    """What was called, in order."""
+
+    handler: Recorder
+    gate: asyncio.Event | None = None  # what its coroutines wait for
+
+    @property
+    def closes(self) -> list[Any]:
+        return [call for call in self if call[0] == "close"]
+
+
+class Recorder(EchoHandler):
+    """Writes down what is called with what."""
+
+    def initialize(self, *args: Any, **options: Any) -> None:
+        self.calls: Calls = options.pop("calls")
+        super().initialize(*args, **options)
+
+    def open(self, *args: str, **kwargs: str) -> Any:
+        self.calls.handler = self
+        self.calls.append(("open",))
+
+    def on_message(self, message: str | bytes) -> Awaitable[None] | None:
+        self.calls.append(("message", message))
+        return super().on_message(message)
+
+    def on_ping(self, data: bytes) -> None:
+        self.calls.append(("ping", data))
+
+    def on_pong(self, data: bytes) -> None:
+        self.calls.append(("pong", data))
+
+    def on_close(self) -> None:
+        self.calls.append(("close", self.close_code, self.close_reason))
+
+
+class PickyRecorder(Recorder, Picky):
+    pass
+
+
+class Waiting(Recorder):
+    """Its on_message is a coroutine, which waits at the gate."""
+
+    async def on_message(self, message: str | bytes) -> None:
+        self.calls.append(("start", message))
+        if self.calls.gate:
+            await self.calls.gate.wait()
+        await asyncio.sleep(0)
+        self.calls.append(("end", message))
+        try:
+            await self.write_message(message)
+        except WebSocketClosedError:
+            self.calls.append(("lost", message))
+
+
+class WaitingToOpen(Recorder):
+    async def open(self, *args: str, **kwargs: str) -> None:
+        super().open()
+        assert self.calls.gate
+        await self.calls.gate.wait()
+        self.calls.append(("opened",))
+
+
+class Leaving(Recorder):
+    def on_message(self, message: str | bytes) -> None:
+        self.close(4000, "bye")
+        self.close(4001, "has left already")
+
+
+class Broken(Recorder):
+    def on_message(self, message: str | bytes) -> None:
+        raise ZeroDivisionError
+
+
+class BrokenCoroutine(Recorder):
+    async def on_message(self, message: str | bytes) -> None:
+        await asyncio.sleep(0)
+        raise ZeroDivisionError
+
+
+class BrokenOpen(Recorder):
+    def open(self, *args: str, **kwargs: str) -> None:
+        super().open()
+        raise ZeroDivisionError
+
+
+class BrokenOpenCoroutine(Recorder):
+    async def open(self, *args: str, **kwargs: str) -> None:
+        super().open()
+        await asyncio.sleep(0)
+        raise ZeroDivisionError
+
+
+@pytest.mark.gen_test
+async def test_the_methods_of_a_handler_are_called_in_order(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    peer.send(text("a"), frame(FIN | PING, b"p"), frame(FIN | BINARY, b"b"), frame(FIN | PONG, b"q"), close(4001, "é"))
+    assert await peer.rest()
+    await eventually(lambda: calls.closes)
+    events = [("open",), ("message", "a"), ("ping", b"p"), ("message", b"b"), ("pong", b"q"), ("close", 4001, "é")]
+    assert calls == events
+
+
+@pytest.mark.gen_test
+async def test_a_coroutine_handles_one_message_at_a_time_in_order(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Waiting, calls=calls)
+    words = [str(i) for i in range(500)]
+    peer.send(*map(text, words), close(1000))
+    assert await peer.replies(*map(str.encode, words))
+    assert await peer.close_code() == 1000
+    assert calls[1:1001] == [(name, word) for word in words for name in ("start", "end")]
+
+
+@pytest.mark.gen_test
+async def test_a_coroutine_open_holds_messages_back(host: Host) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(WaitingToOpen, early=text("early"), calls=calls)
+    peer.send(text("a"), frame(FIN | PING, b"p"))
+    assert await peer.frame() == (FIN | PONG, b"p")
+    assert calls == [("open",), ("ping", b"p")]
+    calls.gate.set()
+    assert await peer.replies(b"ECHO:early", b"ECHO:a")
+    assert calls[2:] == [("opened",), ("message", "early"), ("message", "a")]
+
+
+@pytest.mark.gen_test
+async def test_pings_are_answered_while_a_coroutine_is_pending(host: Host) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(Waiting, calls=calls)
+    peer.send(text("a"), text("b"))
+    for i in range(3):
+        peer.send(frame(FIN | PING, b"%d" % i))
+        assert await peer.frame() == (FIN | PONG, b"%d" % i)
+    assert [call for call in calls if call[0] != "ping"] == [("open",), ("start", "a")]
+    calls.gate.set()
+    assert await peer.replies(b"a", b"b")
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
+async def test_a_disconnect_is_noticed_while_a_coroutine_is_pending(host: Host, end: Callable[[Peer], None]) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(Waiting, calls=calls)
+    peer.send(text("a"), text("b"))
+    await eventually(lambda: ("start", "a") in calls)
+    end(peer)
+    await eventually(lambda: calls.closes)
+    assert calls == [("open",), ("start", "a"), ("close", None, None)]
+
+
+@pytest.mark.gen_test
+async def test_a_pending_coroutine_that_writes_to_a_lost_peer_gets_websocket_closed_error(host: Host) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(Waiting, calls=calls)
+    peer.send(text("a"))
+    await eventually(lambda: ("start", "a") in calls)
+    peer.reset()
+    await eventually(lambda: calls.closes)
+    calls.gate.set()
+    await eventually(lambda: calls[-1] == ("lost", "a"))
+    assert len(calls.closes) == 1
+
+
+async def by_close(peer: Peer) -> None:
+    peer.send(close(4002, "enough"))
+    await peer.rest()
+
+
+async def by_empty_close(peer: Peer) -> None:
+    peer.send(frame(FIN | CLOSE))
+    await peer.rest()
+
+
+async def by_fault(peer: Peer) -> None:
+    peer.send(b"\xff\xff")
+    await peer.rest()
+    peer.leave()
+
+
+async def by_fault_and_reset(peer: Peer) -> None:
+    peer.send(b"\xff\xff")
+    assert await peer.close_code() == 1002
+    peer.reset()
+
+
+async def by_leaving(peer: Peer) -> None:
+    peer.leave()
+
+
+async def by_leaving_within_a_message(peer: Peer) -> None:
+    peer.send(frame(TEXT, b"unfini"), header(FIN, 100), b"shed")
+    peer.leave()
+
+
+async def by_reset(peer: Peer) -> None:
+    peer.reset()
+
+
+async def by_close_and_reset(peer: Peer) -> None:
+    peer.send(close(4002, "enough"))
+    await asyncio.sleep(0)
+    peer.reset()
+
+
+async def by_reset_before_replies_are_read(peer: Peer) -> None:
+    peer.send(text("a" * 10000) * 500)
+    await peer.frame()
+    peer.reset()
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        (by_close, [(4002, "enough")]),
+        (by_empty_close, [(None, None)]),
+        (by_fault, [(None, None)]),
+        (by_fault_and_reset, [(None, None)]),
+        (by_leaving, [(None, None)]),
+        (by_leaving_within_a_message, [(None, None)]),
+        (by_reset, [(None, None)]),
+        (by_close_and_reset, [(4002, "enough"), (None, None)]),
+        (by_reset_before_replies_are_read, [(None, None)]),
+    ],
+)
+@pytest.mark.parametrize("handler", [Recorder, Waiting])
+async def test_on_close_comes_once_with_what_the_peer_said(
+    host: Host,
+    handler: type[Recorder],
+    way: Callable[[Peer], Awaitable[None]],
+    said: list[tuple[int | None, str | None]],
+) -> None:
+    calls = Calls()
+    peer = await host.connect(handler, calls=calls)
+    await eventually(lambda: calls)
+    await way(peer)
+    await eventually(lambda: calls.closes and not Connections.current().open)
+    await asyncio.sleep(0)
+    (call,) = calls.closes
+    assert (call[1:] in said and calls[-1] is call) or handler is Waiting
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
+async def test_a_peer_that_leaves_within_the_handshake_leaves_nothing(host: Host, end: Callable[[Peer], None]) -> None:
+    calls = Calls()
+    peer = await host.dial()
+    peer.send(request(f"GET {host.route(Recorder, calls=calls)} HTTP/1.1"), text("hi"))
+    end(peer)
+    other = await host.connect()
+    other.send(text("still there?"))
+    assert await other.replies(b"ECHO:still there?")
+    await eventually(lambda: len(calls.closes) == len([call for call in calls if call == ("open",)]))
+
+
+@pytest.mark.gen_test
+async def test_messages_behind_the_close_of_the_server_are_thrown_away(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Leaving, calls=calls)
+    peer.send(text("a"), text("b") * 100)
+    assert await peer.frame() == (FIN | CLOSE, close_body(4000, "bye"))
+    peer.send(text("c") * 100, close(4000, "ok"))
+    assert await peer.rest() == b""
+    await eventually(lambda: calls.closes)
+    assert calls == [("open",), ("close", 4000, "ok")]
+
+
+@pytest.mark.gen_test
+async def test_a_fault_behind_our_close_does_not_bring_another(host: Host) -> None:
+    peer = await host.connect(Leaving, calls=Calls())
+    peer.send(text("a"))
+    assert await peer.close_code() == 4000
+    peer.send(b"\xff\xff")
+    assert await peer.rest() == b""
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
+async def test_a_peer_may_leave_without_an_answer_to_our_close(host: Host, end: Callable[[Peer], None]) -> None:
+    calls = Calls()
+    peer = await host.connect(Leaving, calls=calls)
+    peer.send(text("a"))
+    assert await peer.close_code() == 4000
+    end(peer)
+    await eventually(lambda: calls.closes)
+    assert calls == [("open",), ("close", None, None)]
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    ("args", "body"),
+    [
+        ((), b""),
+        ((1001,), close_body(1001)),
+        ((None, "é"), close_body(1000, "é")),
+        ((4000, "x"), close_body(4000, "x")),
+    ],
+)
+async def test_close_sends_its_code_and_reason(host: Host, args: Any, body: bytes) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    await eventually(lambda: calls)
+    calls.handler.close(*args)
+    assert await peer.frame() == (FIN | CLOSE, body)
+    with pytest.raises(WebSocketClosedError):
+        calls.handler.write_message("too late")
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("handler", [Broken, BrokenCoroutine, BrokenOpen, BrokenOpenCoroutine])
+async def test_an_error_in_a_handler_is_1011_and_one_traceback(host: Host, handler: type[Recorder]) -> None:
+    calls = Calls()
+    peer = await host.connect(handler, calls=calls)
+    peer.send(text("a"), text("b"))
+    assert await peer.close_code() == 1011
+    assert await peer.rest() == b""
+    peer.leave()
+    await eventually(lambda: calls.closes)
+    assert calls == [("open",), ("close", None, None)] and host.errors() == ["tornado.application"]
+
+
+class BrokenPing(Recorder):
+    def on_ping(self, data: bytes) -> None:
+        super().on_ping(data)
+        raise ZeroDivisionError
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(("handler", "seen"), [(Broken, []), (BrokenPing, [("ping", b"1")])])
+async def test_behind_an_error_in_a_handler_nothing_is_handled(
+    host: Host, handler: type[Recorder], seen: list[Any]
+) -> None:
+    calls = Calls()
+    peer = await host.connect(handler, calls=calls)
+    peer.send(
+        frame(FIN | (TEXT if handler is Broken else PING), b"1"), frame(FIN | PING, b"2"), frame(FIN | PONG), text("a")
+    )
+    assert (await peer.rest()).endswith(reply_frame(FIN | CLOSE, close_body(1011)))
+    peer.leave()
+    await eventually(lambda: calls.closes)
+    assert calls == [("open",), *seen, ("close", None, None)] and host.errors() == ["tornado.application"]
+
+
+class ClosesAtPing(EchoHandler):
+    def on_ping(self, data: bytes) -> None:
+        self.close(4000)
+
+
+class BreaksAtPing(EchoHandler):
+    def on_ping(self, data: bytes) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(("handler", "code"), [(ClosesAtPing, 4000), (BreaksAtPing, 1011)])
+async def test_nothing_is_sent_behind_our_close(host: Host, handler: type[EchoHandler], code: int) -> None:
+    peer = await host.connect(handler)
+    peer.send(text("a"), frame(FIN | PING), text("b"), text("c" * 2000), frame(FIN | PING), text("d"))
+    assert await peer.replies(b"ECHO:a") and await peer.frame() == (FIN | PONG, b"")
+    assert await peer.close_code() == code
+    peer.send(close(code))
+    assert await peer.rest() == b""
+    assert len(host.errors()) == (handler is BreaksAtPing)
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
+async def test_on_close_knows_the_code_of_a_peer_that_left_while_a_coroutine_was_pending(
+    host: Host, end: Callable[[Peer], None]
+) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(Waiting, calls=calls)
+    peer.send(text("a"), close(4001, "bye"))
+    await eventually(lambda: ("start", "a") in calls)
+    end(peer)
+    await eventually(lambda: calls.closes)
+    assert calls.closes == [("close", 4001, "bye")]
+
+
+class Nonsense(Recorder):
+    def on_message(self, message: str | bytes) -> Any:
+        return 5
+
+
+class NonsenseOpen(Recorder):
+    def open(self, *args: str, **kwargs: str) -> Any:
+        super().open()
+        return 5
+
+
+class Generator(Recorder):
+    def on_message(self, message: str | bytes) -> Any:
+        yield self.write_message(message)
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("handler", [Nonsense, NonsenseOpen, Generator])
+async def test_a_result_that_cannot_be_awaited_is_1011_and_one_traceback(host: Host, handler: type[Recorder]) -> None:
+    calls = Calls()
+    peer = await host.connect(handler, calls=calls)
+    peer.send(text("a"))
+    assert await peer.close_code() == 1011
+    peer.leave()
+    await eventually(lambda: calls.closes)
+    assert len(calls.closes) == 1 and host.errors() == ["tornado.application"]
+
+
+class Returning(Recorder):
+    def on_message(self, message: str | bytes) -> Awaitable[None]:
+        return self.write_message(message)
+
+
+class Yielding(Recorder):
+    def on_message(self, message: str | bytes) -> Any:
+        return self.write_slowly(message)
+
+    @gen.coroutine
+    def write_slowly(self, message: str | bytes) -> Iterator[Awaitable[None]]:
+        yield self.write_message(message)
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("handler", [Returning, Yielding])
+async def test_whatever_tornado_can_await_may_be_returned(host: Host, handler: type[Recorder]) -> None:
+    peer = await host.connect(handler, calls=Calls())
+    words = [str(i) for i in range(500)]
+    peer.send(*map(text, words))
+    assert await peer.replies(*map(str.encode, words))
+
+
+class BrokenClose(Recorder):
+    def on_close(self) -> None:
+        super().on_close()
+        raise ZeroDivisionError
+
+
+@pytest.mark.gen_test
+async def test_an_error_in_on_close_is_one_traceback(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(BrokenClose, calls=calls)
+    peer.send(close())
+    await peer.rest()
+    await eventually(lambda: calls.closes)
+    assert len(calls.closes) == 1 and host.errors() == ["tornado.application"]
+
+
+class ClosesAndWaits(Recorder):
+    async def on_message(self, message: str | bytes) -> None:
+        assert self.calls.gate
+        self.close(4000)
+        await self.calls.gate.wait()
+
+
+@pytest.mark.gen_test
+async def test_messages_behind_our_close_are_not_kept_for_a_pending_coroutine(host: Host) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(ClosesAndWaits, calls=calls)
+    peer.send(text("a"))
+    assert await peer.close_code() == 4000
+    tracemalloc.start()
+    for _ in range(20):
+        peer.send(text("x" * 1_000_000))
+        await eventually(lambda: not peer.writer.transport.get_write_buffer_size())
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    calls.gate.set()
+    assert kept < 5_000_000
+
+
+class WritesAndWaits(Recorder):
+    async def on_message(self, message: str | bytes) -> None:
+        assert self.calls.gate
+        self.calls.append(("start", message))
+        self.write_message("x" * 8_000_000)
+        await self.calls.gate.wait()
+
+
+@pytest.mark.gen_test
+async def test_a_message_waits_for_the_coroutine_though_the_peer_has_read_all(host: Host) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(WritesAndWaits, receive_buffer=4096, calls=calls)
+    peer.send(text("a"), text("b"))
+    assert await peer.replies(b"x" * 8_000_000)
+    peer.send(frame(FIN | PING))
+    assert await peer.frame() == (FIN | PONG, b"")
+    assert calls == [("open",), ("start", "a"), ("ping", b"")]
+    calls.gate.set()
+    assert await peer.replies(b"x" * 8_000_000)
+
+
+class WritesLater(Recorder):
+    async def on_message(self, message: str | bytes) -> None:
+        self.calls.append(("start", message))
+        await asyncio.sleep(0)
+        self.write_message("x" * 200_000)
+
+
+async def others_have_their_turn(host: Host, turns: int = 100) -> None:
+    """Long enough for the server to do what it wants to do for another peer."""
+    other = await host.connect()
+    for _ in range(turns):
+        other.send(text("a"))
+        assert await other.replies(b"ECHO:a")
+
+
+@pytest.mark.gen_test
+async def test_a_coroutine_that_does_not_await_its_writes_gets_no_more_messages_than_the_peer_reads(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(WritesLater, receive_buffer=4096, calls=calls)
+    peer.send(text("a") * 150)
+    await others_have_their_turn(host)
+    assert 2 <= len(calls) < 100  # what the kernel takes, and one
+    assert await peer.replies(*[b"x" * 200_000] * 150)
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("transport", ["tcp"])  # asyncio does not tell what its TLS has not sent
+async def test_while_a_coroutine_is_pending_no_more_than_a_message_is_read_ahead(host: Host) -> None:
+    host.app.settings["websocket_max_message_size"] = 100_000
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(Waiting, calls=calls)
+    peer.send(text("x" * 100_000) * 300)
+    await others_have_their_turn(host)
+    assert peer.writer.transport.get_write_buffer_size() > 10_000_000  # the kernel has the rest
+    calls.gate.set()
+    assert await peer.replies(*[b"x" * 100_000] * 300)
+
+
+class WritesToTheLost(Recorder):
+    def on_message(self, message: str | bytes) -> None:
+        self.calls.append(("start", message))
+        with contextlib.suppress(WebSocketClosedError):
+            for _ in range(9):
+                self.write_message("x" * 1_000_000)
+        self.calls.append(("end", message))
+
+
+@pytest.mark.gen_test
+async def test_on_close_does_not_come_within_another_method(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(WritesToTheLost, calls=calls)
+    peer.send(text("a"))
+    peer.reset()
+    await eventually(lambda: calls.closes)
+    assert calls in ([("open",), *end, ("close", None, None)] for end in ([], [("start", "a"), ("end", "a")]))
+
+
+class WritesMuch(Recorder):
+    def on_message(self, message: str | bytes) -> None:
+        for _ in range(50):
+            self.write_message("x" * 100_000)
+
+
+@pytest.mark.gen_test
+async def test_writes_that_nobody_awaits_leave_in_order(host: Host) -> None:
+    peer = await host.connect(WritesMuch, receive_buffer=4096, calls=Calls())
+    peer.send(text("a"), frame(FIN | PING), close(4000))
+    assert await peer.replies(*[b"x" * 100_000] * 50)
+    assert await peer.frame() == (FIN | PONG, b"")
+    assert await peer.close_code() == 4000
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(("end", "code"), [(close(4000), 4000), (b"\xff\xff", 1002)], ids=["close", "fault"])
+async def test_replies_that_wait_leave_before_our_close(host: Host, end: bytes, code: int) -> None:
+    peer = await host.connect(receive_buffer=4096)
+    peer.send(text("x" * 100_000) * 100, end)
+    assert await peer.replies(*[b"ECHO:" + b"x" * 100_000] * 100)
+    assert await peer.close_code() == code
+    assert await peer.rest() == b""
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("end", [by_close, by_reset, by_fault])
+async def test_write_message_raises_on_a_closed_connection(host: Host, end: Callable[[Peer], Awaitable[None]]) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    await eventually(lambda: calls)
+    await end(peer)
+    await eventually(lambda: calls.closes)
+    with pytest.raises(WebSocketClosedError):
+        calls.handler.write_message("too late")
+    with pytest.raises(WebSocketClosedError):
+        calls.handler.ping(b"too late")
+
+
+@pytest.mark.gen_test
+async def test_write_message_of_what_the_kernel_takes_is_done_at_once(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    await eventually(lambda: calls)
+    sent = [calls.handler.write_message(message) for message in ("text", b"bytes", {"a": 1})]
+    assert all(future.done() and future.exception() is None for future in sent)
+    await calls.handler.write_message(b"binary", binary=True)
+    assert await peer.replies(b"text", b"bytes", b'{"a": 1}')
+    assert await peer.frame() == (FIN | BINARY, b"binary")
+
+
+@pytest.mark.gen_test
+async def test_a_write_is_pending_until_the_peer_reads(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, receive_buffer=4096, calls=calls)
+    await eventually(lambda: calls)
+    sent = [calls.handler.write_message(bytes(16 << 20), binary=True), calls.handler.write_message("behind")]
+    await asyncio.sleep(0)
+    assert not sent[0].done() and not sent[1].done()
+    expected = reply_frame(FIN | BINARY, bytes(16 << 20)) + reply_frame(FIN | TEXT, b"behind")
+    assert await peer.receive(6_000_000) == expected[:6_000_000]
+    assert not sent[0].done() and not sent[1].done()
+    assert await peer.receive(len(expected) - 6_000_000) == expected[6_000_000:]
+    assert await asyncio.wait_for(asyncio.gather(*sent), PATIENCE) == [None, None]
+
+
+@pytest.mark.gen_test
+async def test_a_pending_write_fails_when_the_peer_is_lost(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, receive_buffer=4096, calls=calls)
+    await eventually(lambda: calls)
+    sent = [calls.handler.write_message(bytes(16 << 20), binary=True), calls.handler.write_message("behind")]
+    peer.reset()
+    for future in sent:
+        with pytest.raises(WebSocketClosedError):
+            await asyncio.wait_for(future, PATIENCE)
+    await eventually(lambda: calls.closes)
+
+
+@pytest.mark.gen_test
+async def test_a_handler_can_ping(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    await eventually(lambda: calls)
+    calls.handler.ping(b"are you there?")
+    assert await peer.frame() == (FIN | PING, b"are you there?")
+    peer.send(frame(FIN | PONG, b"are you there?"))
+    await eventually(lambda: ("pong", b"are you there?") in calls)
+
+
+@pytest.mark.gen_test
+async def test_a_handler_can_set_nodelay(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    await eventually(lambda: calls)
+    calls.handler.set_nodelay(True)
+    peer.send(text("a"))
+    assert await peer.replies(b"ECHO:a")
+
+
+# ---- Deadlines and flow control
+
+
+@pytest.mark.gen_test
+async def test_an_idle_peer_that_answers_pings_stays(host: Host) -> None:
+    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
+    peer = await host.connect()
+    for _ in range(5):
+        assert await peer.frame() == (FIN | PING, b"")
+        peer.send(frame(FIN | PONG))
+    peer.send(text("still here"))
+    assert await peer.replies(b"ECHO:still here")
+
+
+@pytest.mark.gen_test
+async def test_an_idle_peer_that_does_not_answer_is_dropped(host: Host) -> None:
+    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    assert await peer.frame() == (FIN | PING, b"")
+    with pytest.raises(ConnectionResetError):
+        await peer.rest()
+    await eventually(lambda: calls.closes)
+    assert calls == [("open",), ("close", None, None)]
+
+
+@pytest.mark.gen_test
+async def test_a_slow_peer_that_goes_on_sending_is_not_dropped(host: Host) -> None:
+    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
+    peer = await host.connect(stall_timeout=0.1)
+    for byte in text("x" * 14):
+        peer.send(bytes((byte,)))
+        await asyncio.sleep(0.03)
+    assert await peer.replies(b"ECHO:" + b"x" * 14)
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    "start",
+    [
+        text("Hello")[:1],
+        text("Hello")[:4],
+        text("Hello")[:-1],
+        frame(TEXT, b"Hello"),
+        frame(BINARY),
+        header(FIN | TEXT, 70000),
+    ],
+)
+async def test_an_unfinished_message_that_does_not_go_on_is_1008(host: Host, start: bytes) -> None:
+    peer = await host.connect(stall_timeout=0.1)
+    peer.send(text("before"), start)
+    assert await peer.replies(b"ECHO:before")
+    assert await peer.close_code() == 1008
+    assert await peer.rest() == b""
+
+
+@pytest.mark.gen_test
+async def test_pings_do_not_keep_an_unfinished_message_alive(host: Host) -> None:
+    peer = await host.connect(stall_timeout=0.2)
+    peer.send(frame(TEXT, b"unfini"))
+    first = FIN | PONG
+    while first == FIN | PONG:
+        peer.send(frame(FIN | PING))
+        first, payload = await peer.frame()
+    assert (first, payload[:2]) == (FIN | CLOSE, close_body(1008))
+
+
+@pytest.mark.gen_test
+async def test_a_peer_that_takes_nothing_is_reset(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, receive_buffer=4096, calls=calls, stall_timeout=0.3)
+    peer.send(text("x" * 100_000) * 200)
+    await eventually(lambda: calls.closes)
+    assert calls.handler.connection.outcome == 1008 and len(calls.closes) == 1
+    with pytest.raises(ConnectionResetError):
+        await peer.rest()
+
+
+@pytest.mark.gen_test
+async def test_a_peer_that_reads_slowly_stays(host: Host) -> None:
+    peer = await host.connect(receive_buffer=4096, stall_timeout=0.2)
+    word = "x" * 100_000
+    peer.send(text(word) * 200)
+    expected = reply_frame(FIN | TEXT, f"ECHO:{word}".encode()) * 200
+    for i in range(0, 20 * 100_000, 100_000):  # for far longer than the timeout
+        assert await peer.receive(100_000) == expected[i : i + 100_000]
+        await asyncio.sleep(0.03)
+    assert await peer.receive(len(expected) - 2_000_000) == expected[2_000_000:]
+
+
+@pytest.mark.gen_test
+async def test_of_pings_that_are_never_read_the_latest_is_answered(host: Host) -> None:
+    peer = await host.connect(receive_buffer=4096)
+    count = 80_000
+    peer.send(*(frame(FIN | PING, b"%0125d" % i) for i in range(count)))
+    await eventually(lambda: not peer.writer.transport.get_write_buffer_size())  # all are taken
+    numbers = [-1]
+    while numbers[-1] < count - 1:
+        numbers.append(int((await peer.frame())[1]))
+    assert numbers == sorted(numbers) and len(numbers) < count
+
+
+@pytest.mark.gen_test
+async def test_a_peer_that_never_reads_does_not_slow_down_others(host: Host) -> None:
+    greedy, other = await host.connect(receive_buffer=4096), await host.connect()
+    greedy.send(text("x" * 100_000) * 200)
+    for i in range(100):
+        other.send(text(str(i)))
+        assert await other.replies(f"ECHO:{i}".encode())
+
+
+@pytest.mark.gen_test
+async def test_a_packet_of_bombs_does_not_keep_others_waiting(host: Host) -> None:
+    host.app.settings["websocket_max_message_size"] = 1 << 20
+    bomber, other = await host.connect(headers=DEFLATE), await host.connect()
+    bomber.send(frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20), 9)) * 60)
+    for _ in range(20):  # all of them at once would take half a second
+        start = time.monotonic()
+        other.send(text("a"))
+        assert await other.replies(b"ECHO:a")
+        assert time.monotonic() - start < 0.2
+    for _ in range(60):
+        assert inflated((await bomber.frame())[1]) == b"ECHO:" + bytes(1 << 20)
+
+
+@pytest.mark.gen_test
+async def test_a_peer_that_was_failed_and_stays_is_dropped(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    peer.send(b"\xff\xff")
+    assert await peer.close_code() == 1002
+    while not calls.closes:
+        peer.send(bytes(1000))
+        await asyncio.sleep(0.01)
+    assert len(calls.closes) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see the memory of a process")
+@pytest.mark.parametrize("size", [5, 100_000])
+def test_a_peer_that_never_reads_costs_little_memory(serve: Callable[..., Process], size: int) -> None:
+    server = serve()
+    with server.connect() as client, server.dial() as greedy:
+        client.send("Hello!")
+        client.recv(PATIENCE)
+        before = peak_memory(server)
+        greedy.settimeout(0.5)
+        greedy.sendall(request())
+        with pytest.raises(TimeoutError):  # it is read no more
+            greedy.sendall(masked(b"x" * size) * (30_000_000 // size))
+        client.send("Hello!")
+        client.recv(PATIENCE)
+        assert peak_memory(server) - before < 4_000_000
+
+
+def peak_memory(server: Process) -> int:
+    """In bytes."""
+    status = Path(f"/proc/{server.popen.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+# ------------------------------------------------------------------------------------------------ HTTP
+
+
+@pytest.mark.parametrize("path", ["/", "/test", "/ws/chat?token=x", "/a%20b", "/favicon.ico"])
+@pytest.mark.parametrize("accept", ["text/html", "application/xhtml+xml,text/html;q=0.9,*/*;q=0.8"])
+def test_a_browser_gets_the_page_at_any_path(server: Process, path: str, accept: str) -> None:
+    status, headers, page = get(server, path, Accept=accept)
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/test"])
+@pytest.mark.parametrize("accept", ["text/html", "text/plain"])
+def test_head_is_get_without_a_body(server: Process, path: str, accept: str) -> None:
+    status, headers, _ = get(server, path, Accept=accept)
+    bare = get(server, path, method="HEAD", Accept=accept)
+    same = ["Content-Type", "Content-Security-Policy", "Vary", "Cache-Control", "Upgrade"]
+    assert (bare[0], [bare[1][name] for name in same], bare[2]) == (status, [headers[name] for name in same], "")
+
+
+@pytest.mark.parametrize(("path", "accept"), [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*")])
+def test_no_answer_is_stored_or_sniffed(server: Process, path: str, accept: str) -> None:
+    headers = get(server, path, Accept=accept)[1]
+    assert [headers["Vary"], headers["Cache-Control"], headers["X-Content-Type-Options"]] == [
+        "Accept",
+        "no-store",
+        "nosniff",
+    ]
+
+
+def test_the_policy_of_the_page_allows_its_own_script_and_style_and_nothing_else(server: Process) -> None:
+    _, headers, page = get(server, Accept="text/html")
+    policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+    for tag in ("script", "style"):
+        texts = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+        hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        assert policy[f"{tag}-src"].split() == [f"'sha256-{digest}'" for digest in hashes]
+    assert {policy[name] for name in ("default-src", "base-uri", "form-action", "frame-ancestors")} == {"'none'"}
+    assert policy["connect-src"] == "'self'"
+
+
+def test_the_page_needs_nothing_from_elsewhere(server: Process) -> None:
+    page = get(server, Accept="text/html")[2]
+    assert not re.search(r"//\w+\.|@import|url\(|\bsrc=|\bon\w+=\"|\bstyle=\"", page)
+    assert {link for link in re.findall(r'href="([^"]*)"', page) if not link.startswith("#")} <= {"data:,"}
+
+
+SEEN = {
+    "X-Forwarded-For": "203.0.113.7",
+    "X-Forwarded-Proto": "https",
+    "Origin": "https://friend.example",
+    "Sec-WebSocket-Protocol": "soap, wamp",
+    "Connection": "keep-alive, x",
+}
+
+
+@pytest.mark.parametrize("accept", ["text/html", "text/plain"])
+def test_the_page_and_the_text_list_what_the_server_saw(server: Process, accept: str) -> None:
+    headers = {name.replace("-", "_"): value for name, value in SEEN.items()}
+    seen = html.unescape(re.sub("<d[td]>|</d[td]>", ": ", get(server, Accept=accept, **headers)[2]))
+    for name, value in (SEEN | {"Host": "localhost"}).items():
+        assert re.search(rf"{name}[: ]+{re.escape(value)}", seen)
+    assert re.search(r"Peer[: ]+127\.0\.0\.1:\d+", seen)
+
+
+@pytest.mark.parametrize("accept", ["text/html", "text/plain"])
+@pytest.mark.parametrize("name", ["Cookie", "Authorization", "Proxy-Authorization", "cookie", "User-Agent"])
+def test_credentials_are_not_shown(server: Process, accept: str, name: str) -> None:
+    assert "hunter2" not in get(server, "/?hunter2", Accept=accept, **{name: "hunter2"})[2]
+
+
+@pytest.mark.parametrize("value", ["<script>alert(1)</script>", "\"'><b>", "<!--handshake-->", "<!--scenarios-->"])
+def test_what_the_page_shows_of_a_header_is_not_html(server: Process, value: str) -> None:
+    page = get(server, Accept="text/html", X_Forwarded_Host=value)[2]
+    assert value not in page.split('id="handshake"')[1]
+    assert html.escape(value) in page
+
+
+def test_what_is_shown_of_a_header_is_not_without_end(server: Process) -> None:
+    assert get(server, Accept="text/plain", X_Forwarded_Host="x" * 9000)[2].count("x") < 1100
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/healthz?x=1", "http://localhost/healthz"])
+def test_healthz_is_ok(server: Process, path: str) -> None:
+    status, headers, body = get(server, path, Accept="text/html,*/*")
+    assert (status, headers.get_content_type(), body.strip()) == (200, "text/plain", "ok")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
+@pytest.mark.parametrize("path", ["/", "/healthz"])
+def test_other_methods_are_not_allowed(server: Process, method: str, path: str) -> None:
+    assert get(server, path, method=method, Accept="text/html")[0] in (405, 501)
+
+
+REFUSED = {
+    "a plain GET": (request(without="Upgrade"), 426, "Upgrade"),
+    "another protocol": (request(Upgrade="h2c"), 426, "Upgrade"),
+    "no Connection": (request(without="Connection"), 426, "Connection"),
+    "Connection: keep-alive": (request(Connection="keep-alive"), 426, "Connection"),
+    "no version": (request(without="Sec-WebSocket-Version"), 426, "Sec-WebSocket-Version"),
+    "version 8": (request(Sec_WebSocket_Version="8"), 426, "Sec-WebSocket-Version"),
+    "version 0": (request(Sec_WebSocket_Version="0"), 426, "Sec-WebSocket-Version"),
+    "version 13, 8": (request(Sec_WebSocket_Version="13, 8"), 426, "Sec-WebSocket-Version"),
+    "version 013": (request(Sec_WebSocket_Version="013"), 426, "Sec-WebSocket-Version"),
+    "no version and no key": (
+        request("GET / HTTP/1.1", without="Sec-WebSocket-Version", Sec_WebSocket_Key=""),
+        426,
+        "",
+    ),
+    "two versions": (request(add="Sec-WebSocket-Version: 13"), 426, "Sec-WebSocket-Version"),
+    "no key": (request(without="Sec-WebSocket-Key"), 400, "Sec-WebSocket-Key"),
+    "an empty key": (request(Sec_WebSocket_Key=""), 400, "Sec-WebSocket-Key"),
+    "two keys": (request(add=f"Sec-WebSocket-Key: {NONCE}"), 400, "Sec-WebSocket-Key"),
+    "a key of 15 bytes": (request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25j"), 400, "Sec-WebSocket-Key"),
+    "a key of 17 bytes": (request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZTE="), 400, "Sec-WebSocket-Key"),
+    "a key that is not base64": (request(Sec_WebSocket_Key="!" * 24), 400, "Sec-WebSocket-Key"),
+    "a key with a space": (request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZ = ="), 400, "Sec-WebSocket-Key"),
+    "a key without its padding": (request(Sec_WebSocket_Key=NONCE.rstrip("=")), 400, "Sec-WebSocket-Key"),
+    "a key that is not ASCII": (request(Sec_WebSocket_Key="\xe9" * 24), 400, "Sec-WebSocket-Key"),
+    "HTTP/1.0": (request("GET / HTTP/1.0"), 400, "HTTP/1.1"),
+    "two Hosts": (request(add="Host: other"), 400, ""),
+    "no Host": (request(without="Host"), 400, ""),
+    "a body": (request(add="Content-Length: 5").replace(b"\r\n\r\n", b"\r\n\r\nhello"), 400, ""),
+    "a chunked body": (request(add="Transfer-Encoding: chunked").replace(b"\r\n\r\n", b"\r\n\r\n0\r\n\r\n"), 400, ""),
+    "two lengths": (request(add="Content-Length: 0\r\nContent-Length: 5"), 400, ""),
+    "a negative length": (request(add="Content-Length: -1"), 400, ""),
+    "an Origin that is not a URL": (request(Origin="http://[::1"), 403, "Origin"),
+    "a POST": (request("POST / HTTP/1.1", add="Content-Length: 0"), 405, ""),
+    "a NUL in a header": (request(Origin="a\0b"), 400, ""),
+    "a control character in a header": (request(Origin="a\x01b"), 400, ""),
+    "a bare CR in a header": (request(Origin="a\rb"), 400, ""),
+    "a header without a colon": (request(add="nonsense"), 400, ""),
+    "a space before the colon": (request(add="X-A : b"), 400, ""),
+    "no request line": (request("nonsense"), 400, ""),
+    "HTTP/2": (request("PRI * HTTP/2.0"), 400, ""),
+    "1,001 arguments": (request(f"GET /?{'a=1&' * 1000}a=1 HTTP/1.1"), 400, ""),
+}
+
+
+@pytest.mark.parametrize(("data", "status", "text"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_bad_handshake_is_refused_with_the_status_and_the_header_at_fault(
+    server: Process, data: bytes, status: int, text: str
+) -> None:
+    found, headers, body = refused(server, data)
+    assert (found, text in body) == (status, True)
+    if status == 426:
+        assert (headers["Upgrade"], headers["Sec-WebSocket-Version"]) == ("websocket", "13")
+        assert "upgrade" in headers["Connection"].lower()
+    assert not server.tracebacks()
+
+
+ODD = {
+    "Upgrade: WebSocket": request(Upgrade="WebSocket"),
+    "a list in Upgrade": request(Upgrade="websocket, h2c"),
+    "a list in Connection": request(Connection="keep-alive, Upgrade"),
+    "Connection in two lines": request(add="Connection: keep-alive"),
+    "Content-Length: 0": request(add="Content-Length: 0"),
+    "1,000 arguments": request(f"GET /?{'a=1&' * 999}a=1 HTTP/1.1"),
+    "a broken escape": request("GET /%zz?%ff=%zz HTTP/1.1"),
+    "bytes that are not ASCII in the path": request("GET /\xe9 HTTP/1.1"),
+    "an asterisk": request("GET /* HTTP/1.1"),
+    "a path of dots": request("GET /../../etc/passwd HTTP/1.1"),
+    "two slashes": request("GET //x//y HTTP/1.1"),
+    "absolute form, ws": request("GET ws://localhost:4000/ws/chat HTTP/1.1"),
+    "absolute form, http": request("GET http://localhost/ws/chat?x=1 HTTP/1.1"),
+    "absolute form without a path": request("GET ws://localhost:4000 HTTP/1.1"),
+    "a browser's Accept": request(Accept="text/html"),
+    "an Origin from anywhere": request(Origin="https://elsewhere.example"),
+    "Origin: null": request(Origin="null"),
+    "the path of the health check": request("GET /healthz HTTP/1.1"),
+    "an unknown extension": request(Sec_WebSocket_Extensions="x-webkit-deflate-frame; y=\"1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", ODD.values(), ids=ODD.keys())
+def test_an_odd_but_valid_handshake_is_taken(server: Process, data: bytes) -> None:
+    with server.dial() as sock:
+        status, headers, _ = answer(sock, data)
+        assert (status, headers["Sec-WebSocket-Accept"]) == (101, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+        sock.sendall(b"\x81\x80\0\0\0\0")
+        assert sock.recv(99) == b"\x81\x05ECHO:"
+    assert not server.tracebacks()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        request("GET /" + "x" * 60_000 + " HTTP/1.1"),
+        request(Origin="http://" + "x" * 70_000),
+        request(add="X-Many: 1\r\n" * 5000 + "X-Last: 1"),
+        b"\0" * 20_000,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 20_000,
+    ],
+    ids=["60 KB of path", "70 KB of header", "5,000 headers", "zeros", "TLS"],
+)
+def test_above_the_limit_of_the_header_the_connection_is_closed(server: Process, data: bytes) -> None:
+    with server.dial() as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(data)
+        assert not re.match(rb"HTTP/1.1 (101|5)", sock.recv(99))
+    assert not server.tracebacks()
+
+
+def test_a_header_just_below_the_limit_is_taken(server: Process) -> None:
+    with server.dial() as sock:
+        assert answer(sock, request(X_Filler="x" * 15_000))[0] == 101
+
+
+def test_a_bad_handshake_is_one_warning_that_says_why(serve: Callable[..., Process]) -> None:
+    process = serve()
+    refused(process, request(Sec_WebSocket_Key="x"))
+    line = process.line(r"\[SERVER\] error:")
+    assert re.search(r"error:400 .*Sec-WebSocket-Key.* 127\.0\.0\.1:\d+", line.string)
+    assert process.stop() == 0
+    assert len(process.matching("error:")) == 1
+
+
+def test_a_plain_get_is_not_worth_a_line(serve: Callable[..., Process]) -> None:
+    process = serve()
+    for path, accept in [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*"), ("/nothing", "*/*")]:
+        get(process, path, Accept=accept)
+    assert process.stop() == 0
+    assert not [line for line in process.lines if "listening" not in line and "stopped" not in line]
+
+
+def test_the_log_has_the_path_of_an_absolute_target_without_its_query(serve: Callable[..., Process]) -> None:
+    process = serve()
+    with process.dial() as sock:
+        answer(sock, request("GET ws://localhost:4000/ws/chat?token=secret HTTP/1.1"))
+        process.line("close|connection")
+    assert process.line(r"connection\(\) from 127\.0\.0\.1:\d+ (.*)")[1] == "/ws/chat"
+    assert process.stop() == 0
+    assert not process.matching("secret")
+
+
+def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Process) -> None:
+    with server.dial() as sock:
+        assert answer(sock, request(Sec_WebSocket_Version="8"))[0] == 426
+        assert answer(sock, request())[0] == 101
+
+
+# ---- The page in a real browser
+
+CHROMIUM, CHROMEDRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage"
+)
+
+
+class Browser:
+    """A headless Chromium, driven by the W3C WebDriver protocol."""
+
+    def __init__(self, driver: str, profile: Path) -> None:
+        options = {"binary": CHROMIUM, "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
+        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self.url = driver
+        self.url += "/session/" + self.call("/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+
+    def call(self, path: str, body: object = None, method: str = "POST") -> Any:
+        data, headers = None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"}
+        call = urllib.request.Request(self.url + path, data, headers, method=method)  # noqa: S310  # it is http
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(call, timeout=30) as reply:
+            return json.load(reply)["value"]
+
+    def open(self, url: str) -> None:
+        self.call("/url", {"url": url})
+
+    def element(self, name: str) -> str:
+        found = self.call("/element", {"using": "css selector", "value": f"#{name}"})
+        return f"/element/{next(iter(found.values()))}"
+
+    def click(self, name: str) -> None:
+        self.call(self.element(name) + "/click", {})
+
+    def type(self, name: str, text: str) -> None:
+        self.call(self.element(name) + "/value", {"text": text})
+
+    def clear(self, name: str) -> None:
+        self.call(self.element(name) + "/clear", {})
+
+    def text(self, name: str) -> str:
+        script = f"return document.getElementById('{name}').textContent"
+        return str(self.call("/execute/sync", {"script": script, "args": []}))
+
+    def shows(self, name: str, pattern: str) -> None:
+        until(lambda: re.search(pattern, self.text(name)), lambda: f"{pattern!r} is not in {self.text(name)!r}")
+
+    def errors(self) -> list[str]:
+        return [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not CHROMIUM or not CHROMEDRIVER:
+        pytest.skip("there is no chromium, or no chromedriver")
+    profile = tmp_path_factory.mktemp("profile")
+    with start(CHROMEDRIVER, "--port=0", stdout=subprocess.PIPE) as driver:
+        try:
+            assert driver.stdout
+            started = (re.search(r"started successfully on port (\d+)", line) for line in driver.stdout)
+            port = next(found[1] for found in started if found)
+            browser = Browser(f"http://127.0.0.1:{port}", profile)
+            yield browser
+            browser.call("", method="DELETE")
+        finally:
+            driver.terminate()
+
+
+def test_the_page_talks_to_the_server_in_a_real_browser(server: Process, browser: Browser) -> None:
+    browser.open(server.url.replace("ws", "http", 1) + "ws/chat?token=x")
+    browser.shows("state", "Connected")
+    browser.clear("message")
+    browser.type("message", "Hello <b>!\n")
+    browser.shows("log", r"received.*ECHO:Hello <b>!")
+    browser.click("send100")
+    browser.shows("stats", "count 101")
+    browser.shows("median", r"^\d+(\.\d+)? ms$")
+    browser.click("disconnect")
+    browser.shows("detail", "1000: normal closure")
+    assert browser.errors() == []
+
+
+def test_the_page_sends_bytes_and_connects_again(server: Process, browser: Browser) -> None:
+    browser.open(server.url.replace("ws", "http", 1))
+    browser.shows("state", "Connected")
+    browser.click("disconnect")
+    browser.shows("state", "Closed")
+    browser.click("connect")
+    browser.shows("state", "Connected")
+    browser.type("kind", "hex")
+    browser.clear("message")
+    browser.type("message", "00 fF")
+    browser.click("send")
+    browser.shows("log", "received binary, 7 bytes.*45 43 48 4f 3a 00 ff")
+    assert browser.errors() == []
+
+
+def test_the_page_says_when_the_server_has_gone(serve: Callable[..., Process], browser: Browser) -> None:
+    process = serve()
+    browser.open(process.url.replace("ws", "http", 1))
+    browser.shows("state", "Connected")
+    assert process.stop() == 0
+    browser.shows("detail", "1001: going away")
+    browser.click("connect")
+    browser.shows("state", "Could not connect")
+    browser.shows("detail", "1006")
+
+
+# ---- Other people's clients
+
+NODE = """
+const { WebSocket } = require('ws'), ws = new WebSocket(process.argv[1]);
+ws.on('open', () => ws.send('Hello!'));
+ws.on('message', data => { console.log(String(data)); ws.close(1000); });
+ws.on('close', code => console.log(code));
+"""
+
+
+def test_ws_of_node_gets_its_echo(server: Process) -> None:
+    node = shutil.which("node")
+    if not node or ended(node, "-e", "require('ws')").returncode:
+        pytest.skip("there is no node, or no module ws (see NODE_PATH)")
+    done = ended(node, "-e", NODE, server.url + "test")
+    assert (done.stdout, done.stderr) == ("ECHO:Hello!\n1000\n", "")
+
+
+def test_the_command_line_of_websockets_gets_its_echo(server: Process) -> None:
+    with start(sys.executable, "-m", "websockets", server.url, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+        assert client.stdin and client.stdout
+        print("Hello!", file=client.stdin, flush=True)
+        assert any("ECHO:Hello!" in line for line in client.stdout)
+        client.stdin.close()
+        assert client.wait(PATIENCE) == 0
+
+
+def test_curl_gets_its_answers_in_absolute_form(server: Process) -> None:
+    curl = shutil.which("curl") or pytest.skip("there is no curl")
+    url = server.url.replace("ws", "http", 1)
+    assert ended(curl, "-s", "--noproxy", "", "--proxy", url, url + "healthz").stdout.strip() == "ok"
+
+
+# --------------------------------------------------------------- Options, Server, Client, Command line
+
+
+Serve = Callable[..., Process]
+
+# --------------------------------------------------------------------------------------------------- Options
+
+FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+NUMBERS = [name for name, field in FIELDS.items() if field.type in ("int", "float")]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def test_every_option_has_a_flag_of_its_name_and_the_default_of_the_dataclass() -> None:
+    flags = set(re.findall(r"--[a-z][a-z-]*", run("--help").stdout))
+    negations = {flag(f"no_{name}") for name, field in FIELDS.items() if field.default is True}
+    assert flags - {"--help", "--version"} == {flag(name) for name in FIELDS} | negations
+    assert parse_args([]) == Options()
+
+
+def test_the_readme_lists_the_options_of_help_and_no_other() -> None:
+    rows = [line for line in (MODULE.parent / "README.md").read_text().splitlines() if line.startswith("|")]
+    options = {flag for row in rows for flag in re.findall(r"--[a-z][a-z-]*", row.split("|")[1])}
+    assert options - {"--help"} == set(re.findall(r"--[a-z][a-z-]*", run("--help").stdout)) - {"--help"}
+
+
+def test_help_is_readable_at_80_columns() -> None:
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_version_is_told() -> None:
+    assert re.fullmatch(r"ws-echo \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+def test_a_value_stands_behind_an_equals_sign_or_a_space() -> None:
+    assert parse_args(["--port=5", "--prefix", "x", "--no-compression"]) == Options(
+        port=5, prefix="x", compression=False
+    )
+    assert parse_args(["--prefix=", "--send=a", "--send", "b"]) == Options(prefix="", send=("a", "b"))
+
+
+USAGE = [
+    "--nonsense",
+    "--por=1",
+    "--log=info",
+    "--port=x",
+    "--port=",
+    "--port=1.5",
+    "--port=-1",
+    "--port=65536",
+    "--max-message-size=124",
+    "--max-message-size=1e6",
+    "--max-connections=-1",
+    "--handshake-timeout=0",
+    "--handshake-timeout=nan",
+    "--ping-interval=-1",
+    "--stall-timeout=nan",
+    "--drain-timeout=inf",
+    "--timeout=0",
+    "--log-level=loud",
+    "--log-level=INFO",
+    "--trusted-proxies=localhost",
+    "--trusted-proxies=10.0.0.0/33",
+    "--compression=yes",
+    "--reuse-port=1",
+    "--no-prefix",
+    "--prefix=\udcff",
+    "--connect=",
+    "--connect=nonsense",
+    "--connect=ftp://localhost/",
+]
+
+
+@pytest.mark.parametrize("argument", USAGE)
+def test_a_wrong_option_is_a_usage_error_that_names_it(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        parse_args([argument])
+    assert refusal.value.code == 2
+    assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [["--port"], ["--nonsense"], ["4000"], ["--port=0", "--certfile"]])
+def test_the_program_ends_with_2_after_a_usage_error(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert arguments[-1] in done.stderr
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_have_the_range_of_the_dataclass(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    metadata, kind = FIELDS[name].metadata, int if FIELDS[name].type == "int" else float
+    least, most = kind(metadata["least"]), kind(metadata["most"])
+    assert [getattr(parse_args([f"{flag(name)}={value}"]), name) for value in (least, most)] == [least, most]
+    for value in (least - 1, most * 2):
+        with pytest.raises(SystemExit):
+            parse_args([f"{flag(name)}={value}"])
+        assert flag(name) in capsys.readouterr().err
+
+
+def test_the_file_has_the_same_names_and_the_command_line_wins(tmp_path: Path) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.write_text('port = 1\nmax-message-size = 125\nping_timeout = 3\nprefix = "f"\ncompression = false\n')
+    options = parse_args([f"--config={config}", "--port=2", "--ping-timeout=4"])
+    expected = Options(
+        config=str(config), port=2, max_message_size=125, ping_timeout=4.0, prefix="f", compression=False
+    )
+    assert options == expected
+
+
+def test_the_command_line_wins_also_with_a_default(tmp_path: Path) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.write_text("port = 1\ncompression = false\n")
+    assert parse_args([f"--config={config}", "--port=4000", "--compression"]) == Options(config=str(config))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("nonsense = 1", "nonsense"),
+        ('port = "4000"', "port"),
+        ("port = 4000.0", "port"),
+        ("port = true", "port"),
+        ("port = 65536", "port"),
+        ("max-message-size = 1", "max-message-size"),
+        ("max_message_size = 1", "max_message_size"),
+        ("handshake-timeout = 0", "handshake-timeout"),
+        ("ping-interval = nan", "ping-interval"),
+        ("compression = 1", "compression"),
+        ('log_level = "loud"', "log_level"),
+        ('trusted-proxies = "me"', "trusted-proxies"),
+        ('trusted-proxies = ["127.0.0.1"]', "trusted-proxies"),
+        ("prefix = 1", "prefix"),
+        ('connect = "ws://localhost/"', "connect"),
+        ('send = ["x"]', "send"),
+        ("insecure = true", "insecure"),
+        ('config = "other.toml"', "config"),
+        ("[port]", "port"),
+        ("port", ""),
+        ("port = 1\nport = 2", ""),
+        ("prefix = \"\xff", ""),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_an_error_of_one_line_that_names_the_option(
+    text: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.write_bytes(text.encode("latin-1"))
+    assert main([f"--config={config}", "--address=192.0.2.1"]) == 2
+    said = capsys.readouterr().err
+    assert (said.count("\n"), str(config) in said, name in said.replace(str(config), "")) == (1, True, True)
+
+
+def test_the_program_ends_with_2_after_a_wrong_file(tmp_path: Path) -> None:
+    (tmp_path / "ws-echo.toml").write_text("port = 'x'")
+    assert run(f"--config={tmp_path / 'ws-echo.toml'}").returncode == 2
+
+
+@pytest.mark.parametrize("name", ["missing.toml", ".", "ws-echo.toml/x"])
+def test_a_file_that_cannot_be_read_ends_the_program_with_1(name: str, tmp_path: Path) -> None:
+    (tmp_path / "ws-echo.toml").touch()
+    done = run(f"--config={tmp_path / name}")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert str(tmp_path / name) in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- Server
+
+# ---- Where it listens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ([], r"ws://localhost:\d+/"),
+        (["--address=127.0.0.1"], r"ws://localhost:\d+/"),
+        (["--address=127.0.0.2"], r"ws://127\.0\.0\.2:\d+/"),
+        (["--address=::1"], r"ws://(localhost|\[::1\]):\d+/"),
+        (["--reuse-port"], r"ws://localhost:\d+/"),
+    ],
+)
+def test_it_says_in_clickable_form_where_it_listens(serve: Serve, arguments: list[str], pattern: str) -> None:
+    process = serve(*arguments)
+    assert re.fullmatch(r".*\[SERVER\] listening on " + pattern, process.line("listening").string)
+    with connect(process.url) as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_without_an_address_it_listens_on_ipv4_and_ipv6(server: Process, family: socket.AddressFamily) -> None:
+    with socket.socket(family) as sock:
+        sock.settimeout(PATIENCE)
+        sock.connect(("127.0.0.1" if family == socket.AF_INET else "::1", server.port))
+        assert answer(sock, request())[0] == 101
+
+
+def test_the_peer_of_ipv6_is_logged_in_brackets(serve: Serve) -> None:
+    process = serve("--address=::1")
+    with connect(f"ws://[::1]:{process.port}/"):
+        assert process.line(r"connection\(\) from (\S+):\d+ /$")[1] == "[::1]"
+
+
+def test_two_servers_share_a_port_when_both_ask_for_it(serve: Serve) -> None:
+    port = serve("--reuse-port").port
+    with Process(f"--port={port}", "--reuse-port") as second:
+        assert second.port == port
+
+
+def test_a_unix_socket_is_for_the_group_and_goes_with_the_server(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    process = serve(f"--unix-socket={path}")
+    assert process.line(r"listening on (\S+)")[1].endswith(str(path))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    with unix_connect(str(path), "ws://localhost/test") as client:
+        assert echoed(client) == "ECHO:Hello!"
+        process.line(r"connection\(\) from unix /test$")
+    assert process.stop() == 0
+    assert not path.exists()
+
+
+def test_a_stale_unix_socket_is_replaced(serve: Serve, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path)
+    serve(f"--unix-socket={path}").line("listening")
+    with unix_connect(path, "ws://localhost/") as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_a_live_unix_socket_is_in_use_and_stays(serve: Serve, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    serve(f"--unix-socket={path}").line("listening")
+    assert_cannot_serve([f"--unix-socket={path}"], path, "in use")
+    with unix_connect(path, "ws://localhost/") as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def assert_cannot_serve(arguments: list[str], *words: str) -> None:
+    """It ends with 1, after one line that has these words."""
+    done = run(*arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_port_in_use_is_named(serve: Serve) -> None:
+    port = serve().port
+    assert_cannot_serve([f"--port={port}"], str(port), "in use")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--address=192.0.2.1"], ["192.0.2.1"]),
+        (["--address=2001:db8::1"], ["2001:db8::1"]),
+        (["--address=..."], ["..."]),
+        (["--unix-socket=/nowhere/s"], ["/nowhere/s"]),
+        (["--unix-socket=/" + "x" * 200], ["/" + "x" * 200]),
+        (["--unix-socket=" + os.devnull], [os.devnull]),
+        (["--certfile=/nowhere/c"], ["/nowhere/c"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_listened_on_is_named(arguments: list[str], words: list[str]) -> None:
+    assert_cannot_serve(["--port=0", *arguments], *words)
+
+
+def test_a_file_that_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "s").write_text("precious")
+    assert_cannot_serve([f"--unix-socket={tmp_path / 's'}"], str(tmp_path / "s"))
+    assert (tmp_path / "s").read_text() == "precious"
+
+
+def test_it_works_without_uvloop(serve: Serve) -> None:
+    run_it = "import runpy, sys; sys.modules['uvloop'] = None; sys.argv = sys.argv[2:]; "
+    run_it += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = serve(before=[sys.executable, "-c", run_it])
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+    assert process.stop() == 0
+
+
+# ---- TLS
+
+
+def test_over_tls_it_echoes(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+    process = serve(f"--certfile={certificate}")
+    with shaken(process, trust=trust) as client:
+        assert process.url.startswith("wss://localhost:")
+        assert raw_echo(client) == "ECHO:Hello!"
+        assert raw_echo(client, "x" * 300_000) == "ECHO:" + "x" * 300_000
+
+
+def test_the_key_may_be_in_a_file_of_its_own(
+    serve: Serve, authority: trustme.CA, trust: ssl.SSLContext, tmp_path: Path
+) -> None:
+    issued = authority.issue_cert("localhost")
+    issued.private_key_pem.write_to_path(str(tmp_path / "key"))
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
+    process = serve(f"--certfile={tmp_path / 'cert'}", f"--keyfile={tmp_path / 'key'}")
+    with shaken(process, trust=trust) as client:
+        assert raw_echo(client) == "ECHO:Hello!"
+
+
+def test_tls_below_1_2_is_refused(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+    process = serve(f"--certfile={certificate}")
+    with pytest.warns(DeprecationWarning, match="TLSv1"):
+        trust.minimum_version, trust.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    trust.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with process.dial() as sock, pytest.raises(ssl.SSLError, match="protocol version"):
+        trust.wrap_socket(sock, server_hostname="localhost")
+
+
+def test_tls_1_2_is_enough(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+    trust.maximum_version = ssl.TLSVersion.TLSv1_2
+    with shaken(serve(f"--certfile={certificate}"), trust=trust) as client:
+        assert raw_echo(client) == "ECHO:Hello!"
+
+
+@pytest.fixture
+def client_authority(tmp_path: Path) -> tuple[trustme.CA, str]:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "clients.pem"))
+    return authority, f"--client-cafile={tmp_path / 'clients.pem'}"
+
+
+def test_a_client_with_a_certificate_that_is_asked_for_is_let_in(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, client_authority: tuple[trustme.CA, str]
+) -> None:
+    client_authority[0].issue_cert("me@example.com").configure_cert(trust)
+    with shaken(serve(f"--certfile={certificate}", client_authority[1]), trust=trust) as client:
+        assert raw_echo(client) == "ECHO:Hello!"
+
+
+@pytest.mark.parametrize("has_one", [False, True])
+def test_a_client_without_a_certificate_of_that_authority_is_not_let_in(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, client_authority: tuple[trustme.CA, str], has_one: bool
+) -> None:
+    if has_one:
+        trustme.CA().issue_cert("me@example.com").configure_cert(trust)
+    process = serve(f"--certfile={certificate}", client_authority[1])
+    refusal = pytest.raises((ssl.SSLError, ConnectionError))
+    with process.dial() as sock, refusal, trust.wrap_socket(sock, server_hostname="localhost") as tls:
+        answer(tls, request())
+
+
+@pytest.fixture
+def files(authority: trustme.CA, tmp_path: Path) -> Path:
+    """A folder with certificates that go together, and other files."""
+    issued = authority.issue_cert("localhost")
+    issued.private_key_pem.write_to_path(str(tmp_path / "key"))
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
+    authority.issue_cert("localhost").private_key_pem.write_to_path(str(tmp_path / "other-key"))
+    (tmp_path / "junk").write_text("junk")
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("certfile=missing", "missing"),
+        ("certfile=junk", "junk"),
+        ("certfile=empty", "empty"),
+        ("certfile=folder", "folder"),
+        ("certfile=cert", "cert"),
+        ("certfile=cert keyfile=missing", "missing"),
+        ("certfile=cert keyfile=junk", "junk"),
+        ("certfile=cert keyfile=other-key", "other-key"),
+        ("certfile=cert keyfile=key client-cafile=missing", "missing"),
+        ("certfile=cert keyfile=key client-cafile=junk", "junk"),
+        ("certfile=cert keyfile=key client-cafile=empty", "empty"),
+    ],
+)
+def test_a_file_that_tls_cannot_use_is_named_before_listening(files: Path, arguments: str, named: str) -> None:
+    flags = [f"--{argument.replace('=', f'={files}/')}" for argument in arguments.split()]
+    assert_cannot_serve(["--port=0", *flags], f"{files}/{named}")
+
+
+def test_a_key_with_a_password_is_not_asked_for_at_the_terminal(files: Path) -> None:
+    openssl = shutil.which("openssl") or pytest.skip("there is no openssl")
+    locked = files / "locked"
+    ended(openssl, "pkey", "-in", f"{files}/key", "-aes256", "-passout", "pass:x", "-out", str(locked), check=True)
+    assert_cannot_serve(["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={locked}"], str(locked))
+
+
+@pytest.mark.parametrize("option", ["keyfile", "client-cafile"])
+def test_tls_options_without_a_certificate_are_refused(files: Path, option: str) -> None:
+    done = run("--port=0", f"--{option}={files / 'key'}")
+    assert done.returncode in (1, 2)
+    assert f"--{option}" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_key_that_may_not_be_read_is_named(files: Path) -> None:
+    (files / "key").chmod(0)
+    assert_cannot_serve(["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={files / 'key'}"], f"{files}/key")
+
+
+# ---- SIGHUP
+
+
+def serial(process: Process, trust: ssl.SSLContext) -> object:
+    with process.dial() as sock, trust.wrap_socket(sock, server_hostname="localhost") as tls:
+        return (tls.getpeercert() or {})["serialNumber"]
+
+
+def test_sighup_takes_a_renewed_certificate_and_keeps_connections(
+    serve: Serve, authority: trustme.CA, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    process = serve(f"--certfile={certificate}")
+    with shaken(process, trust=trust) as client:
+        before = serial(process, trust)
+        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(certificate))
+        process.signal(signal.SIGHUP)
+        until(lambda: serial(process, trust) != before)
+        assert raw_echo(client) == "ECHO:Hello!"
+
+
+def test_sighup_keeps_the_old_certificate_when_the_new_one_is_broken(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    process = serve(f"--certfile={certificate}")
+    before = serial(process, trust)
+    certificate.write_text("junk")
+    process.signal(signal.SIGHUP)
+    assert str(certificate) in process.line("error:").string
+    assert serial(process, trust) == before
+    assert process.stop() == 0
+    assert len(process.matching("error:")) == 1
+
+
+def test_sighup_takes_the_log_level_from_the_file(serve: Serve, tmp_path: Path) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.write_text('log-level = "info"\n')
+    process = serve(f"--config={config}")
+    with process.connect() as client:
+        assert echoed(client, "before") == "ECHO:before"
+        config.write_text('log-level = "debug"\n')
+        process.signal(signal.SIGHUP)
+        process.line("reloaded")
+        assert echoed(client, "behind") == "ECHO:behind"
+    assert process.line(r"\[SERVER\] Received:(.*)")[1] == "behind"
+
+
+@pytest.mark.parametrize("text", ["log-level = 'loud'", "nonsense = 1", "=", None])
+def test_sighup_with_a_broken_file_changes_nothing_and_says_so(serve: Serve, tmp_path: Path, text: str | None) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.touch()
+    process = serve(f"--config={config}")
+    with process.connect() as client:
+        config.write_text(text) if text else config.unlink()
+        process.signal(signal.SIGHUP)
+        assert str(config) in process.line("error:").string
+        assert echoed(client) == "ECHO:Hello!"
+    assert process.stop() == 0
+    assert len(process.matching("error:")) == 1
+
+
+def test_the_log_level_of_the_command_line_wins_over_the_file_also_at_sighup(serve: Serve, tmp_path: Path) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.write_text('log-level = "info"\n')
+    process = serve(f"--config={config}", "--log-level=debug")
+    with process.connect() as client:
+        process.signal(signal.SIGHUP)
+        process.line("reloaded")
+        echoed(client)
+    process.line("Received:Hello!")
+
+
+# ---- Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_stop_closes_everybody_with_1001_and_ends_with_0(serve: Serve, number: int) -> None:
+    process = serve()
+    with process.connect() as one, process.connect() as two:
+        process.signal(number)
+        for client in (one, two):
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv(PATIENCE)
+            assert closed.value.rcvd and closed.value.rcvd.code == 1001
+        assert process.exit_code() == 0
+    assert len(process.matching(r"close\(\) 1001 from")) == 2
+
+
+def test_over_tls_everybody_is_closed_with_1001(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+    process = serve(f"--certfile={certificate}")
+    with shaken(process, trust=trust) as client, client.makefile("rb") as file:
+        process.signal(signal.SIGTERM)
+        opcode, payload = read_frame(file)
+        assert (opcode, payload[:2]) == (8, b"\x03\xe9")
+        client.sendall(masked(payload[:2], opcode=8))
+        assert process.exit_code() == 0
+
+
+def test_replies_that_are_owed_come_before_1001(serve: Serve) -> None:
+    process = serve()
+    with shaken(process) as sock, sock.makefile("rb") as file:
+        fill(sock, masked(b"x" * 65536, opcode=2))
+        process.signal(signal.SIGTERM)
+        replies = 0
+        while (frame := read_frame(file)) == (2, b"ECHO:" + b"x" * 65536):
+            replies += 1
+        assert (frame[0], frame[1][:2]) == (8, b"\x03\xe9")
+    assert process.exit_code() == 0
+    assert int(process.line(r"close\(\) .* (\d+) messages")[1]) == replies > 2
+
+
+def test_replies_that_the_handler_has_still_to_make_come_before_1001(serve: Serve) -> None:
+    process = serve()
+    with process.connect("?delay=0.1") as client:
+        for text in "abc":
+            client.send(text)
+        assert client.ping().wait(PATIENCE)
+        process.signal(signal.SIGTERM)
+        assert [client.recv(PATIENCE) for _ in "abc"] == ["ECHO:a", "ECHO:b", "ECHO:c"]
+        with pytest.raises(ConnectionClosed, match="1001"):
+            client.recv(PATIENCE)
+    assert process.exit_code() == 0
+
+
+def fill(sock: socket.socket, message: bytes) -> None:
+    """Sends until nothing more is taken for a while: the server waits for us to read."""
+    sock.settimeout(0.2)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sock.sendall(message)
+    sock.settimeout(PATIENCE)
+
+
+def test_clients_that_never_close_are_waited_for_no_longer_than_drain_timeout(serve: Serve) -> None:
+    process = serve("--drain-timeout=0.5")
+    with shaken(process), process.dial():
+        began = time.monotonic()
+        assert process.stop() == 0
+        assert 0.5 <= time.monotonic() - began < 0.95
+
+
+def test_without_a_drain_timeout_it_does_not_wait(serve: Serve) -> None:
+    process = serve("--drain-timeout=0")
+    with shaken(process) as sock:
+        assert process.stop() == 0
+        assert sock.recv(99).startswith(b"\x88")
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once_with_128_and_its_number(serve: Serve, second: int) -> None:
+    process = serve()
+    with shaken(process) as sock:
+        process.signal(signal.SIGTERM)
+        assert sock.recv(99).startswith(b"\x88")
+        process.signal(second)
+        assert process.exit_code() == 128 + second
+
+
+def test_while_stopping_nobody_is_let_in_and_the_health_check_says_so(serve: Serve) -> None:
+    process = serve()
+    with shaken(process) as held, process.dial() as idle, process.dial() as other:
+        for sock in (idle, other):
+            assert answer(sock, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
+        process.signal(signal.SIGTERM)
+        assert held.recv(99).startswith(b"\x88\x02\x03\xe9"[:1])
+        assert answer(idle, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 503
+        assert answer(other, request())[0] == 503
+        with pytest.raises(ConnectionRefusedError):
+            process.dial()
+
+
+def test_who_has_connected_and_says_nothing_does_not_keep_it_from_stopping(serve: Serve) -> None:
+    process = serve("--drain-timeout=0.2")
+    with process.dial(), process.dial() as sock:
+        sock.sendall(b"GET / HT")
+        assert process.stop() == 0
+
+
+# ---- Limits
+
+
+def test_above_max_connections_a_handshake_gets_503_and_the_health_check_200(serve: Serve) -> None:
+    process = serve("--max-connections=1")
+    with process.connect() as client:
+        with pytest.raises(InvalidStatus) as refusal:
+            process.connect()
+        assert refusal.value.response.status_code == 503
+        assert int(refusal.value.response.headers["Retry-After"]) > 0
+        assert get(process, "/healthz")[0] == 200
+        assert echoed(client) == "ECHO:Hello!"
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_again(serve: Serve) -> None:
+    process = serve(before=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
+    with process.connect() as client, contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(process.dial())
+        process.line(r"error:cannot accept")
+        assert echoed(client) == "ECHO:Hello!"
+        stack.close()
+        with process.connect() as another:
+            assert echoed(another) == "ECHO:Hello!"
+    assert process.stop() == 0
+    assert len(process.matching("error:")) <= 3
+
+
+SLOW = [b"", b"GET / HT", request()[:-2], b"\x16\x03\x01\x02"]  # nothing, half a line, half a header, half of TLS
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_handshake_that_does_not_go_on_is_given_up(serve: Serve, certificate: Path, tls: bool) -> None:
+    process = serve("--handshake-timeout=0.3", *([f"--certfile={certificate}"] if tls else []))
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(process.dial()) for _ in SLOW]
+        began = time.monotonic()
+        for sock, data in zip(socks, SLOW, strict=True):
+            sock.sendall(data)
+        assert not re.search(rb"HTTP/1.1 [1235]", b"".join(map(everything, socks)))
+        assert 0.2 < time.monotonic() - began < 3
+
+
+def everything(sock: socket.socket) -> bytes:
+    """What is sent to us until the other side closes."""
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while part := sock.recv(4096):
+            data += part
+    return data
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_handshake_byte_by_byte_is_given_up_as_well(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, tls: bool
+) -> None:
+    process = serve("--handshake-timeout=0.3", *([f"--certfile={certificate}"] if tls else []))
+    with process.dial() as plain, contextlib.ExitStack() as stack:
+        sock = stack.enter_context(trust.wrap_socket(plain, server_hostname="localhost")) if tls else plain
+        sock.settimeout(0.02)
+        assert any(not still_open_after(sock, byte) for byte in request(X_Filler="x" * 100))
+
+
+def still_open_after(sock: socket.socket, byte: int) -> bool:
+    try:
+        sock.sendall(bytes((byte,)))
+        return sock.recv(99) != b""
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+
+
+def test_a_websocket_outlives_the_handshake_timeout(serve: Serve) -> None:
+    process = serve("--handshake-timeout=0.1")
+    with shaken(process) as sock:
+        sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.sendall(masked(b"Hello!"))
+        assert sock.recv(99) == b"\x81\x0bECHO:Hello!"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "Content-Length: 1000000",
+        "Content-Length: 1000000\r\nExpect: 100-continue",
+        "Transfer-Encoding: chunked",
+    ],
+)
+def test_a_request_with_a_body_is_refused_without_reading_it(server: Process, body: str) -> None:
+    with server.dial() as sock, contextlib.suppress(ConnectionError):
+        began = time.monotonic()
+        sock.sendall(f"POST / HTTP/1.1\r\nHost: x\r\n{body}\r\nContent-Type: text/plain\r\n\r\nfffff\r\n".encode())
+        sock.sendall(b"x" * 100_000)
+        assert not re.search(rb"HTTP/1.1 [235]", everything(sock))
+        assert time.monotonic() - began < 5
+
+
+# ---- systemd
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[socket.socket]:
+    """The socket that systemd would read from."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE)
+        sock.bind(str(tmp_path / "notify"))
+        yield sock
+
+
+def told(sock: socket.socket, pattern: str) -> list[str]:
+    """Everything up to the message that has this, which is read as long as it takes."""
+    messages: list[str] = []
+    while not (messages and re.search(pattern, messages[-1])):
+        messages.append(sock.recv(4096).decode())
+    return messages
+
+
+def test_systemd_is_told_of_start_reload_and_stop(serve: Serve, systemd: socket.socket) -> None:
+    process = serve(env={"NOTIFY_SOCKET": systemd.getsockname()})
+    told(systemd, r"^READY=1")
+    assert re.search(r"(?m)^STATUS=.*0 connections", told(systemd, "STATUS=")[-1])
+    process.signal(signal.SIGHUP)
+    assert re.search(r"(?m)^MONOTONIC_USEC=\d+$", told(systemd, "(?m)^RELOADING=1$")[-1])
+    told(systemd, "^READY=1")
+    process.signal(signal.SIGTERM)
+    told(systemd, "^STOPPING=1")
+    assert process.exit_code() == 0
+
+
+def test_systemd_is_told_ready_only_when_it_can_be_connected_to(serve: Serve, systemd: socket.socket) -> None:
+    process = serve(env={"NOTIFY_SOCKET": systemd.getsockname()})
+    assert "READY=1" in told(systemd, "READY=1")[0]
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_the_watchdog_is_fed_before_its_time(serve: Serve, systemd: socket.socket) -> None:
+    serve(env={"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "200000"})
+    told(systemd, "WATCHDOG=1")
+    for _ in range(3):
+        began = time.monotonic()
+        told(systemd, "WATCHDOG=1")
+        assert time.monotonic() - began < 0.2
+
+
+def test_the_notify_socket_may_be_abstract(serve: Serve) -> None:
+    if sys.platform != "linux":
+        pytest.skip("only Linux has abstract sockets")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE)
+        sock.bind("")
+        serve(env={"NOTIFY_SOCKET": "@" + sock.getsockname()[1:].decode()})
+        told(sock, "READY=1")
+
+
+def test_a_notify_socket_that_is_not_there_does_not_matter(serve: Serve, tmp_path: Path) -> None:
+    process = serve(env={"NOTIFY_SOCKET": str(tmp_path / "nothing"), "WATCHDOG_USEC": "200000"})
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+    assert process.stop() == 0
+    assert len(process.matching("error:")) == 1
+
+
+INHERIT = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+    "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid() + int(sys.argv[2]))); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
+
+
+@pytest.fixture
+def inheriting(serve: Serve) -> Iterator[Callable[..., tuple[Process, int]]]:
+    """Starts a server as socket activation does; returns it and the port of the socket that it was given."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = listener.fileno()
+
+        def start(offset: int = 0) -> tuple[Process, int]:
+            before = [sys.executable, "-c", INHERIT, str(number), str(offset)]
+            return serve(before=before, pass_fds=[number, 3]), listener.getsockname()[1]
+
+        yield start
+
+
+def test_the_socket_that_systemd_has_opened_is_served(inheriting: Callable[..., tuple[Process, int]]) -> None:
+    process, port = inheriting()
+    process.line(r"systemd.*--port")
+    assert process.port == port
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_sockets_for_another_process_are_left_alone(inheriting: Callable[..., tuple[Process, int]]) -> None:
+    process, port = inheriting(1)
+    assert process.port != port
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
+    activate = shutil.which("systemd-socket-activate") or pytest.skip("there is no systemd-socket-activate")
+    path = str(tmp_path / "s")
+    with Process(before=[activate, f"--listen={path}"]) as process:
+        until(lambda: os.path.exists(path))
+        with unix_connect(path, "ws://localhost/") as client:
+            assert echoed(client) == "ECHO:Hello!"
+        process.line(r"systemd.*--port")
+        assert process.stop() == 0
+
+
+# ---- Who the peer is
+
+
+@pytest.fixture(scope="module")
+def behind_proxies() -> Iterator[Process]:
+    with Process("--port=0", "--trusted-proxies=127.0.0.0/8, 198.18.0.1,::1") as process:
+        yield process
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "peer"),
+    [
+        ("203.0.113.7", "203.0.113.7"),
+        ("203.0.113.9, 203.0.113.7", "203.0.113.7"),
+        ("203.0.113.9, 203.0.113.7,198.18.0.1", "203.0.113.7"),
+        ("10.0.0.1, nonsense", "127.0.0.1:PORT"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("", "127.0.0.1:PORT"),
+    ],
+)
+def test_a_trusted_proxy_says_who_the_peer_is(behind_proxies: Process, forwarded: str, peer: str) -> None:
+    path = f"/{forwarded.encode().hex()}"
+    with shaken(behind_proxies, f"GET {path} HTTP/1.1", X_Forwarded_For=forwarded) as sock:
+        found = behind_proxies.line(rf"connection\(\) from (.*) {path}$")
+        assert found[1] == peer.replace("PORT", str(sock.getsockname()[1]))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--trusted-proxies=10.0.0.0/8,unix"]])
+def test_nobody_else_says_who_the_peer_is(serve: Serve, arguments: list[str]) -> None:
+    process = serve(*arguments)
+    with shaken(process, X_Forwarded_For="203.0.113.7") as sock:
+        assert process.line(r"connection\(\) from (.*) /$")[1] == f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+# ---- The log
+
+
+def test_a_log_that_nobody_reads_does_not_stop_the_service() -> None:
+    read_end, write_end = os.pipe()
+    with open(read_end, "rb", buffering=0) as log, open(write_end, "wb", buffering=0) as full, running(full) as popen:
+        url = re.search(rb"listening on (\S+)", log.read(4096))
+        os.set_blocking(write_end, False)
+        while full.write(b"x" * 4096):
+            pass
+        os.set_blocking(write_end, True)
+        with connect(url[1].decode() if url else "") as client:
+            assert echoed(client) == "ECHO:Hello!"
+        popen.terminate()
+        assert popen.wait(PATIENCE) == 0
+
+
+@contextlib.contextmanager
+def running(stderr: IO[Any], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A server that logs everything to this file."""
+    command = [sys.executable, str(MODULE), "--port=0", "--log-level=debug"]
+    with start(*command, stderr=stderr, env=os.environ | environment) as popen:
+        try:
+            yield popen
+        finally:
+            popen.kill()
+
+
+def test_lines_of_a_kind_are_limited_and_none_is_left_out_uncounted(serve: Serve) -> None:
+    process = serve()
+    sent = 0
+    with process.dial() as sock:
+        while not process.matching("and [0-9,]+ more"):
+            assert answer(sock, request(Sec_WebSocket_Key="x"))[0] == 400
+            sent += 1
+    assert process.stop() == 0
+    left_out = sum(int(found[1].replace(",", "")) for found in process.matching("and ([0-9,]+) more"))
+    written = len(process.matching(r"error:400 .* 127\.0\.0\.1:\d+"))
+    assert written + left_out == sent
+    assert written < 200
+
+
+def test_in_the_journal_lines_have_a_priority_and_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with path.open("w") as journal:
+        status = os.fstat(journal.fileno())
+        with running(journal, JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}") as popen:
+            until(lambda: "listening" in path.read_text())
+            with socket.create_connection(("127.0.0.1", int(path.read_text().rsplit(":", 1)[1][:-2]))) as sock:
+                assert answer(sock, request(without="Sec-WebSocket-Key"))[0] == 400
+                assert answer(sock, request(Sec_WebSocket_Key="x"))[0] == 400
+            popen.terminate()
+            assert popen.wait(PATIENCE) == 0
+    starts = [line[: len("<6>[SERVER] error")] for line in path.read_text().splitlines()]
+    assert starts == ["<6>[SERVER] liste", "<4>[SERVER] error", "<6>[SERVER] stopp"]
+
+
+# ---------------------------------------------------------------------------------------------------- Client
+
+
+def client(url: str, *arguments: str, stdin: str = "") -> tuple[int, list[str], str]:
+    """Exit code, lines of standard output, standard error."""
+    done = run(f"--connect={url}", *arguments, stdin=stdin)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def test_the_client_prints_what_the_original_sample_printed(server: Process) -> None:
+    printed = ["[CLIENT] open()", "[CLIENT] Received: ECHO:Hello!"]
+    assert client(server.url + "test", "--send=Hello!") == (0, printed, "")
+
+
+@pytest.mark.parametrize("texts", [["a"], ["a", "b", "a"], [""], ["Zoë \U0001f600"], ["x" * 100_000]])
+def test_the_client_sends_each_text_and_prints_each_answer(server: Process, texts: list[str]) -> None:
+    code, lines, _ = client(server.url, *(f"--send={text}" for text in texts))
+    assert (code, lines[1:]) == (0, [f"[CLIENT] Received: ECHO:{text}" for text in texts])
+
+
+@pytest.mark.parametrize("texts", [[], ["a"], ["a", "", "b"], [str(number) for number in range(1000)]])
+def test_without_texts_the_client_sends_the_lines_of_its_input(server: Process, texts: list[str]) -> None:
+    code, lines, _ = client(server.url, stdin="".join(f"{text}\n" for text in texts))
+    assert (code, lines[1:]) == (0, [f"[CLIENT] Received: ECHO:{text}" for text in texts])
+
+
+def test_the_last_line_of_input_needs_no_end(server: Process) -> None:
+    assert client(server.url, stdin="a\nb")[1][1:] == ["[CLIENT] Received: ECHO:a", "[CLIENT] Received: ECHO:b"]
+
+
+def test_the_client_answers_line_by_line_as_they_are_typed(server: Process) -> None:
+    with start(
+        sys.executable, str(MODULE), f"--connect={server.url}", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as popen:
+        assert popen.stdin and popen.stdout
+        assert popen.stdout.readline() == "[CLIENT] open()\n"
+        for text in ("one", "two"):
+            print(text, file=popen.stdin, flush=True)
+            assert popen.stdout.readline() == f"[CLIENT] Received: ECHO:{text}\n"
+        popen.stdin.close()
+        assert popen.wait(PATIENCE) == 0
+
+
+def test_the_client_leaves_with_1000(serve: Serve) -> None:
+    process = serve()
+    assert client(process.url, "--send=a")[0] == 0
+    assert process.line(r"close\(\) (\d+) from")[1] == "1000"
+
+
+def assert_client_fails(url: str, *arguments: str, word: str = "") -> None:
+    """It ends with 1, after one line."""
+    code, _, said = client(url, *arguments)
+    assert (code, said.count("\n")) == (1, 1)
+    assert said.startswith("[CLIENT] error:") and word in said
+
+
+def test_the_client_ends_with_1_when_it_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    assert_client_fails(f"ws://127.0.0.1:{port}/", "--send=a")
+
+
+@pytest.mark.parametrize("url", ["ws://", "ws://localhost:99999/", "ws://[::1", "ws://.../"])
+def test_the_client_ends_with_1_when_the_url_leads_nowhere(url: str) -> None:
+    assert_client_fails(url, "--send=a", "--timeout=3")
+
+
+def test_the_client_ends_with_1_when_the_handshake_is_refused(serve: Serve) -> None:
+    process = serve("--max-connections=1")
+    with process.connect():
+        assert_client_fails(process.url, "--send=a", word="503")
+
+
+def test_the_client_ends_with_1_when_nobody_answers_the_handshake() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        began = time.monotonic()
+        assert_client_fails(f"ws://127.0.0.1:{listener.getsockname()[1]}/", "--send=a", "--timeout=0.2")
+        assert time.monotonic() - began < 3
+
+
+def test_the_client_ends_with_1_when_fewer_answers_come_than_were_sent(serve: Serve) -> None:
+    assert_client_fails(serve("--max-message-size=125").url, "--send=a", f"--send={'x' * 126}", word="1009")
+
+
+def test_the_client_ends_with_1_when_an_answer_does_not_come_in_time(serve: Serve) -> None:
+    process = serve()
+    with process.connect():
+        process.signal(signal.SIGSTOP)
+        assert_client_fails(process.url, "--send=a", "--timeout=0.2")
+        process.signal(signal.SIGCONT)
+
+
+def test_an_empty_url_does_not_make_a_server_of_the_client() -> None:
+    done = run("--connect=", "--address=192.0.2.1")
+    assert done.returncode in (1, 2)
+    assert "192.0.2.1" not in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "stdin"), [(["--send=\udcff"], ""), ([], "\udcff\n")])
+def test_the_client_ends_with_1_at_once_when_it_is_given_what_is_not_utf_8(
+    server: Process, arguments: list[str], stdin: str
+) -> None:
+    command = [sys.executable, str(MODULE), f"--connect={server.url}", *arguments]
+    done = ended(*command, input=stdin, errors="surrogateescape")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_the_client_checks_the_certificate_against_cafile(
+    serve: Serve, authority: trustme.CA, certificate: Path, tmp_path: Path
+) -> None:
+    process, cafile = serve(f"--certfile={certificate}"), tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(cafile))
+    assert client(process.url, f"--cafile={cafile}", "--send=a")[0] == 0
+    assert client(process.url, "--insecure", "--send=a")[0] == 0
+    assert_client_fails(process.url, "--send=a", word="CERTIFICATE")
+    assert_client_fails(process.url.replace("localhost", "127.0.0.1"), f"--cafile={cafile}", "--send=a")
+
+
+def test_a_cafile_that_is_missing_is_named(server: Process) -> None:
+    assert_client_fails(server.url.replace("ws", "wss"), "--cafile=/nowhere/ca.pem", "--send=a", word="/nowhere/ca.pem")
+
+
+# ---------------------------------------------------------------------------------------------- Command line
+
+
+def test_it_runs_from_any_folder_and_by_any_name(tmp_path: Path) -> None:
+    shutil.copy(MODULE, tmp_path / "other.py")
+    done = ended(sys.executable, "other.py", "--version", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_bare_file_says_what_it_needs() -> None:
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", MODULE.read_text())
+    assert block
+    assert "tornado>=6.6.1,<6.7" in block[1] and 'requires-python = ">=3.11"' in block[1]
