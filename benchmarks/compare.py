@@ -172,9 +172,7 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.machine()
-    return next(
-        (x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.machine()
-    )
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
 def machine() -> dict[str, object]:

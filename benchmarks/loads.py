@@ -97,9 +97,7 @@ class Caller:
         while self._calls and (count is not None or time.perf_counter() < until):
             events = self._poll.poll(STALL)
             if not events or time.perf_counter() > limit:
-                raise StalledError(
-                    f"{len(self._calls)} connections wait for an answer, {self.finished} had it"
-                )
+                raise StalledError(f"{len(self._calls)} connections wait for an answer, {self.finished} had it")
             for fd, event in events:
                 self._advance(fd, event)
             self._fill(count)

@@ -263,9 +263,7 @@ def _private_memory(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def running(
-    candidate: Candidate, deflate: bool, server_core: int | None, client_core: int | None
-) -> Iterator[Process]:
+def running(candidate: Candidate, deflate: bool, server_core: int | None, client_core: int | None) -> Iterator[Process]:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "output"
