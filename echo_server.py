@@ -348,7 +348,8 @@ class Receiver:
         try:
             self._parse(self._data + data if self._data else data, events)
         except Fault as fault:
-            self.fault, self.done, self.more, self._data = fault, True, False, b""
+            self.fault = Fault(fault.code, fault.reason)  # without the traceback, whose frames hold the data
+            self.done, self.more, self._data = True, False, b""
             self._begin_message(0)
         return events
 
@@ -1013,10 +1014,13 @@ class Connection(WebSocketProtocol):
         self._loop.add_callback(self._notify)  # never from within another method of the handler
 
     def _notify(self) -> None:
+        handler: Any = self.handler
+        handler.on_close = functools.partial(self._call, handler.on_close)  # Tornado drops what a coroutine returns
         try:
-            self.handler.on_ws_connection_close(self.close_code, self.close_reason)
+            handler.on_ws_connection_close(self.close_code, self.close_reason)
         except Exception:
-            self.handler.log_exception(*sys.exc_info())
+            handler.log_exception(*sys.exc_info())
+        del handler.on_close  # a cycle
 
     def _warn(self, text: str) -> None:
         log.warning("[SERVER] error:%s %s", text, getattr(self.handler, "peer", self.handler.request.remote_ip))
@@ -2035,6 +2039,7 @@ def add_option(group: Any, name: str, default: Any, text: str) -> None:
 
 def parse_option(name: str, text: str) -> Any:
     try:
+        text = os.fsencode(text).decode()  # UTF-8 also where the locale is not; UnicodeDecodeError is a ValueError
         return check_option(name, cast(Any, type(FIELDS[name].default))(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
@@ -2074,6 +2079,9 @@ def event_loop() -> asyncio.AbstractEventLoop:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 stopped, 1 cannot serve, 2 wrong usage; 128 + signal when told twice to stop."""
     argv = sys.argv[1:] if argv is None else argv
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket must not take the place of a closed stream
+        pass
+    os.close(spare)
     try:
         options = parse_args(argv)
     except OSError as error:
