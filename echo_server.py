@@ -657,10 +657,10 @@ class Connection(WebSocketProtocol):
             except OSError:
                 data = b""
             self._seen = True
-            if data:
-                self._turn(data)
-            else:
+            if not data:
                 self._lost("the peer has left")
+            elif len(data) > 131 or not self._only_echoes or not self._echo_one(data):
+                self._turn(data)
 
     def _watch(self, reading: bool) -> None:
         """Asks for a call when there is something to read, and when the backlog can go on."""
@@ -720,6 +720,27 @@ class Connection(WebSocketProtocol):
     def _may_read(self) -> bool:
         waiting = self._leaving or self._scheduled or self._queue_size > self._receiver.limit
         return self._state != OPEN or not (waiting or len(self._backlog or b"") > HIGH_WATER)
+
+    def _echo_one(self, data: bytes) -> bool:
+        """A turn in which one short text is all there is, as from clients that wait for each reply: 0.9 us rather than
+        1.3, beside 4.9 in the kernel and the loop. False: it is not that simple."""
+        size, receiver = len(data) - 6, self._receiver
+        if size < 0 or data[0] != FIN | TEXT or data[1] != MASK | size or receiver.unfinished or self._state != OPEN:
+            return False
+        payload, (_, heads) = unmask(data[2:6], data[6:]), echo_heads(self.handler.prefix)  # type: ignore[attr-defined]  # as in _echo
+        if (
+            self._hold
+            or self._backlog
+            or size >= len(heads)
+            or not payload.isascii()
+            or log.isEnabledFor(logging.DEBUG)
+        ):
+            return False
+        self.texts += 1
+        self.text_bytes += size
+        self._out.append(heads[size][TEXT] + payload)
+        self._flush()
+        return True
 
     def _echo(self, events: list[Event]) -> None:
         """The replies of EchoHandler's own `on_message`, without calling it: 0.6 rather than 1.3 us a message."""
@@ -878,15 +899,14 @@ class Connection(WebSocketProtocol):
 
     def _flush(self) -> None:
         """Hands what was gathered to the kernel; what it does not take is the backlog."""
-        out, scatter = self._out, self._out_size >= SCATTER and len(self._out) < 64
-        self._out, self._out_size = [], 0
-        pieces = out if scatter else [b"".join(out)]
+        out, size, self._out, self._out_size = self._out, self._out_size, [], 0
+        pieces = out if size >= SCATTER and len(out) < 64 else (b"".join(out),)
         try:
             sent = 0 if self._backlog else self._send(pieces)
         except (OSError, StreamClosedError) as error:
             self._lost(str(error), owed=True)
             return
-        if sent < (sum(map(len, pieces)) if scatter else len(pieces[0])):
+        if sent < (sum(map(len, pieces)) if pieces is out else len(pieces[0])):
             self._progress_at = self._progress_at if self._backlog else time.monotonic()
             self._backlog = self._backlog or bytearray()
             self._backlog += b"".join(pieces)[sent:]
