@@ -1034,6 +1034,7 @@ class Connection(WebSocketProtocol):
         self._loop.add_callback(self._notify)  # never from within another method of the handler
 
     def _notify(self) -> None:
+        self._registry.traffic = [sum(pair) for pair in zip(self._registry.traffic, self.traffic(), strict=True)]
         handler: Any = self.handler
         handler.on_close = functools.partial(self._call, handler.on_close)  # Tornado drops what a coroutine returns
         try:
@@ -1199,7 +1200,6 @@ class Connections:
     def remove(self, connection: Connection) -> None:
         self.open.discard(connection)
         self.closed[connection.outcome] += 1
-        self.traffic = [sum(pair) for pair in zip(self.traffic, connection.traffic(), strict=True)]
 
     def check(self) -> None:
         now = time.monotonic()
