@@ -1332,28 +1332,16 @@ def metrics(connections: Connections) -> str:
     columns = zip(connections.traffic, *(connection.traffic() for connection in connections.open), strict=True)
     traffic = [sum(column) for column in columns]
     kinds = [f'direction="{way}",type="{kind}"' for way in ("received", "sent") for kind in ("text", "binary")]
+    closed = {f'code="{code}"': number for code, number in connections.closed.items()}
+    cut = {f'reason="{reason}"': number for reason, number in connections.cut.items()}
+    refused = {f'reason="{reason}"': number for reason, number in connections.refused.items()}
     families: list[tuple[str, str, str, dict[str, int]]] = [
         ("build_info", "gauge", "The version that runs.", {f'version="{__version__}"': 1}),
         ("connections", "gauge", "Open WebSocket connections.", {"": len(connections.open)}),
         ("connections_opened_total", "counter", "WebSocket connections so far.", {"": connections.opened}),
-        (
-            "connections_closed_total",
-            "counter",
-            "By close code.",
-            {f'code="{c}"': n for c, n in connections.closed.items()},
-        ),
-        (
-            "connections_cut_total",
-            "counter",
-            "Stalled, or silent.",
-            {f'reason="{r}"': n for r, n in connections.cut.items()},
-        ),
-        (
-            "handshakes_refused_total",
-            "counter",
-            "By reason.",
-            {f'reason="{r}"': n for r, n in connections.refused.items()},
-        ),
+        ("connections_closed_total", "counter", "By close code; 1006: without a Close.", closed),
+        ("connections_cut_total", "counter", "Peers that stalled, or that did not answer a ping.", cut),
+        ("handshakes_refused_total", "counter", "By reason.", refused),
         ("messages_total", "counter", "Messages.", dict(zip(kinds, traffic[::2], strict=True))),
         ("message_bytes_total", "counter", "Their payload.", dict(zip(kinds, traffic[1::2], strict=True))),
     ]
