@@ -93,7 +93,8 @@ class EchoHandler(WebSocketHandler):
         self.stall_timeout, self.scenarios, self.server = stall_timeout, scenarios, server
 
     def open(self, *args: str, **kwargs: str) -> Awaitable[None] | None:
-        log.info("[SERVER] connection() from %s %s", self.peer, printable(path_of(self.request)))
+        if log.isEnabledFor(logging.INFO):
+            log.info("[SERVER] connection() from %s %s", self.peer, printable(path_of(self.request)))
         if self.scenario:
             self.scenario.begin(self)
         return None
@@ -224,9 +225,10 @@ OWN = {"on_message": EchoHandler.on_message, "reply": EchoHandler.reply, "write_
 
 def only_echoes(handler: WebSocketHandler) -> bool:
     """Whether `on_message` is the one above, and what it calls is what it was."""
-    if not isinstance(handler, EchoHandler) or handler.scenario or {*OWN} & vars(handler).keys():
+    if not isinstance(handler, EchoHandler) or handler.scenario or not OWN.keys().isdisjoint(vars(handler)):
         return False
-    return all(getattr(type(handler), name) is method for name, method in OWN.items())
+    kind = type(handler)
+    return kind is EchoHandler or all(getattr(kind, name) is method for name, method in OWN.items())
 
 
 def make_app(server: Server) -> Application:
@@ -563,7 +565,8 @@ class Connection(WebSocketProtocol):
     def __init__(self, handler: WebSocketHandler, stall_timeout: float) -> None:
         super().__init__(handler)
         self.handler: WebSocketHandler = handler
-        self._loop, self._registry, self._state = IOLoop.current(), Connections.current(), OPEN
+        self._loop, self._state = IOLoop.current(), OPEN
+        self._registry = Connections.of(self._loop)
         self.opened = self._seen_at = self._mark_at = self._progress_at = time.monotonic()
         self.texts = self.text_bytes = self.binaries = self.binary_bytes = 0  # received
         self._slow: list[int] | None = None  # the same of those that `on_message` got, and of what was sent otherwise
@@ -615,15 +618,15 @@ class Connection(WebSocketProtocol):
             self.go_away()
 
     def _negotiate(self, handler: WebSocketHandler, headers: HTTPHeaders) -> None:
-        offer = headers.get("Sec-WebSocket-Protocol", "")
-        names = [name.strip() for name in offer.split(",") if name.strip()]
+        names = [name.strip() for name in headers.get("Sec-WebSocket-Protocol", "").split(",") if name.strip()]
         self._subprotocol = handler.select_subprotocol(names)
         if self._subprotocol:
             handler.set_header("Sec-WebSocket-Protocol", self._subprotocol)
         options, answer, bits = handler.get_compression_options(), "", 0
         # Tornado's client ignores client_no_context_takeover: its second message would not inflate.
-        if options is not None and not headers.get("User-Agent", "").startswith("Tornado/"):
-            answer, bits = accept_deflate(headers.get("Sec-WebSocket-Extensions", ""))
+        offers = headers.get("Sec-WebSocket-Extensions")
+        if offers and options is not None and not headers.get("User-Agent", "").startswith("Tornado/"):
+            answer, bits = accept_deflate(offers)
         self._deflate: tuple[int, int, int] | None = None
         if answer and options is not None:
             handler.set_header("Sec-WebSocket-Extensions", answer)
@@ -801,11 +804,16 @@ class Connection(WebSocketProtocol):
 
     def traffic(self) -> list[int]:
         """Texts, their bytes, binaries, their bytes, that were received; then the same of what was sent."""
-        received, slow = [self.texts, self.text_bytes, self.binaries, self.binary_bytes], self._slow or [0] * 8
-        echoed = [all_of_them - some for all_of_them, some in zip(received, slow[:4], strict=True)]
-        prefix = len(utf8(getattr(self.handler, "prefix", "")))
-        echoed = [echoed[0], echoed[1] + prefix * echoed[0], echoed[2], echoed[3] + prefix * echoed[2]]
-        return received + [one + other for one, other in zip(echoed, slow[4:], strict=True)]
+        texts, text_bytes, binaries, binary_bytes = self.texts, self.text_bytes, self.binaries, self.binary_bytes
+        a, b, c, d, *sent = self._slow or (0, 0, 0, 0, 0, 0, 0, 0)
+        prefix = len(getattr(self.handler, "prefix", "").encode())
+        echoed = (
+            texts - a,
+            text_bytes - b + prefix * (texts - a),
+            binaries - c,
+            binary_bytes - d + prefix * (binaries - c),
+        )
+        return [texts, text_bytes, binaries, binary_bytes, *map(int.__add__, echoed, sent)]
 
     def _enqueue(self, opcode: int, payload: bytes | bytearray) -> None:
         if opcode == CLOSE:
@@ -1037,7 +1045,8 @@ class Connection(WebSocketProtocol):
         self._loop.add_callback(self._notify)  # never from within another method of the handler
 
     def _notify(self) -> None:
-        self._registry.traffic = [sum(pair) for pair in zip(self._registry.traffic, self.traffic(), strict=True)]
+        for index, number in enumerate(self.traffic()):
+            self._registry.traffic[index] += number
         handler: Any = self.handler
         handler.on_close = functools.partial(self._call, handler.on_close)  # Tornado drops what a coroutine returns
         try:
@@ -1191,13 +1200,19 @@ class Connections:
         bytes(16 << 20)
 
     @classmethod
+    def of(cls, loop: IOLoop) -> Connections:
+        return cls.of_loop.get(loop) or cls.of_loop.setdefault(loop, cls())
+
+    @classmethod
     def current(cls) -> Connections:
-        return cls.of_loop.get(IOLoop.current()) or cls.of_loop.setdefault(IOLoop.current(), cls())
+        return cls.of(IOLoop.current())
 
     def add(self, connection: Connection, limits: Iterable[float]) -> None:
         self.open.add(connection)
         self.opened += 1
-        self.period = min(self.period, *(limit / 4 for limit in limits if limit))
+        for limit in limits:
+            if 0 < limit < 4 * self.period:
+                self.period = limit / 4
         self.timer = self.timer or IOLoop.current().call_later(self.period, self.check)
 
     def remove(self, connection: Connection) -> None:
@@ -1245,19 +1260,18 @@ def check_handshake(request: HTTPServerRequest) -> None:
         raise Refusal(426, "this is a WebSocket endpoint, and the header Upgrade: websocket is missing")
     if "upgrade" not in tokens(headers, "Connection"):
         raise Refusal(426, "the header Connection: Upgrade is missing")
-    if headers.get_list("Sec-WebSocket-Version") != ["13"]:
+    if headers.get("Sec-WebSocket-Version") != "13":
         raise Refusal(426, "the header Sec-WebSocket-Version: 13 is missing")
     headers["Upgrade"] = "websocket"  # RFC 9110 section 7.8 allows a list, Tornado does not
-    if request.version != "HTTP/1.1" or len(headers.get_list("Host")) != 1:
+    if request.version != "HTTP/1.1" or "," in headers.get("Host", ","):  # a comma joins repeated headers
         raise Refusal(400, "a handshake is HTTP/1.1 with one header Host")
     if request.body or "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0":
         raise Refusal(400, "a handshake has no body")
     try:
-        (key,) = headers.get_list("Sec-WebSocket-Key")
-        right = len(key) == 24 and len(base64.b64decode(key, validate=True)) == 16
+        key = base64.b64decode(headers.get("Sec-WebSocket-Key", ""), validate=True)
     except ValueError:
-        right = False
-    if not right:
+        key = b""
+    if len(key) != 16:
         raise Refusal(400, "the header Sec-WebSocket-Key is missing, or not 16 bytes in base64")
     try:
         urlsplit(headers.get("Origin", ""))
@@ -1272,7 +1286,7 @@ def accept_key(key: str) -> str:
 
 
 def tokens(headers: HTTPHeaders, name: str) -> set[str]:
-    return {token.strip().lower() for token in headers.get(name, "").split(",")}
+    return {token.strip() for token in headers.get(name, "").lower().split(",")}
 
 
 def is_upgrade(request: HTTPServerRequest) -> bool:
@@ -1298,10 +1312,11 @@ def peer_of(request: HTTPServerRequest, proxies: Proxies) -> str:
     host, port = address[:2] if isinstance(address, tuple) else ("unix", 0)
     host = host.removeprefix("::ffff:")  # IPv4 on a socket for both
     peer = "unix" if host == "unix" else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    forwarded = ",".join(request.headers.get_list("X-Forwarded-For")).split(",")
-    with contextlib.suppress(ValueError):  # not an address
-        while forwarded and proxies and is_trusted(host, proxies):
-            host = peer = str(ipaddress.ip_address(forwarded.pop().strip()))
+    if proxies:
+        forwarded = ",".join(request.headers.get_list("X-Forwarded-For")).split(",")
+        with contextlib.suppress(ValueError):  # not an address
+            while forwarded and is_trusted(host, proxies):
+                host = peer = str(ipaddress.ip_address(forwarded.pop().strip()))
     return peer
 
 
