@@ -29,6 +29,7 @@ import time
 import tracemalloc
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from email.message import Message
 from pathlib import Path
@@ -37,12 +38,14 @@ from typing import IO, Any, BinaryIO
 
 import pytest
 import trustme
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from tornado import gen
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
+from tornado.netutil import bind_sockets
 from tornado.web import Application
 from tornado.websocket import WebSocketClosedError, websocket_connect
 from websockets.asyncio.client import connect as websockets_connect_async
@@ -3895,3 +3898,989 @@ def test_the_bare_file_says_what_it_needs() -> None:
     block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", MODULE.read_text())
     assert block
     assert "tornado>=6.6.1,<6.7" in block[1] and 'requires-python = ">=3.11"' in block[1]
+
+
+# ---------------------------------------------------------------------------------------------- Faults
+
+
+# What peers and surroundings can do. Meanwhile a well-behaved client on another connection is served as ever.
+
+
+@contextlib.contextmanager
+def bystander(server: Process, trust: ssl.SSLContext | None = None) -> Iterator[None]:
+    """A well-behaved client, which keeps echoing; afterwards the server has given back its descriptors."""
+    server.line("listening")
+    before = descriptors(server)
+    with upgraded(server, trust) as sock:
+        times: list[float] = []
+        ended = threading.Event()
+        thread = threading.Thread(target=keep_echoing, args=(sock, times, ended))
+        thread.start()
+        try:
+            until(lambda: len(times) > 3)
+            yield
+            seen = len(times)
+            until(lambda: len(times) > seen + 3)
+        finally:
+            ended.set()
+            thread.join(PATIENCE)
+    assert sorted(times)[len(times) * 99 // 100] < 0.25
+    until(lambda: descriptors(server) <= before, lambda: f"{descriptors(server)} descriptors rather than {before}")
+
+
+def keep_echoing(sock: socket.socket, times: list[float], ended: threading.Event) -> None:
+    """Stops early when a reply is wrong or missing."""
+    for number in itertools.count():
+        began = time.monotonic()
+        sock.sendall(masked(b"%06d" % number))
+        if sock.recv(99) != b"\x81\x0bECHO:%06d" % number:
+            return
+        times.append(time.monotonic() - began)
+        if ended.wait(0.005):
+            return
+
+
+def upgraded(server: Process, trust: ssl.SSLContext | None = None, **headers: str) -> socket.socket:
+    return shaken(server, "GET / HTTP/1.1", trust, **headers)
+
+
+def descriptors(server: Process) -> int:
+    folder = Path(f"/proc/{server.popen.pid}/fd")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def memory(server: Process, key: str = "VmRSS") -> int:
+    """Bytes in memory; with VmHWM the most that they were since forget_peak()."""
+    status = Path(f"/proc/{server.popen.pid}/status").read_text()
+    return int(status.partition(key + ":")[2].split()[0]) * 1024
+
+
+def forget_peak(server: Process) -> int:
+    server.line("listening")
+    Path(f"/proc/{server.popen.pid}/clear_refs").write_text("5")  # see proc(5)
+    return memory(server, "VmHWM")
+
+
+def send_until_cut(sock: socket.socket, data: bytes) -> None:
+    """As fast as it is taken, until the other side has closed."""
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        while True:
+            sock.sendall(data)
+
+
+def cut_off(sock: socket.socket) -> None:
+    """Ends the connection with a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def close_code_of(sock: socket.socket) -> int:
+    """Of the Close frame that comes, whatever came before."""
+    with sock.makefile("rb") as file:
+        while (frame := read_frame(file))[0] != CLOSE:
+            assert frame[0] >= 0, "it has left without a Close"
+    return int.from_bytes(frame[1][:2], "big")
+
+
+with_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc to look into a process")
+
+# ---- Handshakes that come to nothing
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HT", request()[:-2]], ids=["nothing", "half a line", "half a header"])
+def test_who_falls_silent_behind_the_handshake_of_tls_is_cut_off(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, data: bytes
+) -> None:
+    server = serve(f"--certfile={certificate}", "--handshake-timeout=0.2")
+    with bystander(server, trust), trust.wrap_socket(server.dial(), server_hostname="localhost") as sock:
+        began = time.monotonic()
+        sock.sendall(data)
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            assert sock.recv(1) == b""
+        assert 0.1 < time.monotonic() - began < 3
+
+
+HEAD = "POST / HTTP/1.1\r\nHost: x\r\n"
+BODIES = {
+    "with its length": f"{HEAD}Content-Length: 100000000\r\n\r\n".encode(),
+    "in chunks": f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode(),
+    "of a handshake": request(add="Content-Length: 100000000"),
+}
+
+
+@with_proc
+@pytest.mark.parametrize("head", BODIES.values(), ids=BODIES.keys())
+def test_a_body_of_100_mb_costs_no_memory(serve: Serve, head: bytes) -> None:
+    server = serve()
+    get(server)
+    before = forget_peak(server)
+    with bystander(server), server.dial() as sock:
+        sock.sendall(head)
+        send_until_cut(sock, b"10000\r\n" + b"x" * 65536 + b"\r\n")
+    assert memory(server, "VmHWM") - before < 1_000_000
+
+
+@pytest.mark.parametrize("head", BODIES.values(), ids=BODIES.keys())
+def test_a_slow_body_is_refused_within_the_deadline(serve: Serve, head: bytes) -> None:
+    server = serve("--handshake-timeout=0.2")
+    began = time.monotonic()
+    with bystander(server), server.dial() as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(head)
+        while select.select([sock], [], [], 0.02)[0] == []:
+            sock.sendall(b"1")
+        assert b" 101 " not in sock.recv(999)
+    assert time.monotonic() - began < 3
+
+
+MOMENTS = {
+    "at once": b"",
+    "in the request": b"GET / HTTP/1.1\r\nHo",
+    "behind the request": request(),
+    "in a frame": request() + masked(b"x" * 1000)[:500],
+    "in the header of a frame": request() + masked(b"x" * 70_000)[:5],
+    "in a message": request() + frame(TEXT, b"x" * 70_000),
+    "with replies on their way": request() + masked(b"x" * 70_000) * 9,
+    "behind a fault": request() + b"\xff\xff",
+    "behind a close": request() + masked(b"", CLOSE),
+    "in the hello of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+}
+
+
+@pytest.mark.parametrize("data", MOMENTS.values(), ids=MOMENTS.keys())
+def test_a_reset_leaves_nothing_behind(server: Process, data: bytes) -> None:
+    with bystander(server):
+        for _ in range(10):
+            sock = server.dial()
+            sock.sendall(data)
+            cut_off(sock)
+    assert not server.tracebacks()
+
+
+@pytest.mark.parametrize("data", MOMENTS.values(), ids=MOMENTS.keys())
+def test_over_tls_a_reset_leaves_nothing_behind(tls: Process, trust: ssl.SSLContext, data: bytes) -> None:
+    with bystander(tls, trust):
+        for hello in (True, False):
+            sock = tls.dial()
+            sock = trust.wrap_socket(sock, server_hostname="localhost") if hello else sock
+            sock.sendall(data)
+            cut_off(sock)
+    assert not tls.tracebacks()
+
+
+@pytest.fixture(scope="module")
+def tls(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(path))
+    with Process("--port=0", f"--certfile={path}") as process:
+        yield process
+
+
+def client_hello() -> bytes:
+    """What a client of TLS says first."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    hello = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        hello.do_handshake()
+    return outgoing.read()
+
+
+SCANS = {"a port scan": b"", "HTTP": request(), "TLS": client_hello(), "SSH": b"SSH-2.0-x\r\n", "zeros": bytes(99)}
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+@pytest.mark.parametrize("name", SCANS)
+def test_who_speaks_another_protocol_is_worth_one_line(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool, name: str
+) -> None:
+    server = serve("--handshake-timeout=0.2", *([f"--certfile={certificate}"] if secure else []))
+    with bystander(server, trust if secure else None), server.dial() as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(SCANS[name])
+        if name == "a port scan" or (name == "HTTP" and not secure):
+            sock.close()
+        else:
+            assert b" 101 " not in sock.recv(999)
+            assert sock.recv(999) == b""
+    assert server.stop() == 0
+    assert len(server.lines) - len(server.matching(r"listening|connection\(\)|close\(\)|stopped")) <= 1
+
+
+# ---- The log
+
+HOSTILE = "a\x1b[2Jb\x7f\x85\x9b\n\u2028c" + "\xff" * 3000
+RAW = "\x80\x85\x9b\xff" * 700
+STRANGE_REQUESTS = [
+    request(f"GET /{RAW}?token=secret HTTP/1.1"),
+    request("GET /?secret HTTP/1.1", Cookie="secret", Authorization="secret", User_Agent=RAW),
+    request(Origin=f"http://{RAW}", Cookie="secret"),
+    request(Origin=RAW),
+    request(Origin="http://[::1"),
+    request(Sec_WebSocket_Key=RAW),
+    request(Sec_WebSocket_Protocol=RAW + "secret"),
+    request(Sec_WebSocket_Extensions=RAW),
+    request(Sec_WebSocket_Version="13" + RAW),
+    request(Host=RAW),
+    request(X_Forwarded_For=RAW),
+    request(Upgrade="websocket, " + RAW, Connection="Upgrade, " + RAW),
+    request(f"{RAW} / HTTP/1.1"),
+    request(f"GET /{RAW}?delay=secret HTTP/1.1"),
+    request("GET /?%1b%9b=secret HTTP/1.1"),
+    request(add=f"{RAW}: secret"),
+    request(Origin="a\x1b[2J secret"),
+]
+
+
+def test_no_header_reaches_the_log_other_than_short_and_in_ascii(serve: Serve) -> None:
+    server = serve("--origins=", "--trusted-proxies=127.0.0.1")
+    with bystander(server):
+        for data in STRANGE_REQUESTS:
+            with server.dial() as sock, contextlib.suppress(ConnectionError):
+                sock.sendall(data)
+                assert re.match(rb"HTTP/1.1 [14]|$", sock.recv(999))
+    assert server.stop() == 0
+    assert all(line.isascii() and line.isprintable() and len(line) < 1000 for line in server.lines)
+    assert not server.matching("secret") and len(server.lines) < 3 * len(STRANGE_REQUESTS)
+
+
+STRANGE_MESSAGES = [
+    (masked(HOSTILE.encode()) + masked(b"", CLOSE), "a\\x1b[2J"),
+    (masked(HOSTILE.encode("utf-16"), BINARY) + masked(b"", CLOSE), "a\\x00"),
+    (masked(close_body(1000, "secret\x1b\n"), CLOSE), "close"),
+    (masked(b"\xff", PING) + masked(b"\xff"), "1007"),
+]
+
+
+@pytest.mark.parametrize("level", ["debug", "info"])
+@pytest.mark.parametrize(("data", "seen"), STRANGE_MESSAGES, ids=["text", "binary", "reason", "not UTF-8"])
+def test_no_message_reaches_the_log_other_than_short_and_in_ascii(
+    serve: Serve, level: str, data: bytes, seen: str
+) -> None:
+    server = serve(f"--log-level={level}")
+    with shaken(server) as sock:
+        sock.sendall(data)
+        close_code_of(sock)
+    assert server.stop() == 0
+    assert all(line.isascii() and line.isprintable() and len(line) < 1000 for line in server.lines)
+    assert bool(server.matching(re.escape(seen))) == (level == "debug" or seen in ("close", "1007"))
+
+
+def test_a_reply_to_somebody_who_has_left_is_one_line(serve: Serve) -> None:
+    server = serve()
+    sock = shaken(server)
+    with bystander(server):
+        send_until_refused(sock, masked(b"x" * 100_000))
+        cut_off(sock)
+        server.line("error:")
+    with bystander(server):  # whose line comes behind what might follow
+        pass
+    assert len(server.matching("error:|WARNING|exception")) == 1
+
+
+def send_until_refused(sock: socket.socket, data: bytes) -> None:
+    """Sends without reading, until nothing is taken any more."""
+    sock.settimeout(0.1)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sock.sendall(data)
+
+
+# ---- Floods
+
+
+ENDLESS = {
+    "without a byte": (frame(TEXT), frame(CONTINUATION) * 100, {1008}),
+    "of one byte": (frame(TEXT), frame(CONTINUATION, b"x") * 1000, {1008, 1009}),
+    "of one compressed byte": (frame(RSV1 | TEXT, b"\0"), frame(CONTINUATION, b"\0") * 1000, {1007, 1008, 1009}),
+    "of half a character": (frame(TEXT, b"\xf0"), frame(CONTINUATION) * 100, {1008}),
+}
+
+
+@with_proc
+@pytest.mark.parametrize(("start", "more", "codes"), ENDLESS.values(), ids=ENDLESS.keys())
+def test_endless_fragments_are_stopped(server: Process, start: bytes, more: bytes, codes: set[int]) -> None:
+    before = forget_peak(server)
+    with bystander(server), upgraded(server, Sec_WebSocket_Extensions="permessage-deflate") as sock:
+        sock.sendall(start)
+        sender = threading.Thread(target=send_until_cut, args=(sock, more))
+        sender.start()
+        assert close_code_of(sock) in codes
+        sock.shutdown(socket.SHUT_RDWR)
+        sender.join(PATIENCE)
+    assert memory(server, "VmHWM") - before < 4_000_000
+
+
+FLOODS = {
+    "pings": frame(FIN | PING, b"x" * 125),
+    "empty pings": frame(FIN | PING),
+    "pongs": frame(FIN | PONG),
+    "messages of one byte": text("x"),
+    "empty messages": text(""),
+    "compressed messages": frame(FIN | RSV1 | TEXT, HELLO),
+}
+
+
+@with_proc
+@pytest.mark.parametrize("reads", [True, False], ids=["read", "not read"])
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS.keys())
+def test_a_flood_neither_keeps_others_waiting_nor_takes_memory(server: Process, flood: bytes, reads: bool) -> None:
+    before = forget_peak(server)
+    with bystander(server), upgraded(server, Sec_WebSocket_Extensions="permessage-deflate") as sock:
+        reader = threading.Thread(target=read_on, args=[sock] if reads else [])
+        reader.start()
+        sock.settimeout(0.15)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(10):
+                sock.sendall(flood * (300_000 // len(flood)))
+        sock.shutdown(socket.SHUT_RDWR)
+        reader.join(PATIENCE)
+    assert memory(server, "VmHWM") - before < 4_000_000
+
+
+def read_on(*socks: socket.socket) -> None:
+    """To the end of each."""
+    for sock in socks:
+        with contextlib.suppress(OSError):
+            while sock.recv(1 << 18):
+                pass
+
+
+@with_proc
+def test_many_bombs_below_the_limit_take_little_memory(serve: Serve) -> None:
+    server = serve()
+    bomb = frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20), 9))
+    with bystander(server), contextlib.ExitStack() as stack:
+        before = forget_peak(server)
+        for _ in range(20):
+            sock = stack.enter_context(upgraded(server, Sec_WebSocket_Extensions="permessage-deflate"))
+            sock.sendall(bomb * 20)  # 20 MiB, and 20 MiB of replies, which nobody reads
+        until(lambda: quiet(server))
+        assert memory(server, "VmHWM") - before < 20 * (1 << 20) + 8_000_000
+
+
+def quiet(server: Process) -> bool:
+    """Whether it has answered the health check within 20 ms, ten times in a row."""
+    for _ in range(10):
+        began = time.monotonic()
+        get(server, "/healthz")
+        if time.monotonic() - began > 0.02:
+            return False
+    return True
+
+
+@with_proc
+def test_many_bombs_above_the_limit_are_1009_and_take_little_memory(serve: Serve) -> None:
+    server = serve()
+    bomb = frame(FIN | RSV1 | TEXT, packed(b"a" * (9 << 20), 9))
+    with bystander(server):
+        before = forget_peak(server)
+        for _ in range(100):
+            with upgraded(server, Sec_WebSocket_Extensions="permessage-deflate") as sock:
+                sock.sendall(bomb)
+                assert close_code_of(sock) == 1009
+        assert memory(server, "VmHWM") - before < 12_000_000
+
+
+@with_proc
+def test_unfinished_messages_take_what_has_come_of_them_and_give_it_back(serve: Serve) -> None:
+    server = serve("--stall-timeout=0.5")
+    almost = frame(FIN | BINARY, bytes(1 << 20))[:-1]
+    with bystander(server), contextlib.ExitStack() as stack:
+        before = forget_peak(server)
+        socks = [stack.enter_context(upgraded(server)) for _ in range(60)]
+        for sock in socks:
+            sock.sendall(almost)
+        assert {close_code_of(sock) for sock in socks} == {1008}
+        assert memory(server, "VmHWM") - before < 60 * 1.5 * (1 << 20)
+    until(lambda: memory(server) - before < 16_000_000, lambda: f"{memory(server) - before} bytes are not given back")
+
+
+# ---- Signals under load
+
+
+class Pipeliner:
+    """A client that sends numbers without end, and counts the replies, which have to be those numbers in order."""
+
+    def __init__(self) -> None:
+        self.replies = self.code = self.port = 0
+
+    async def run(self, port: int, context: ssl.SSLContext | None = None) -> None:
+        name = "localhost" if context else None
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=name)
+        self.port = writer.get_extra_info("sockname")[1]
+        writer.write(request())
+        await reader.readuntil(b"\r\n\r\n")
+        sender = asyncio.create_task(self.send(writer))
+        while not self.code:
+            first, length = await reader.readexactly(2)
+            payload = await reader.readexactly(length)
+            if first == FIN | CLOSE:
+                self.code = int.from_bytes(payload[:2], "big")
+            else:
+                assert payload == b"ECHO:%d" % self.replies
+                self.replies += 1
+        sender.cancel()
+        writer.write(masked(payload, CLOSE))
+        assert await reader.read() == b""
+        writer.transport.abort()
+
+    async def send(self, writer: asyncio.StreamWriter) -> None:
+        for start in itertools.count(0, 50):
+            while start > self.replies + 500:  # noqa: ASYNC110  # so much is under way
+                await asyncio.sleep(0.001)
+            writer.write(b"".join(masked(b"%d" % number) for number in range(start, start + 50)))
+            await writer.drain()
+
+
+async def pipelining(clients: list[Pipeliner], port: int, then: Callable[[], Awaitable[None]], *tls: Any) -> None:
+    """Lets the clients run, and then something happens; ends when they have."""
+    async with asyncio.timeout(2 * PATIENCE), asyncio.TaskGroup() as group:
+        for client in clients:
+            group.create_task(client.run(port, *tls))
+        while min(client.replies for client in clients) < 200:  # noqa: ASYNC110  # there is no event for it
+            await asyncio.sleep(0.01)
+        await then()
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+def test_at_sigterm_everybody_who_reads_gets_the_replies_and_then_1001(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
+) -> None:
+    server = serve("--drain-timeout=1", *([f"--certfile={certificate}"] if secure else []))
+    context = trust if secure else None
+    clients = [Pipeliner() for _ in range(20)]
+
+    async def stop() -> None:
+        server.signal(signal.SIGTERM)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):  # they never read
+            send_until_refused(stack.enter_context(upgraded(server, context)), masked(b"x" * 100_000))
+        asyncio.run(pipelining(clients, server.port, stop, context))
+        began = time.monotonic()
+        assert server.exit_code() == 0 and time.monotonic() - began < 2
+    for client in clients:
+        (line,) = server.matching(rf"close\(\) 1001 from 127.0.0.1:{client.port} .* (\d+) messages")
+        assert (client.code, client.replies) == (1001, int(line[1]))
+
+
+def test_at_sigterm_a_handshake_of_tls_that_does_not_go_on_is_not_waited_for(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    server = serve(f"--certfile={certificate}", "--drain-timeout=0.5")
+    with upgraded(server, trust) as client, server.dial() as sock:
+        sock.sendall(client_hello()[:99])
+        server.signal(signal.SIGTERM)
+        assert close_code_of(client) == 1001
+        client.sendall(masked(close_body(1001), CLOSE))
+        assert server.exit_code() == 0
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+def test_sighup_under_load_loses_nothing(serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool) -> None:
+    server = serve(*([f"--certfile={certificate}"] if secure else []))
+    clients = [Pipeliner() for _ in range(10)]
+
+    async def reload_often() -> None:
+        for number in range(1, 11):
+            server.signal(signal.SIGHUP)
+            seen = [client.replies for client in clients]
+            while len(server.matching("reloaded")) < number or any(map(lambda c, n: c.replies <= n, clients, seen)):  # noqa: ASYNC110  # there is no event for it
+                await asyncio.sleep(0.001)
+        server.signal(signal.SIGTERM)
+
+    asyncio.run(pipelining(clients, server.port, reload_often, trust if secure else None))
+    assert {client.code for client in clients} == {1001} and server.exit_code() == 0
+
+
+# ---- Surroundings
+
+READ_ONLY = "mount -o remount,bind,ro / && mount -t tmpfs -o ro none /dev/shm"
+NAMESPACES = ("unshare", "--user", "--map-root-user", "--kill-child", "--mount", "--net")
+
+
+def can_unshare() -> bool:
+    return bool(shutil.which("unshare")) and ended(*NAMESPACES, "sh", "-c", READ_ONLY).returncode == 0
+
+
+SURROUNDINGS = {
+    "no environment": ["env", "-i"],
+    "no HOME": ["env", "-u", "HOME"],
+    "a HOME that is not there": ["env", "HOME=/nowhere"],
+    "the locale C": ["env", "LC_ALL=C", "PYTHONCOERCECLOCALE=0", "PYTHONUTF8=0"],
+    "the locale POSIX in ASCII": [
+        "env",
+        "LC_ALL=POSIX",
+        "PYTHONCOERCECLOCALE=0",
+        "PYTHONUTF8=0",
+        "PYTHONIOENCODING=ascii",
+    ],
+    "an unknown locale": ["env", "LC_ALL=xx_YY.nothing", "TZ=Nowhere/Nothing"],
+    "no room for files": ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"],
+    "no input or output": ["sh", "-c", 'exec "$@" <&- >&-', "sh"],
+    "a folder that is gone": ["sh", "-c", 'd=$(mktemp -d) && cd "$d" && rmdir "$d" && exec "$@"', "sh"],
+    "optimised, without files of bytecode": ["env", "PYTHONOPTIMIZE=2", "PYTHONDONTWRITEBYTECODE=1"],
+}
+
+
+@pytest.mark.parametrize("before", SURROUNDINGS.values(), ids=SURROUNDINGS.keys())
+def test_it_serves_whatever_is_around_it(serve: Serve, before: list[str]) -> None:
+    server = serve("--log-level=debug", before=before)
+    with server.connect("é€") as client:
+        assert echoed(client, "é\ud7ff€") == "ECHO:é\ud7ff€"
+    assert get(server, "/", Accept="text/html")[0] == 200
+    server.line(r"close\(\) 1000")
+    assert server.stop() == 0 and all(line.isascii() for line in server.lines)
+
+
+@pytest.mark.skipif(not can_unshare(), reason="needs namespaces of its own for mounts")
+def test_it_serves_on_a_read_only_file_system_without_shared_memory(serve: Serve) -> None:
+    server = serve(before=["unshare", "-Urm", "sh", "-c", READ_ONLY + ' && exec "$@"', "sh"])
+    with server.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("log", ["/dev/full", "&-", "/dev/null"])
+def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> None:
+    path = str(tmp_path / "socket")
+    before = ["sh", "-c", f'exec "$@" 2>{log}', "sh"]
+    with Process(f"--unix-socket={path}", "--log-level=debug", before=before) as server:
+        until(lambda: Path(path).exists())
+        with unix_connect(path, "ws://localhost/") as client:
+            assert echoed(client) == "ECHO:Hello!"
+        assert server.stop() == 0
+
+
+HALF_OPEN = """
+import fcntl, socket, struct, subprocess, sys
+def set_loopback(flags):
+    fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", flags))  # SIOCSIFFLAGS
+set_loopback(1)
+server = subprocess.Popen(sys.argv[1:], stderr=subprocess.PIPE, text=True)
+port = server.stderr.readline().split("localhost:")[1].split("/")[0]
+sock = socket.create_connection(("127.0.0.1", int(port)))
+sock.sendall(REQUEST)
+sock.recv(999)
+set_loopback(0)  # from now on packets vanish
+for line in server.stderr:
+    print(line, flush=True)
+    if "close()" in line:
+        break
+server.kill()
+"""
+
+
+@pytest.mark.skipif(not can_unshare(), reason="needs a network of its own")
+def test_a_peer_whose_packets_vanish_is_given_up() -> None:
+    script = HALF_OPEN.replace("REQUEST", repr(request()))
+    server = [sys.executable, str(MODULE), "--port=0", "--ping-interval=0.3", "--ping-timeout=0.3"]
+    output = ended(*NAMESPACES, sys.executable, "-c", script, *server).stdout
+    assert re.search(r"close\(\) 1006 from \S+ after (0\.[6-9]|1\.\d) s", output)
+
+
+# ---- Errors on our side
+
+
+class Failing(EchoHandler):
+    """One of its methods has a bug, at once or in a coroutine."""
+
+    def initialize(self, where: str, later: bool, closes: list[str]) -> None:  # type: ignore[override]
+        super().initialize()
+        self.where, self.later, self.closes = where, later, closes
+
+    def open(self, *args: str, **kwargs: str) -> Any:
+        return self.fail("open")
+
+    def on_message(self, message: str | bytes) -> Any:
+        return self.fail("on_message") or super().on_message(message)
+
+    def on_close(self) -> Any:
+        self.closes.append(self.where)
+        super().on_close()
+        return self.fail("on_close")
+
+    def fail(self, method: str) -> Any:
+        if method != self.where:
+            return None
+        if self.later:
+            return self.fail_later()
+        raise ZeroDivisionError
+
+    async def fail_later(self) -> None:
+        await asyncio.sleep(0)
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["plain", "coroutine"])
+@pytest.mark.parametrize("where", ["open", "on_message", "on_close"])
+def test_an_error_on_our_side_is_one_traceback_and_harms_nobody_else(
+    caplog: pytest.LogCaptureFixture, where: str, later: bool
+) -> None:
+    closes: list[str] = []
+    codes = asyncio.run(fail_often({"where": where, "later": later, "closes": closes}))
+    assert codes == [1000 if where == "on_close" else 1011] * 10 and closes == [where] * 10
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [bool(record.exc_info) for record in errors] == [True] * 10
+
+
+async def fail_often(options: dict[str, Any]) -> list[int]:
+    """The codes that ten clients of the handler with a bug get; another echoes in between."""
+    app = Application([("/good", EchoHandler), ("/bad", Failing, options)])
+    http, sockets, codes = HTTPServer(app), bind_sockets(0, "127.0.0.1"), []
+    http.add_sockets(sockets)
+    port = sockets[0].getsockname()[1]
+    async with websockets_connect_async(f"ws://127.0.0.1:{port}/good", proxy=None) as good:
+        for number in range(10):
+            async with websockets_connect_async(f"ws://127.0.0.1:{port}/bad", proxy=None) as bad:
+                with contextlib.suppress(ConnectionClosed):
+                    await bad.send("a")
+                    await bad.recv()
+            codes.append(bad.close_code or 0)
+            await good.send(str(number))
+            assert await good.recv() == f"ECHO:{number}"
+    http.stop()
+    while Connections.current().open:  # noqa: ASYNC110  # there is no event for it
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    return codes
+
+
+# ---- Anything in any order, compared with a model
+
+TAIL = b"\0\0\xff\xff"
+MAY_BE_SENT = {1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)}
+ENDINGS = [b"", *(bytes((first,)) + b"\x80" * more for first in (0x80, 0xBF) for more in (0, 1, 2))]
+
+
+class Failed(Exception):  # noqa: N818  # the peer has
+    pass
+
+
+def require(condition: object, code: int) -> None:
+    if not condition:
+        raise Failed(code)
+
+
+def may_become_text(data: bytes) -> bool:
+    """Whether there is an end with which it is UTF-8: whatever byte comes first, one of these fits."""
+    for ending in ENDINGS:
+        with contextlib.suppress(UnicodeDecodeError):
+            return (data + ending).decode() is not None
+    return False
+
+
+def inflated_whole(data: bytes) -> tuple[bytes, Any]:
+    content, stream = b"", zlib.decompressobj(-15)
+    while data and len(content) <= LIMIT:
+        content += stream.decompress(data, LIMIT + 1 - len(content))
+        if not stream.eof:
+            break
+        data, stream = stream.unused_data, zlib.decompressobj(-15, zdict=content[-32768:])
+    return content, stream
+
+
+def inflated_so_far(data: bytes, last: bool) -> bytes:
+    try:
+        content, _ = inflated_whole(data)
+        if last and len(content) <= LIMIT:
+            again, stream = inflated_whole(data + TAIL)
+            require(again == content and not stream.decompress(b"\x03\0") and stream.eof, 1007)
+    except zlib.error:
+        raise Failed(1007) from None
+    return content
+
+
+class Model:
+    """What the contract says that a server has to answer to these bytes, seen as a whole."""
+
+    def __init__(self, data: bytes, deflate: bool) -> None:
+        self.replies: list[tuple[int, bytes]] = []
+        self.messages: Counter[int] = Counter()  # by opcode
+        self.code: int | None = None  # of the Close that is the last reply; 1005: it has none
+        self.rest, self.deflate = data, deflate
+        self.opcode, self.compressed = 0, False
+        self.content, self.empty = b"", 0
+        try:
+            while self.code is None and self.frame(self.rest):
+                pass
+        except Failed as failed:
+            self.code = failed.args[0]
+            self.replies.append((CLOSE, close_body(failed.args[0])))
+
+    def frame(self, data: bytes) -> bool:
+        """Takes a frame as far as it is there; whether all of it was."""
+        if len(data) < 2:
+            return False
+        opcode, length, size = data[0] & 15, data[1] & 127, 0
+        require(data[1] & 0x80 and not data[0] & (RSV2 | RSV3), 1002)
+        require(opcode in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG), 1002)
+        require(not data[0] & RSV1 or (self.deflate and opcode in (TEXT, BINARY)), 1002)
+        require((data[0] & FIN and length < 126) if opcode >= CLOSE else bool(self.opcode) == (opcode == 0), 1002)
+        if length > 125:
+            size = 2 if length == 126 else 8
+            if len(data) < 2 + size:
+                return False
+            length = int.from_bytes(data[2 : 2 + size], "big")
+            require((125 if size == 2 else 65535) < length < 1 << 63, 1002)
+        start, end = 6 + size, 6 + size + length
+        if opcode < CLOSE:
+            self.check_size(bool(data[0] & RSV1 or (self.opcode and self.compressed)), length)
+        if len(data) < start or (opcode >= CLOSE and len(data) < end):
+            return False
+        payload = unmasked(data[start - 4 : start], data[start:end])
+        self.rest = data[end:]
+        if opcode >= CLOSE:
+            self.control(opcode, payload)
+        else:
+            self.data(data[0], payload, length, len(data) >= end)
+        return len(data) >= end
+
+    def check_size(self, compressed: bool, length: int) -> None:
+        before = len(self.content) if self.opcode else 0
+        require(before + length <= LIMIT + (LIMIT // 64 + 256 if compressed else 0), 1009)
+
+    def control(self, opcode: int, payload: bytes) -> None:
+        if opcode == PING:
+            self.replies.append((PONG, payload))
+        if opcode == CLOSE:
+            code = int.from_bytes(payload[:2], "big") if payload else 1005
+            require(not payload or (len(payload) > 1 and code in MAY_BE_SENT), 1002)
+            require(is_text(payload[2:]), 1007)
+            self.code = code
+            self.replies.append((CLOSE, payload[:2]))
+
+    def data(self, first: int, payload: bytes, length: int, whole: bool) -> None:
+        if first & 15:
+            self.opcode, self.compressed, self.content, self.empty = first & 15, bool(first & RSV1), b"", 0
+        self.content += payload
+        self.empty += not length
+        require(self.empty <= 1024, 1008)
+        last = whole and bool(first & FIN)
+        content = inflated_so_far(self.content, last) if self.compressed else self.content
+        require(self.opcode == BINARY or may_become_text(content), 1007)
+        require(len(content) <= LIMIT, 1009)
+        if last:
+            require(self.opcode == BINARY or is_text(content), 1007)
+            self.messages[self.opcode] += 1
+            self.replies.append((self.opcode, b"ECHO:" + content))
+            self.opcode = 0
+
+
+def is_text(data: bytes) -> bool:
+    with contextlib.suppress(UnicodeDecodeError):
+        return data.decode() is not None
+    return False
+
+
+def unmasked(key: bytes, data: bytes) -> bytes:
+    keys = (key * (len(data) // 4 + 1))[: len(data)]
+    return (int.from_bytes(data, "big") ^ int.from_bytes(keys, "big")).to_bytes(len(data), "big")
+
+
+def answer_of(file: BinaryIO) -> tuple[int, bytes]:
+    """Opcode and content of the frame that comes next; opcode -1 at the end."""
+    first = file.peek(1)[:1]  # type: ignore[attr-defined]  # it is a BufferedReader
+    opcode, payload = read_frame(file)
+    if first and first[0] & RSV1:
+        payload = zlib.decompressobj(-15).decompress(payload + TAIL)
+    return opcode, payload[:2] if opcode == CLOSE else payload
+
+
+sizes = st.sampled_from([0, 1, 125, 126, 127, 1018, 1019, 1024, LIMIT - 1, LIMIT, LIMIT + 1])
+contents = st.binary(max_size=200) | st.text(max_size=99).map(str.encode) | sizes.map(lambda size: b"x" * size)
+pauses = st.lists(st.tuples(st.integers(1, 400), st.booleans()), max_size=4)
+opcodes = st.sampled_from([TEXT, BINARY])
+flags = st.sampled_from([FIN, FIN, FIN, 0, 0, 0, FIN | RSV1, RSV1])
+bad_frames = st.sampled_from([data for frames in BAD.values() for data in frames.values() if len(data) < 3 * LIMIT])
+
+
+Pauses = list[tuple[int, bool]]  # after how many bytes, and whether to wait until the server has seen them
+
+
+def fitting(opcode: int, content: bytes) -> bytes:
+    """Text that is not UTF-8 is only sent on purpose."""
+    return content if opcode == BINARY or is_text(content) else content.decode("latin-1").encode()
+
+
+class Conversation(RuleBasedStateMachine):
+    """Sends anything, in any pieces, on one connection after the other, and expects what the model says."""
+
+    server: Process
+    trust: ssl.SSLContext | None
+    neighbour: socket.socket
+    totals: Counter[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = False
+
+    def teardown(self) -> None:
+        if self.open:
+            self.receive()
+        if self.open:
+            self.end(1006)
+
+    @precondition(lambda self: not self.open)
+    @rule(deflate=st.booleans())
+    def connect(self, deflate: bool) -> None:
+        offer = {"Sec_WebSocket_Extensions": "permessage-deflate"} if deflate else {}
+        self.sock = upgraded(self.server, self.trust, **offer)
+        self.file = self.sock.makefile("rb")
+        self.open, self.deflate, self.sent, self.left = True, deflate, b"", 0
+        self.model = Model(b"", deflate)
+
+    def send(self, data: bytes, pauses: Pauses) -> None:
+        """In pieces, up to where the connection is over; at some of the cuts the server has its turn."""
+        for size, pause in [*pauses, (len(data), False)]:
+            piece, data = data[:size], data[size:]
+            if piece and self.model.code is None:
+                self.sock.sendall(piece)
+                self.sent += piece
+                self.totals["pieces"] += 1
+                self.totals["bytes"] += len(piece)
+                self.model = Model(self.sent, self.deflate)
+                if pause:
+                    self.pause()
+        if self.open and self.model.code is not None:
+            self.receive()
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def pause(self) -> None:
+        """Until the server has seen what was sent: it has answered somebody else since."""
+        self.neighbour.sendall(masked(b"Hello!"))
+        assert self.neighbour.recv(99) == b"\x81\x0bECHO:Hello!"
+        self.totals[str(TEXT)] += 1
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def receive(self) -> None:
+        """What the model expects, and the end if that is expected."""
+        expected = self.model.replies[self.left :]
+        assert [answer_of(self.file) for _ in expected] == [
+            (opcode, payload[:2] if opcode == CLOSE else payload) for opcode, payload in expected
+        ]
+        self.left = len(self.model.replies)
+        if self.model.code is not None:
+            assert answer_of(self.file) == (-1, b"")
+            self.end(self.model.code)
+        elif not self.model.opcode and not self.model.rest:
+            self.count_messages()
+            self.sent, self.left, self.model = b"", 0, Model(b"", self.deflate)
+
+    def count_messages(self) -> None:
+        self.totals.update({str(opcode): count for opcode, count in self.model.messages.items()})
+
+    def end(self, code: int) -> None:
+        self.count_messages()
+        self.file.close()
+        cut_off(self.sock)
+        self.open = False
+        self.totals[f"closed {code}"] += 1
+        self.totals["connections"] += 1
+
+    @precondition(lambda self: self.open)
+    @rule(opcode=opcodes, content=contents, squeeze=st.booleans(), pauses=pauses)
+    def send_message(self, opcode: int, content: bytes, squeeze: bool, pauses: Pauses) -> None:
+        content = fitting(opcode, content)
+        if squeeze and self.deflate:
+            self.send(frame(FIN | RSV1 | opcode, packed(content)), pauses)
+        else:
+            self.send(frame(FIN | opcode, content), pauses)
+
+    @precondition(lambda self: self.open)
+    @rule(opcode=opcodes, content=contents, flag=flags, pauses=pauses)
+    def send_next_part(self, opcode: int, content: bytes, flag: int, pauses: Pauses) -> None:
+        """Of a message that goes on, if there is one."""
+        opcode = CONTINUATION if self.model.opcode else opcode
+        self.send(frame(flag | opcode, fitting(TEXT, content)), pauses)
+
+    @precondition(lambda self: self.open)
+    @rule(opcode=opcodes, content=contents, cuts=st.lists(st.integers(0, 300), max_size=4), ping=st.booleans())
+    def send_fragments(self, opcode: int, content: bytes, cuts: list[int], ping: bool) -> None:
+        edges = [0, *sorted(cuts), len(content)]
+        parts = [fitting(opcode, content)[start:end] for start, end in itertools.pairwise(edges[:-1])]
+        data = fragments(opcode, *parts, fitting(opcode, content)[edges[-2] :])
+        self.send(frame(FIN | PING, b"!") + data if ping else data, [(len(data) // 2 + 1, ping)])
+
+    @precondition(lambda self: self.open)
+    @rule(opcode=st.sampled_from([PING, PONG]), content=st.binary(max_size=125), pauses=pauses)
+    def send_control(self, opcode: int, content: bytes, pauses: Pauses) -> None:
+        self.send(frame(FIN | opcode, content), pauses)
+
+    @precondition(lambda self: self.open)
+    @rule(data=bad_frames | st.binary(min_size=1, max_size=60), pauses=pauses)
+    def send_what_is_bad(self, data: bytes, pauses: Pauses) -> None:
+        self.send(data, pauses)
+
+    @precondition(lambda self: self.open and self.deflate)
+    @rule(content=contents, opcode=opcodes, level=st.integers(0, 9), bit=st.integers(0, 999))
+    def send_damaged(self, content: bytes, opcode: int, level: int, bit: int) -> None:
+        data = bytearray(packed(content, level))
+        data[bit // 8 % len(data)] ^= 1 << bit % 8
+        self.send(frame(FIN | RSV1 | opcode, bytes(data)), [])
+
+    @precondition(lambda self: self.open)
+    @rule(code=st.sampled_from([1000, 1001, 3000, 4999, 1005, 0]), reason=st.text(max_size=30), pauses=pauses)
+    def say_goodbye(self, code: int, reason: str, pauses: Pauses) -> None:
+        if code:
+            self.send(close(code, reason), pauses)
+        else:
+            self.leave()
+
+    def leave(self) -> None:
+        """Without a Close; the replies that are owed have to come."""
+        if self.trust:
+            self.receive()  # TLS that ends without its own goodbye may lose what has just come
+        if self.open:
+            self.half_close()
+
+    def half_close(self) -> None:
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)  # not SSLSocket's, which would end TLS as well
+        self.receive()
+        if self.open:
+            with contextlib.suppress(ssl.SSLError):  # an alert: TLS does not like it
+                assert answer_of(self.file) == (-1, b"")
+            self.end(1006)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+def test_whatever_is_sent_is_answered_as_the_contract_says(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
+) -> None:
+    options = [f"--certfile={certificate}"] if secure else []
+    server = serve("--metrics", f"--max-message-size={LIMIT}", *options)
+    Conversation.server, Conversation.trust, Conversation.totals = server, trust if secure else None, Counter()
+    with upgraded(server, Conversation.trust) as Conversation.neighbour:
+        run_state_machine_as_test(Conversation, settings=budget)
+        expected = expected_measures()
+        until(
+            lambda: measured(server, Conversation.trust) == expected,
+            lambda: f"{measured(server, Conversation.trust)} is not {expected}",
+        )
+    print(dict(Conversation.totals))
+
+
+budget = settings(
+    max_examples=int(os.environ.get("WS_ECHO_FUZZ", "6")),  # conversations, of up to 50 steps each
+    stateful_step_count=50,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def measured(server: Process, trust: ssl.SSLContext | None) -> dict[str, int]:
+    """Closes by code, and messages by opcode, as the server counts them."""
+    with server.dial() as plain:
+        sock = trust.wrap_socket(plain, server_hostname="localhost") if trust else plain
+        with sock:
+            _, _, text = answer(sock, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+    closed = re.findall(r'closed_total{code="(\d+)"} (\d+)', text)
+    received = re.findall(r'messages_total{direction="received",type="(text|binary)"} (\d+)', text)
+    return {f"closed {code}": int(count) for code, count in closed} | {name: int(count) for name, count in received}
+
+
+def expected_measures() -> dict[str, int]:
+    totals = Conversation.totals
+    closed = {name: count for name, count in totals.items() if name.startswith("closed")}
+    return closed | {"text": totals["1"], "binary": totals["2"]}
