@@ -4483,7 +4483,7 @@ def test_a_peer_whose_packets_vanish_is_given_up() -> None:
 class Failing(EchoHandler):
     """One of its methods has a bug, at once or in a coroutine."""
 
-    def initialize(self, where: str, later: bool, closes: list[str]) -> None:  # type: ignore[override]
+    def initialize(self, where: str, later: bool, closes: list[str]) -> None:  # type: ignore[override]  # the options of this route
         super().initialize()
         self.where, self.later, self.closes = where, later, closes
 
