@@ -542,6 +542,7 @@ def echo_heads(prefix: str) -> tuple[bytes, list[tuple[bytes, bytes, bytes]]]:
 # Frames on a socket: reading in turns, gathered writes, flow control, deadlines, closing.
 
 HIGH_WATER = 64 * 1024  # bytes waiting to be sent above which nothing more is read
+ROUND = 0.002  # seconds of turns that may take long, for each time that the event loop looks for events
 READ_SIZE = 256 * 1024  # bytes to ask for at a time: a 64 KiB message comes in one piece
 SCATTER = 16 * 1024  # bytes from which a reply is written in pieces rather than joined
 COMPRESS_FROM = 1024  # bytes of a message below which deflate does not pay
@@ -694,7 +695,7 @@ class Connection(WebSocketProtocol):
                 self._out.append(reply[sent:])
                 self._flush()
         elif data:
-            self._turn(data)
+            self._on_data(data)
         else:
             self._lost("the peer has left")
 
@@ -727,6 +728,20 @@ class Connection(WebSocketProtocol):
 
     # ---- Reading
 
+    def _on_data(self, data: bytes) -> None:
+        """A turn now, or in a while: a message that is inflated and deflated may take milliseconds."""
+        if self._deflate and not self._registry.has_time():
+            self._receiver.rest += data
+            self._line_up()
+            self._watch(self._may_read())
+        else:
+            self._turn(data)
+
+    def _line_up(self) -> None:
+        self._scheduled = True
+        self._registry.line.append(self)
+        self._registry.has_time()
+
     def _turn(self, data: bytes = b"") -> None:
         """Handles what has come, in order, and writes all replies at once."""
         if self._state >= ENDING:
@@ -755,8 +770,7 @@ class Connection(WebSocketProtocol):
             if self._receiver.fault:
                 self._fail(self._receiver.fault)
             elif self._receiver.more:
-                self._scheduled = True
-                asyncio.get_running_loop().call_soon(self._turn)
+                self._line_up()
             elif self._leaving:
                 self.close(1001, "the server is stopping")
         if self._state != CLOSED:
@@ -885,7 +899,8 @@ class Connection(WebSocketProtocol):
     def _release(self) -> None:
         """Goes on with what had to wait, unless something else holds it up."""
         self._hold = self._pending > 0 or len(self._backlog or b"") > HIGH_WATER
-        self._turn()
+        if not self._scheduled:
+            self._turn()
 
     def _bug(self) -> None:
         """An error on our side: its traceback is logged, and the peer is told."""
@@ -1174,7 +1189,7 @@ class StreamConnection(Connection):
             self._lost("the peer has left")
         elif self._state != CLOSED:
             self._seen = True
-            self._turn(read.result())
+            self._on_data(read.result())
             if self._state != CLOSED:
                 self._watch(self._may_read())
 
@@ -1201,7 +1216,7 @@ class StreamConnection(Connection):
 
 
 class Connections:
-    """The open connections of one event loop, and one timer for the deadlines of all of them."""
+    """The open connections of one event loop: their turns, their deadlines, their numbers."""
 
     of_loop: ClassVar[weakref.WeakKeyDictionary[IOLoop, Connections]] = weakref.WeakKeyDictionary()
 
@@ -1214,6 +1229,8 @@ class Connections:
         self.refused: Counter[str] = Counter()  # handshakes, by reason
         self.finished: asyncio.Future[None] = asyncio.Future()  # of all writes that left at once
         self.finished.set_result(None)
+        self.line: deque[Connection] = deque()  # who waits for a turn that may take long
+        self.round_ends = 0.0  # until when such turns begin in this round of the event loop, in time.monotonic()
         self.timer: object = None
         self.period = 0.5  # seconds between checks; less than a quarter of the shortest limit
         # glibc returns the top of the heap to the kernel at each free above a threshold, which grows with the largest
@@ -1236,6 +1253,23 @@ class Connections:
             if 0 < limit < 4 * self.period:
                 self.period = limit / 4
         self.timer = self.timer or IOLoop.current().call_later(self.period, self.check_again)
+
+    def has_time(self) -> bool:
+        """Whether another turn may begin before those are served who ask for little."""
+        if not self.round_ends:
+            self.round_ends = time.monotonic() + ROUND
+            asyncio.get_running_loop().call_soon(self.next_round)
+        return not self.line and time.monotonic() < self.round_ends
+
+    def next_round(self) -> None:
+        self.round_ends = time.monotonic() + ROUND
+        try:
+            while self.line and time.monotonic() < self.round_ends:
+                self.line.popleft()._turn()
+        finally:
+            self.round_ends = 0.0
+            if self.line:
+                self.has_time()
 
     def remove(self, connection: Connection) -> None:
         self.open.discard(connection)
@@ -1737,15 +1771,16 @@ class Server:
                 task.cancel()
 
     def accept(self, listener: Any, _: int) -> None:
-        for _ in range(128):
+        for number in range(32):  # not more, so that those who talk wait 7 ms rather than 45 in a flood
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # EMFILE and its like: the connection stays in the queue, so do not spin
-                log.error("[SERVER] error:cannot accept: %s", error.strerror)
+                if not number:
+                    log.error("[SERVER] error:cannot accept: %s", error.strerror)
                 IOLoop.current().remove_handler(listener)
-                IOLoop.current().call_later(PAUSE, self.accept_again, listener)
+                IOLoop.current().call_later(PAUSE / 50 if number else PAUSE, self.accept_again, listener)
                 return
             try:
                 stream = self.make_stream(sock)
