@@ -122,7 +122,7 @@ class EchoHandler(WebSocketHandler):
     def on_close(self) -> None:
         it, seconds = self.connection, time.monotonic() - self.connection.opened
         line = "[SERVER] close() %d from %s after %.1f s, %d messages, %d bytes"
-        log.info(line, it.outcome, self.peer, seconds, it.messages(), it.text_bytes + it.binary_bytes)
+        log.info(line, it.outcome, self.peer, seconds, *it.received())
         if self.scenario and self.scenario.pushing:
             self.scenario.pushing.cancel()
         del self.connection  # a cycle, which would be left to the garbage collector
@@ -210,7 +210,7 @@ class Scenario:
         await asyncio.sleep(self.delay)
         with contextlib.suppress(WebSocketClosedError):
             handler.reply(message)
-            if handler.connection.messages() >= self.after:
+            if handler.connection.received()[0] >= self.after:
                 self.end(handler)
 
     def end(self, handler: EchoHandler) -> None:
@@ -559,12 +559,12 @@ class Connection(WebSocketProtocol):
     """A handler's protocol on a plain socket, which it takes over from Tornado's IOStream."""
 
     __slots__ = (
-        "_backlog", "_deadline", "_deflate", "_heads", "_held", "_hold", "_leaving", "_linger", "_loop", "_mark",
-        "_mark_at", "_only_echoes", "_out", "_out_size", "_pending", "_ping", "_pinged", "_pong", "_prefix",
-        "_progress_at", "_queue", "_queue_size", "_receiver", "_registry", "_scheduled", "_seen", "_seen_at", "_sent",
-        "_slow", "_socket", "_stall_timeout", "_state", "_subprotocol", "_turning", "_waiters", "_watched",
-        "_writing", "binaries", "binary_bytes", "close_code", "close_reason", "opened", "outcome", "text_bytes",
-        "texts",
+        "_backlog", "_binaries", "_binary_bytes", "_deadline", "_deflate", "_heads", "_held", "_hold", "_leaving",
+        "_linger", "_loop", "_mark", "_mark_at", "_only_echoes", "_other_bytes", "_others", "_out", "_out_size",
+        "_pending", "_ping", "_pinged", "_pong", "_prefix", "_progress_at", "_queue", "_queue_size", "_receiver",
+        "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_socket", "_stall_timeout", "_state",
+        "_subprotocol", "_text_bytes", "_texts", "_turning", "_waiters", "_watched", "_writing", "close_code",
+        "close_reason", "opened", "outcome",
     )  # fmt: skip
 
     def __init__(self, handler: WebSocketHandler, stall_timeout: float) -> None:
@@ -573,8 +573,8 @@ class Connection(WebSocketProtocol):
         self._loop, self._state = IOLoop.current(), OPEN
         self._registry = Connections.of(self._loop)
         self.opened = self._seen_at = self._mark_at = self._progress_at = time.monotonic()
-        self.texts = self.text_bytes = self.binaries = self.binary_bytes = 0  # received
-        self._slow: list[int] | None = None  # the same of those that `on_message` got, and of what was sent otherwise
+        self._texts = self._text_bytes = self._binaries = self._binary_bytes = 0  # answered by the shortcuts
+        self._others = self._other_bytes = 0  # received by `on_message`
         self.outcome = 1006  # the close code for log and metrics; 1006: without a Close
         self.close_code: int | None = None  # what the peer said
         self.close_reason: str | None = None
@@ -684,8 +684,8 @@ class Connection(WebSocketProtocol):
             and not (receiver.opcode or receiver.rest or self._hold or self._backlog or self._state)
             and (payload := unmask(data[2:6], data[6:])).isascii()
         ):  # fmt: skip
-            self.texts += 1
-            self.text_bytes += size
+            self._texts += 1
+            self._text_bytes += size
             reply = heads[size][TEXT] + payload
             try:
                 sent = self._socket.send(reply)
@@ -809,11 +809,11 @@ class Connection(WebSocketProtocol):
             else:
                 binaries += 1
                 binary_size += length
-        self.texts += texts
-        self.text_bytes += size
+        self._texts += texts
+        self._text_bytes += size
         if binaries:
-            self.binaries += binaries
-            self.binary_bytes += binary_size
+            self._binaries += binaries
+            self._binary_bytes += binary_size
         self._out_size += size + binary_size
 
     def _dispatch(self, events: Iterable[Event]) -> None:
@@ -824,30 +824,22 @@ class Connection(WebSocketProtocol):
             elif opcode > BINARY:
                 self._control(opcode, payload)
             elif self._state == OPEN:
-                self._count_received(opcode, len(payload))
+                self._others += 1
+                self._other_bytes += len(payload)
+                self._registry.count(0, opcode, len(payload))
                 self._call(self.handler.on_message, payload.decode() if opcode == TEXT else bytes(payload))
 
-    def _count_received(self, opcode: int, size: int) -> None:
-        self._slow = self._slow or [0] * 8
-        if opcode == TEXT:
-            self.texts, self.text_bytes = self.texts + 1, self.text_bytes + size
-        else:
-            self.binaries, self.binary_bytes = self.binaries + 1, self.binary_bytes + size
-        self._slow[2 * opcode - 2] += 1
-        self._slow[2 * opcode - 1] += size
+    def received(self) -> tuple[int, int]:
+        """How many messages, and their bytes."""
+        size = self._other_bytes + self._text_bytes + self._binary_bytes
+        return self._others + self._texts + self._binaries, size
 
-    def traffic(self) -> list[int]:
-        """Texts, their bytes, binaries, their bytes, that were received; then the same of what was sent."""
-        texts, text_bytes, binaries, binary_bytes = self.texts, self.text_bytes, self.binaries, self.binary_bytes
-        a, b, c, d, *sent = self._slow or (0, 0, 0, 0, 0, 0, 0, 0)
-        prefix = len(getattr(self.handler, "prefix", "").encode())
-        echoed = (
-            texts - a,
-            text_bytes - b + prefix * (texts - a),
-            binaries - c,
-            binary_bytes - d + prefix * (binaries - c),
-        )
-        return [texts, text_bytes, binaries, binary_bytes, *map(int.__add__, echoed, sent)]
+    def echoed(self) -> list[int]:
+        """What the shortcuts have done, in the order of Connections.traffic, which does not have it yet."""
+        texts, text_bytes, binaries, binary_bytes = self._texts, self._text_bytes, self._binaries, self._binary_bytes
+        prefix = len(self._prefix.encode()) if texts or binaries else 0
+        sent = [texts, text_bytes + prefix * texts, binaries, binary_bytes + prefix * binaries]
+        return [texts, text_bytes, binaries, binary_bytes, *sent]
 
     def _enqueue(self, opcode: int, payload: bytes | bytearray) -> None:
         if opcode == CLOSE:
@@ -916,9 +908,7 @@ class Connection(WebSocketProtocol):
             raise WebSocketClosedError
         payload = utf8(json_encode(message) if isinstance(message, dict) else message)
         self._add_message(BINARY if binary else TEXT, payload)
-        self._slow = self._slow or [0] * 8
-        self._slow[6 if binary else 4] += 1
-        self._slow[7 if binary else 5] += len(payload)
+        self._registry.count(4, BINARY if binary else TEXT, len(payload))
         if not self._turning or self._out_size > HIGH_WATER:
             self._flush()
             if self._backlog or self._state == CLOSED:
@@ -1007,10 +997,6 @@ class Connection(WebSocketProtocol):
             self._leaving = True
             self._after_turn()
 
-    def messages(self) -> int:
-        """How many have been received."""
-        return self.texts + self.binaries
-
     def drop(self) -> None:
         """Without a Close: the peer sees a reset."""
         self._closed(reset=True)
@@ -1080,8 +1066,7 @@ class Connection(WebSocketProtocol):
         asyncio.get_running_loop().call_soon(self._notify)  # never from within another method of the handler
 
     def _notify(self) -> None:
-        for index, number in enumerate(self.traffic()):
-            self._registry.traffic[index] += number
+        self._registry.traffic = [a + b for a, b in zip(self._registry.traffic, self.echoed(), strict=True)]
         handler: Any = self.handler
         handler.on_close = functools.partial(self._call, handler.on_close)  # Tornado drops what a coroutine returns
         try:
@@ -1223,7 +1208,8 @@ class Connections:
     def __init__(self) -> None:
         self.open: set[Connection] = set()
         self.leaving = False  # the server stops
-        self.opened, self.traffic = 0, [0] * 8  # of the connections that are closed
+        self.opened = 0
+        self.traffic = [0] * 8  # texts, their bytes, binaries, their bytes received; the same sent
         self.closed: Counter[int] = Counter()  # by close code
         self.cut: Counter[str] = Counter()  # for a reason that has no code on the wire
         self.refused: Counter[str] = Counter()  # handshakes, by reason
@@ -1270,6 +1256,11 @@ class Connections:
             self.round_ends = 0.0
             if self.line:
                 self.has_time()
+
+    def count(self, way: int, opcode: int, size: int) -> None:
+        index = way + 2 * (opcode - TEXT)
+        self.traffic[index] += 1
+        self.traffic[index + 1] += size
 
     def remove(self, connection: Connection) -> None:
         self.open.discard(connection)
@@ -1406,7 +1397,7 @@ def set_headers(handler: RequestHandler, media_type: str) -> None:
 
 def metrics(connections: Connections) -> str:
     """The text format of Prometheus, 0.0.4."""
-    columns = zip(connections.traffic, *(connection.traffic() for connection in connections.open), strict=True)
+    columns = zip(connections.traffic, *(connection.echoed() for connection in connections.open), strict=True)
     traffic = [sum(column) for column in columns]
     kinds = [f'direction="{way}",type="{kind}"' for way in ("received", "sent") for kind in ("text", "binary")]
     closed = {f'code="{code}"': number for code, number in connections.closed.items()}
