@@ -730,7 +730,7 @@ class Connection(WebSocketProtocol):
 
     def _on_data(self, data: bytes) -> None:
         """A turn now, or in a while: a message that is inflated and deflated may take milliseconds."""
-        if self._deflate and not self._registry.has_time():
+        if self._deflate and self._state < ENDING and not self._registry.has_time():
             self._receiver.rest += data
             self._line_up()
             self._watch(self._may_read())
@@ -766,7 +766,7 @@ class Connection(WebSocketProtocol):
             self._after_turn()
 
     def _after_turn(self) -> None:
-        if self._state < ENDING and not self._hold:
+        if self._state < ENDING and not (self._hold or self._scheduled):
             if self._receiver.fault:
                 self._fail(self._receiver.fault)
             elif self._receiver.more:
@@ -777,8 +777,10 @@ class Connection(WebSocketProtocol):
             self._watch(self._may_read())
 
     def _may_read(self) -> bool:
-        waiting = self._leaving or self._scheduled or self._queue_size > self._receiver.limit
-        return self._state != OPEN or not (waiting or len(self._backlog or b"") > HIGH_WATER)
+        if self._state == OPEN:
+            full = self._queue_size > self._receiver.limit or len(self._backlog or b"") > HIGH_WATER
+            return not (self._scheduled or self._leaving or full)
+        return self._state > CLOSING or not self._scheduled
 
     def _echo(self, events: list[Event]) -> None:
         """The replies of EchoHandler's own `on_message`, without calling it: 0.6 rather than 1.3 us a message."""
@@ -1044,9 +1046,7 @@ class Connection(WebSocketProtocol):
             self._closed()
 
     def _lost(self, why: str, owed: bool = False) -> None:
-        if (
-            self._state != CLOSED and (owed or self._backlog) and self._only_echoes
-        ):  # otherwise the handler's futures say it
+        if (owed or self._backlog) and self._state != CLOSED and self._only_echoes:  # others' futures say it
             self._warn(f"reply not sent: {why},")
         self._closed()
 
