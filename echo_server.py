@@ -560,7 +560,7 @@ class Connection(WebSocketProtocol):
 
     __slots__ = (
         "_backlog", "_binaries", "_binary_bytes", "_deadline", "_deflate", "_heads", "_held", "_hold", "_leaving",
-        "_linger", "_loop", "_mark", "_mark_at", "_only_echoes", "_other_bytes", "_others", "_out", "_out_size",
+        "_linger", "_mark", "_mark_at", "_only_echoes", "_other_bytes", "_others", "_out", "_out_size",
         "_pending", "_ping", "_pinged", "_pong", "_prefix", "_progress_at", "_queue", "_queue_size", "_receiver",
         "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_socket", "_stall_timeout", "_state",
         "_subprotocol", "_text_bytes", "_texts", "_turning", "_waiters", "_watched", "_writing", "close_code",
@@ -570,8 +570,7 @@ class Connection(WebSocketProtocol):
     def __init__(self, handler: WebSocketHandler, stall_timeout: float) -> None:
         super().__init__(handler)
         self.handler: WebSocketHandler = handler
-        self._loop, self._state = IOLoop.current(), OPEN
-        self._registry = Connections.of(self._loop)
+        self._state, self._registry = OPEN, Connections.current()
         self.opened = self._seen_at = self._mark_at = self._progress_at = time.monotonic()
         self._texts = self._text_bytes = self._binaries = self._binary_bytes = 0  # answered by the shortcuts
         self._others = self._other_bytes = 0  # received by `on_message`
@@ -660,7 +659,7 @@ class Connection(WebSocketProtocol):
         stream.close()
         self._watched = READ
         # Tornado closes it with the loop, and does not call us: being called past it saves 0.3 us a message.
-        self._loop.add_handler(self._socket, lambda *_: None, 0)
+        IOLoop.current().add_handler(self._socket, lambda *_: None, 0)
         asyncio.get_running_loop().add_reader(self._socket, self._on_readable)
         try:  # a stream that is closed gives what it has, without asking the socket
             return cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True)).result()
@@ -723,7 +722,7 @@ class Connection(WebSocketProtocol):
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._socket)
         loop.remove_writer(self._socket)
-        self._loop.remove_handler(self._socket)
+        IOLoop.current().remove_handler(self._socket)
         self._socket.close()
 
     # ---- Reading
@@ -954,13 +953,17 @@ class Connection(WebSocketProtocol):
 
     def _waiter(self) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.Future()
-        if self._backlog:
-            self._waiters = self._waiters or deque()
-            self._waiters.append((self._sent + len(self._backlog), future))
-        else:
-            future.set_exception(WebSocketClosedError("the peer has left"))
-            future.exception()  # nobody has to look
+        self._waiters = self._waiters or deque()
+        self._waiters.append((self._sent + len(self._backlog or b""), future))
+        if self._state == CLOSED:
+            self._fail_waiters()
         return future
+
+    def _fail_waiters(self) -> None:
+        for _, future in self._waiters or ():
+            if not future.done():
+                future.set_exception(WebSocketClosedError("the peer has left"))
+                future.exception()  # nobody has to look
 
     def _drain(self) -> None:
         """The peer takes bytes again."""
@@ -1059,10 +1062,7 @@ class Connection(WebSocketProtocol):
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._drop()
         self._registry.remove(self)
-        for _, future in self._waiters or ():
-            if not future.done():
-                future.set_exception(WebSocketClosedError("the peer has left"))
-                future.exception()  # nobody has to look
+        self._fail_waiters()
         asyncio.get_running_loop().call_soon(self._notify)  # never from within another method of the handler
 
     def _notify(self) -> None:
@@ -1166,7 +1166,7 @@ class StreamConnection(Connection):
                 self._reading = cast("asyncio.Future[bytes]", self._stream.read_bytes(READ_SIZE, partial=True))
                 self._reading.add_done_callback(self._on_read)
             except (OSError, StreamClosedError) as error:
-                self._loop.add_callback(self._lost, str(error))
+                asyncio.get_running_loop().call_soon(self._lost, str(error))
 
     def _on_read(self, read: asyncio.Future[bytes]) -> None:
         self._reading = None
@@ -1225,12 +1225,9 @@ class Connections:
         bytes(16 << 20)
 
     @classmethod
-    def of(cls, loop: IOLoop) -> Connections:
-        return cls.of_loop.get(loop) or cls.of_loop.setdefault(loop, cls())
-
-    @classmethod
     def current(cls) -> Connections:
-        return cls.of(IOLoop.current())
+        loop = IOLoop.current()
+        return cls.of_loop.get(loop) or cls.of_loop.setdefault(loop, cls())
 
     def add(self, connection: Connection, limits: Iterable[float]) -> None:
         self.open.add(connection)
