@@ -711,6 +711,13 @@ class Connection(WebSocketProtocol):
         elif changed & WRITE:
             loop.remove_writer(self._socket)
 
+    def _watch_on(self) -> None:
+        """uvloop does not watch any more when a reset has come right behind the bytes that were read last."""
+        try:
+            asyncio.get_running_loop().add_reader(self._socket, self._on_readable)
+        except RuntimeError:
+            self._on_readable()
+
     def _send(self, pieces: Sequence[bytes | bytearray]) -> int:
         """Writes what is taken at once; returns how many bytes that is."""
         try:
@@ -1085,6 +1092,10 @@ class Connection(WebSocketProtocol):
         self._only_echoes = only_echoes(self.handler)  # the log level may have changed
         if self._seen:
             self._seen, self._seen_at, self._pinged = False, now, False
+            if self._watched & READ:
+                self._watch_on()
+        if self._state == CLOSED:
+            return
         if self._backlog or self._writing:
             self._check_progress(now)
         if self._backlog and 0 < self._stall_timeout <= now - self._progress_at:

@@ -3984,6 +3984,20 @@ def close_code_of(sock: socket.socket) -> int:
 
 with_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc to look into a process")
 
+
+@pytest.mark.parametrize(
+    "sent", [b"\x01\x81\0\0\0\0a", b"\x81\x85\0\0\0", b"\x8a\x80\0\0\0\0"], ids=["fragment", "header", "pong"]
+)
+def test_a_reset_right_behind_what_needs_no_reply_is_noticed(serve: Serve, sent: bytes) -> None:
+    server = serve("--ping-interval=0")
+    sock = upgraded(server)
+    server.signal(signal.SIGSTOP)  # so that it sees both at once
+    sock.sendall(sent)
+    cut_off(sock)
+    server.signal(signal.SIGCONT)
+    server.line(r"close\(\) 1006")
+
+
 # ---- Handshakes that come to nothing
 
 
