@@ -593,7 +593,7 @@ class Connection(WebSocketProtocol):
         self._pong: bytes | None = None  # the answer to the latest of the pings that came during a backlog
         self._held = 0  # bytes that the kernel had not delivered at the last check
         self._leaving = self._linger = False
-        self._seen = self._pinged = False  # a byte came or left since the last check; a ping was sent
+        self._seen, self._pinged = True, False  # a byte came or left since the last check; a ping was sent
         self._deadline = 0.0  # of the present state, in time.monotonic(); 0: none
         self._mark: tuple[int, int] | None = None
         self._stall_timeout, interval = stall_timeout, handler.ping_interval or 0.0
