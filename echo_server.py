@@ -1291,6 +1291,11 @@ class Connections:
 class Refusal(HTTPError):  # noqa: N818  # not always an error
     """A handshake that is refused, and why."""
 
+    headers: ClassVar[dict[int, dict[str, str]]] = {
+        426: {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"},
+        503: {"Retry-After": "5"},
+    }
+
     def __init__(self, status: int, text: str) -> None:
         super().__init__(status)
         self.text = text
@@ -1300,15 +1305,9 @@ class Refusal(HTTPError):  # noqa: N818  # not always an error
             reason = self.text.partition("\n")[0]
             log.warning("[SERVER] error:%d %s, %s", self.status_code, reason, handler.peer)
             Connections.current().refused[reason] += 1
-        if self.status_code == 426:
-            handler.set_header("Upgrade", "websocket")
-            handler.set_header("Connection", "Upgrade")
-            handler.set_header("Sec-WebSocket-Version", "13")
-        if self.status_code == 503:
-            handler.set_header("Retry-After", "5")
-        seen = "\n".join(f"{name}: {value}" for name, value in seen_by_server(handler.request, handler.peer))
-        set_headers(handler, "text/plain")
-        handler.finish(f"{self.status_code}: {self.text}\n\nThe server saw:\n{seen}\n")
+        seen = "".join(f"{name}: {value}\n" for name, value in seen_by_server(handler.request, handler.peer))
+        body = f"{self.status_code}: {self.text}\n\nThe server saw:\n{seen}"
+        answer(handler, "text/plain", body, **self.headers.get(self.status_code, {}))
 
 
 def check_handshake(request: HTTPServerRequest) -> None:
@@ -1396,11 +1395,11 @@ def seen_by_server(request: HTTPServerRequest, peer: str) -> list[tuple[str, str
     return [("Peer", peer)] + [(n.replace("Websocket", "WebSocket"), printable(v, 1000)) for n, v in headers]
 
 
-def set_headers(handler: RequestHandler, media_type: str) -> None:
-    handler.set_header("Content-Type", f"{media_type}; charset=utf-8")
-    handler.set_header("Vary", "Accept")
-    handler.set_header("Cache-Control", "no-store")
-    handler.set_header("X-Content-Type-Options", "nosniff")
+def answer(handler: RequestHandler, media_type: str, body: str, **more: str) -> None:
+    headers = {"Content-Type": f"{media_type}; charset=utf-8", "Vary": "Accept", "Cache-Control": "no-store"}
+    for name, value in (headers | {"X-Content-Type-Options": "nosniff"} | more).items():
+        handler.set_header(name, value)
+    handler.finish(body)
 
 
 def metrics(connections: Connections) -> str:
@@ -1446,22 +1445,18 @@ class PlainHandler(RequestHandler):
         self.server = server
 
     def get(self) -> None:
-        path = path_of(self.request)
+        server, path = self.server, path_of(self.request)
         if path == "/healthz":  # for load balancers
-            set_headers(self, "text/plain")
-            self.set_status(503 if self.server.stopping else 200)
-            self.finish("stopping\n" if self.server.stopping else "ok\n")
-            return
-        if path == "/metrics" and self.server.options.metrics:
-            set_headers(self, "text/plain; version=0.0.4")
-            self.finish(metrics(self.server.connections))
-            return
-        seen = seen_by_server(self.request, peer_of(self.request, self.server.proxies))
-        rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in seen)
-        set_headers(self, "text/html")
-        self.set_header("Content-Security-Policy", page_policy())
-        off = r"<!--/?scenarios-->" if self.server.options.scenarios else r"<!--scenarios-->.*<!--/scenarios-->"
-        self.finish(re.sub(off, "", PAGE, flags=re.DOTALL).replace("<!--handshake-->", rows))
+            self.set_status(503 if server.stopping else 200)
+            answer(self, "text/plain", "stopping\n" if server.stopping else "ok\n")
+        elif path == "/metrics" and server.options.metrics:
+            answer(self, "text/plain; version=0.0.4", metrics(server.connections))
+        else:
+            seen = seen_by_server(self.request, peer_of(self.request, server.proxies))
+            rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in seen)
+            off = r"<!--/?scenarios-->" if server.options.scenarios else r"<!--scenarios-->.*<!--/scenarios-->"
+            page = re.sub(off, "", PAGE, flags=re.DOTALL).replace("<!--handshake-->", rows)
+            answer(self, "text/html", page, **{"Content-Security-Policy": page_policy()})
 
     head = get
 
