@@ -45,7 +45,7 @@ import time
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
@@ -1397,25 +1397,27 @@ def metrics(connections: Connections) -> str:
     """The text format of Prometheus, 0.0.4."""
     columns = zip(connections.traffic, *(connection.echoed() for connection in connections.open), strict=True)
     traffic = [sum(column) for column in columns]
-    kinds = [f'direction="{way}",type="{kind}"' for way in ("received", "sent") for kind in ("text", "binary")]
-    closed = {f'code="{code}"': number for code, number in connections.closed.items()}
-    cut = {f'reason="{reason}"': number for reason, number in connections.cut.items()}
-    refused = {f'reason="{reason}"': number for reason, number in connections.refused.items()}
-    families: list[tuple[str, str, str, dict[str, int]]] = [
-        ("build_info", "gauge", "The version that runs.", {f'version="{__version__}"': 1}),
-        ("connections", "gauge", "Open WebSocket connections.", {"": len(connections.open)}),
-        ("connections_opened_total", "counter", "WebSocket connections so far.", {"": connections.opened}),
-        ("connections_closed_total", "counter", "By close code; 1006: without a Close.", closed),
-        ("connections_cut_total", "counter", "Peers that stalled, or that did not answer a ping.", cut),
-        ("handshakes_refused_total", "counter", "By reason.", refused),
-        ("messages_total", "counter", "Messages.", dict(zip(kinds, traffic[::2], strict=True))),
-        ("message_bytes_total", "counter", "Their payload.", dict(zip(kinds, traffic[1::2], strict=True))),
+    ways = [f'{{direction="{way}",type="{kind}"}}' for way in ("received", "sent") for kind in ("text", "binary")]
+    families: list[tuple[str, str, dict[str, int]]] = [
+        ("build_info", "The version that runs.", by("version", {__version__: 1})),
+        ("connections", "Open WebSocket connections.", {"": len(connections.open)}),
+        ("connections_opened_total", "WebSocket connections so far.", {"": connections.opened}),
+        ("connections_closed_total", "By close code; 1006: without a Close.", by("code", connections.closed)),
+        ("connections_cut_total", "Peers that stalled, or that did not answer a ping.", by("reason", connections.cut)),
+        ("handshakes_refused_total", "By reason.", by("reason", connections.refused)),
+        ("messages_total", "Messages.", dict(zip(ways, traffic[::2], strict=True))),
+        ("message_bytes_total", "Their payload.", dict(zip(ways, traffic[1::2], strict=True))),
     ]
     lines = []
-    for name, kind, text, values in families:
+    for name, text, values in families:
+        kind = "counter" if name.endswith("_total") else "gauge"
         lines += [f"# HELP ws_echo_{name} {text}", f"# TYPE ws_echo_{name} {kind}"]
-        lines += [f"ws_echo_{name}{f'{{{labels}}}' if labels else ''} {value}" for labels, value in values.items()]
+        lines += [f"ws_echo_{name}{labels} {value}" for labels, value in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def by(label: str, counts: Mapping[Any, int]) -> dict[str, int]:
+    return {f'{{{label}="{value}"}}': count for value, count in counts.items()}
 
 
 class PlainGet(Matcher):
@@ -1455,12 +1457,12 @@ class PlainHandler(RequestHandler):
 @functools.cache
 def page_policy() -> str:
     """The page's own style and script, and connections to where it came from."""
-    hashes = []
-    for tag in ("style", "script"):
-        text = PAGE[PAGE.index(f"<{tag}>") + len(tag) + 2 : PAGE.index(f"</{tag}>")]
-        hashes.append(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(utf8(text)).digest()).decode()}'")
+    hashes = [
+        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(utf8(text)).digest()).decode()}'; "
+        for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL)
+    ]
     rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return "; ".join(["default-src 'none'", *hashes, rest])
+    return f"default-src 'none'; {''.join(hashes)}{rest}"
 
 
 PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ws-echo</title>
