@@ -1673,8 +1673,6 @@ def check_option(name: str, value: Any) -> Any:
         parse_proxies(str(value))
     if name == "connect" and not re.match("wss?://", str(value)):
         raise ValueError(f"{value!r} does not begin with ws:// or wss://")
-    if isinstance(value, str):
-        value.encode()  # UnicodeEncodeError is a ValueError
     return value
 
 
@@ -1682,17 +1680,17 @@ def read_config(path: str) -> dict[str, Any]:
     """Raises OSError when it cannot be read, ValueError when it says something that is not an option."""
     import tomllib
 
-    with open(path, "rb") as file:
-        values = tomllib.load(file)
-    options = {}
-    for name, value in values.items():
-        key = name.replace("-", "_")
-        if key not in FIELDS or FIELDS[key].metadata["group"] == "Client" or key == "config":
-            raise ValueError(f"{name}: there is no such option")
-        try:
+    options, where = {}, path
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+        for name, value in values.items():
+            key, where = name.replace("-", "_"), f"{path}: {name}"
+            if key not in FIELDS or FIELDS[key].metadata["group"] == "Client" or key == "config":
+                raise ValueError("there is no such option")
             options[key] = check_option(key, value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return options
 
 
@@ -2140,15 +2138,8 @@ def parse_args(argv: list[str]) -> Options:
     """Defaults, then the configuration file, then the command line. Raises SystemExit(2), after saying why;
     OSError and ValueError are about the configuration file, whose name they begin with."""
     given = vars(make_parser().parse_args(argv))
-    config = {}
-    if path := given.get("config"):
-        try:
-            config = read_config(path)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    if "send" in given:
-        given["send"] = tuple(given["send"])
-    return Options(**config | given)
+    given["send"] = tuple(given.get("send", ()))
+    return Options(**(read_config(given["config"]) if given.get("config") else {}) | given)
 
 
 def set_up_logging(level: str) -> None:
