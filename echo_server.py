@@ -2105,25 +2105,20 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--version", action="version", version=f"ws-echo {__version__}")
-    groups: dict[str, Any] = {}
-    for name, field in FIELDS.items():
-        title = field.metadata["group"]
-        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        default = f" (default: {field.default})" if field.default not in ("", (), False, True) else ""
-        add_option(group, name, field.default, field.metadata["help"].replace("%", "%%") + default)
+    for title, fields in itertools.groupby(FIELDS.values(), lambda field: field.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for field in fields:
+            default = f" (default: {field.default})" if field.default not in ("", (), False, True) else ""
+            text = field.metadata["help"] + default
+            group.add_argument("--" + field.name.replace("_", "-"), help=text, **how_to_parse(field))
     return parser
 
 
-def add_option(group: Any, name: str, default: Any, text: str) -> None:
-    flag, metavar = "--" + name.replace("_", "-"), FIELDS[name].metadata["metavar"]
-    if default is True:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-    elif default is False:
-        group.add_argument(flag, action="store_true", help=text)
-    elif default == ():
-        group.add_argument(flag, action="append", metavar=metavar, help=text)
-    else:
-        group.add_argument(flag, type=functools.partial(parse_option, name), metavar=metavar, help=text)
+def how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    if isinstance(field.default, bool):
+        return {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+    how = {"action": "append"} if field.default == () else {"type": functools.partial(parse_option, field.name)}
+    return how | {"metavar": field.metadata["metavar"]}
 
 
 def parse_option(name: str, text: str) -> Any:
