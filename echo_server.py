@@ -2062,10 +2062,8 @@ class LineHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.journal = False
-        with contextlib.suppress(OSError):  # standard error may be closed
-            status = os.fstat(2)
-            self.journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"  # systemd.exec(5)
+        status = os.fstat(2)
+        self.journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"  # systemd.exec(5)
         self.setFormatter(logging.Formatter("%(message)s" if self.journal else "%(asctime)s %(message)s"))
         self.second = 0
         self.counts: Counter[tuple[str, int]] = Counter()  # lines of this second, by kind and level
@@ -2074,8 +2072,9 @@ class LineHandler(logging.Handler):
         if int(record.created) != self.second:
             self.flush()
             self.second = int(record.created)
-        self.counts[record.msg, record.levelno] += 1
-        if self.counts[record.msg, record.levelno] <= LINES_A_SECOND:
+        kind = record.msg, record.levelno
+        self.counts[kind] += 1
+        if self.counts[kind] <= LINES_A_SECOND:
             self.write(record)
 
     def flush(self) -> None:
@@ -2087,12 +2086,10 @@ class LineHandler(logging.Handler):
 
     def write(self, record: logging.LogRecord) -> None:
         priority = {logging.DEBUG: "<7>", logging.INFO: "<6>", logging.WARNING: "<4>"}.get(record.levelno, "<3>")
-        poll = select.poll()
-        poll.register(2, select.POLLOUT)
         for line in self.format(record).splitlines():
             data = ((priority if self.journal else "") + line).encode(errors="backslashreplace")
-            if poll.poll(0):  # a pipe that nobody reads must not stop the service
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if select.select([], [2], [], 0)[1]:  # a pipe that nobody reads must not stop the service
                     os.write(2, data[: select.PIPE_BUF - 1] + b"\n")
 
 
@@ -2134,7 +2131,8 @@ def parse_args(argv: list[str]) -> Options:
     OSError and ValueError are about the configuration file, whose name they begin with."""
     given = vars(make_parser().parse_args(argv))
     given["send"] = tuple(given.get("send", ()))
-    return Options(**(read_config(given["config"]) if given.get("config") else {}) | given)
+    config = read_config(given["config"]) if given.get("config") else {}
+    return Options(**config | given)
 
 
 def set_up_logging(level: str) -> None:
