@@ -27,7 +27,6 @@ import functools
 import gc
 import hashlib
 import html
-import io
 import ipaddress
 import itertools
 import logging
@@ -1708,6 +1707,14 @@ GRACE = 1.0  # seconds for the requests of those who are connected when we are t
 PAUSE = 0.5  # seconds without accepting when descriptors have run out all the same
 
 
+async def run_server(options: Options, reread: Callable[[], Options]) -> int:
+    logging.basicConfig(handlers=[LineHandler()])  # Tornado and asyncio keep to WARNING: below is a peer's doing
+    log.setLevel(options.log_level.upper())
+    gc.freeze()  # what is there stays; and the garbage of a connection is little, so look for it less often:
+    gc.set_threshold(2_000, 10, 10)  # a tenth of the time of short connections was spent on that
+    return await Server(options, reread).serve()
+
+
 class Server:
     """Serves until a signal stops it. Making one listens already, so that what cannot be served is said early."""
 
@@ -1851,7 +1858,7 @@ class Server:
         except (CannotServe, OSError, ValueError) as error:
             log.error("[SERVER] error:nothing is reloaded: %s", error)
         else:
-            logging.getLogger().setLevel(options.log_level.upper())
+            log.setLevel(options.log_level.upper())
             self.connections.check()  # which of them show their messages
             log.info("[SERVER] reloaded")
         notify("READY=1")
@@ -1974,10 +1981,12 @@ def descriptor_limit() -> int:
 
 async def run_client(options: Options) -> int:
     """0: the handshake succeeded, and as many messages came as were sent."""
+    logging.basicConfig(handlers=[logging.NullHandler()])  # it is said below what is wrong
+    cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
     try:
         connection = await websocket.websocket_connect(client_request(options), max_message_size=1 << 30)
     except Exception as error:  # of the URL, the name, the connection, TLS or the handshake
-        return client_error(str(error) or type(error).__name__)
+        return fail(f"[CLIENT] error:{str(error) or type(error).__name__}")
     try:
         print("[CLIENT] open()", flush=True)
         return await converse(connection, options)
@@ -2016,14 +2025,14 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
         limit = options.timeout if received < sent else None
         done, _ = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not done:
-            return client_error(f"no answer within {options.timeout:g} s")
+            return fail(f"[CLIENT] error:no answer within {options.timeout:g} s")
         if sending in done and (error := sending.exception()):
-            return client_error(str(error) or "closed before everything was sent")
+            return fail(f"[CLIENT] error:{str(error) or 'closed before everything was sent'}")
         if reading in done:
             message, reading = reading.result(), asyncio.ensure_future(connection.read_message())
             if message is None:
                 code = connection.close_code or 1006
-                return client_error(f"closed with code {code}, {sent - received} answers missing")
+                return fail(f"[CLIENT] error:closed with code {code}, {sent - received} answers missing")
             received += 1
             print("[CLIENT] Received:", message if isinstance(message, str) else printable(message), flush=True)
     return 0
@@ -2045,11 +2054,6 @@ async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
         threading.Thread(target=read, daemon=True).start()
         while line := await lines.get():
             yield line.rstrip("\n")
-
-
-def client_error(text: str) -> int:
-    print(f"[CLIENT] error:{text}", file=sys.stderr, flush=True)
-    return 1
 
 
 # ---------------------------------------------------------------------------------------------- Command line
@@ -2126,20 +2130,13 @@ def parse_option(name: str, text: str) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def parse_args(argv: list[str]) -> Options:
+def parse_args(argv: list[str] | None) -> Options:
     """Defaults, then the configuration file, then the command line. Raises SystemExit(2), after saying why;
     OSError and ValueError are about the configuration file, whose name they begin with."""
     given = vars(make_parser().parse_args(argv))
     given["send"] = tuple(given.get("send", ()))
     config = read_config(given["config"]) if given.get("config") else {}
     return Options(**config | given)
-
-
-def set_up_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), handlers=[LineHandler()])
-    logging.getLogger("tornado").setLevel(logging.WARNING)  # what it says at INFO is a peer's doing
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
-    logging.raiseExceptions = False
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
@@ -2151,39 +2148,28 @@ def event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
+def fail(text: str, code: int = 1) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 stopped, 1 cannot serve, 2 wrong usage; 128 + signal when told twice to stop."""
-    argv = sys.argv[1:] if argv is None else argv
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket must not take the place of a closed stream
         pass
     os.close(spare)
     try:
         options = parse_args(argv)
     except OSError as error:
-        print(f"echo_server: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
+        return fail(f"echo_server: cannot read {error.filename}: {error.strerror}")
     except ValueError as error:
-        print(f"echo_server: {error}", file=sys.stderr)
-        return 2
-
-    async def run() -> int:
-        if options.connect:
-            return await run_client(options)
-        return await Server(options, lambda: parse_args(argv)).serve()
-
-    if options.connect:
-        logging.basicConfig(handlers=[logging.NullHandler()])  # the client says itself what is wrong
-        cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
-    else:
-        set_up_logging(options.log_level)
-        gc.freeze()  # what is there stays; and the garbage of a connection is little, so look for it less often:
-        gc.set_threshold(2_000, 10, 10)  # a tenth of the time of short connections was spent on that
+        return fail(f"echo_server: {error}", 2)
+    run = run_client(options) if options.connect else run_server(options, functools.partial(parse_args, argv))
     try:
         with asyncio.Runner(loop_factory=event_loop) as runner:
-            return runner.run(run())
+            return runner.run(run)
     except CannotServe as error:
-        print(f"echo_server: {error}", file=sys.stderr)
-        return 1
+        return fail(f"echo_server: {error}")
     except KeyboardInterrupt:
         return 130
 
