@@ -1982,7 +1982,8 @@ def descriptor_limit() -> int:
 async def run_client(options: Options) -> int:
     """0: the handshake succeeded, and as many messages came as were sent."""
     logging.basicConfig(handlers=[logging.NullHandler()])  # it is said below what is wrong
-    cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
+    if sys.stdout:  # it may be closed
+        cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
     try:
         connection = await websocket.websocket_connect(client_request(options), max_message_size=1 << 30)
     except Exception as error:  # of the URL, the name, the connection, TLS or the handshake
@@ -2047,9 +2048,9 @@ async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
         loop = asyncio.get_running_loop()
 
         def read() -> None:  # in a thread of its own: not every standard input can be polled
-            for line in iter(sys.stdin.readline, ""):
-                loop.call_soon_threadsafe(lines.put_nowait, line)
-            loop.call_soon_threadsafe(lines.put_nowait, "")
+            with open(0, errors="surrogateescape", closefd=False) as file:
+                for line in itertools.chain(file, [""]):
+                    loop.call_soon_threadsafe(lines.put_nowait, line)
 
         threading.Thread(target=read, daemon=True).start()
         while line := await lines.get():
