@@ -1734,7 +1734,7 @@ class Server:
         self.talking: dict[IOStream, float] = {}  # since when: who is not a WebSocket, or not yet
         self.stopping = self.closed = False  # closed: also to those who had connected before
         self.draining: asyncio.Task[None] | None = None
-        self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.exit_code, self.stopped = 0, asyncio.Event()
         self.http = HTTPServer(
             make_app(self),
             idle_connection_timeout=options.handshake_timeout,
@@ -1755,12 +1755,9 @@ class Server:
             IOLoop.current().add_handler(sock, self.accept, IOLoop.READ)
         log.info("[SERVER] listening on %s", self.urls)
         notify("READY=1")
-        tasks = [asyncio.create_task(task) for task in (self.keep_systemd_informed(), self.tidy_up())]
-        try:
-            return await self.exit_code
-        finally:
-            for task in tasks:
-                task.cancel()
+        self.tasks = [asyncio.create_task(task) for task in (self.keep_systemd_informed(), self.tidy_up())]
+        await self.stopped.wait()
+        return self.exit_code
 
     def accept(self, listener: Any, _: int) -> None:
         for number in range(32):  # not more, so that those who talk wait 7 ms rather than 45 in a flood
@@ -1826,8 +1823,9 @@ class Server:
         """SIGTERM and SIGINT: the first one lets everybody finish, the second one does not."""
         if not self.draining:
             self.draining = asyncio.create_task(self.drain())
-        elif not self.exit_code.done():
-            self.exit_code.set_result(128 + number)
+        else:
+            self.exit_code = 128 + number
+            self.stopped.set()
 
     async def drain(self) -> None:
         """Sends everybody away, also who has connected and not asked yet: a restart refuses nobody."""
@@ -1846,8 +1844,7 @@ class Server:
         self.closed = True
         await until(lambda: not self.connections.open, begin + patience)
         log.info("[SERVER] stopped")
-        if not self.exit_code.done():
-            self.exit_code.set_result(0)
+        self.stopped.set()
 
     def reload(self) -> None:
         """SIGHUP: the certificate and the log level are read again; what is wrong with them changes nothing."""
