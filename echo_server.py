@@ -1876,26 +1876,18 @@ async def until(condition: Callable[[], bool], deadline: float) -> None:
 
 
 def listening_sockets(options: Options) -> list[socket.socket]:
-    if options.unix_socket:
-        return [unix_socket(options.unix_socket)]
+    path, address = options.unix_socket, options.address
     try:
-        return netutil.bind_sockets(
-            options.port, options.address or None, backlog=BACKLOG, reuse_port=options.reuse_port
-        )
-    except (OSError, UnicodeError) as error:
-        where = f"{options.address or 'all addresses'}, port {options.port}"
-        raise CannotServe(f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def unix_socket(path: str) -> socket.socket:
-    """A socket file that nobody listens on is replaced."""
-    try:
+        if not path:
+            return netutil.bind_sockets(options.port, address or None, backlog=BACKLOG, reuse_port=options.reuse_port)
+        # A socket file that nobody listens on is replaced.
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
             probe.connect(path)
             raise OSError(None, "it is in use")
-        return netutil.bind_unix_socket(path, mode=0o660, backlog=BACKLOG)
+        return [netutil.bind_unix_socket(path, mode=0o660, backlog=BACKLOG)]
     except (OSError, ValueError) as error:
-        raise CannotServe(f"cannot listen on {path}: {getattr(error, 'strerror', None) or error}") from None
+        where = path or f"{address or 'all addresses'}, port {options.port}"
+        raise CannotServe(f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def inherited_sockets() -> list[socket.socket]:
