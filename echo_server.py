@@ -1892,13 +1892,11 @@ def listening_sockets(options: Options) -> list[socket.socket]:
 
 def inherited_sockets() -> list[socket.socket]:
     """Socket activation, sd_listen_fds(3): descriptors from 3 on, meant for us if LISTEN_PID says so."""
-    ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
-    count = os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
-    sockets = [socket.socket(fileno=number) for number in range(3, 3 + int(count if ours and count.isdecimal() else 0))]
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    count = int(os.environ.get("LISTEN_FDS", "0")) if ours else 0
+    sockets = [socket.socket(fileno=number) for number in range(3, 3 + count)]
     for sock in sockets:
         sock.setblocking(False)
-        sock.set_inheritable(False)
     if sockets:
         log.info("[SERVER] systemd has opened the sockets: --address, --port and --unix-socket do not apply")
     return sockets
@@ -1906,11 +1904,10 @@ def inherited_sockets() -> list[socket.socket]:
 
 def notify(state: str) -> None:
     """sd_notify(3); does nothing when not started by systemd."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if path:
+    if path := os.environ.get("NOTIFY_SOCKET"):
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+                sock.sendto(state.encode(), re.sub("^@", "\0", path))
         except OSError as error:
             log.warning("[SERVER] error:cannot tell systemd: %s", error)
             del os.environ["NOTIFY_SOCKET"]  # do not say so again
@@ -1929,21 +1926,19 @@ def tls_context(options: Options) -> ssl.SSLContext | None:
         if options.keyfile or options.client_cafile:
             raise CannotServe("--keyfile and --client-cafile need --certfile")
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     files = [name for name in (options.certfile, options.keyfile, options.client_cafile) if name]
     try:
         for name in files:  # ssl does not say which one it cannot read
             Path(name).read_bytes()
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=options.client_cafile or None)
+        context.verify_mode = ssl.CERT_REQUIRED if options.client_cafile else ssl.CERT_NONE
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(options.certfile, options.keyfile or None, password="")  # do not ask for one
-        if options.client_cafile:
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(options.client_cafile)
+        return context
     except ssl.SSLError as error:
         raise CannotServe(f"cannot use {' with '.join(files)}: {error.reason or error}") from None
     except OSError as error:
         raise CannotServe(f"cannot read {error.filename}: {error.strerror}") from None
-    return context
 
 
 def malloc_trim() -> Callable[[int], object]:
