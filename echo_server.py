@@ -2025,20 +2025,17 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
 
 async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
     """What to send: the options, or else the lines of standard input."""
-    for text in given:
+    queue: asyncio.Queue[str | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:  # in a thread of its own: not every standard input can be polled
+        with open(0, errors="surrogateescape", closefd=False) as file:
+            for text in itertools.chain(given or (line.rstrip("\n") for line in file), [None]):
+                loop.call_soon_threadsafe(queue.put_nowait, text)
+
+    threading.Thread(target=read, daemon=True).start()
+    while (text := await queue.get()) is not None:
         yield text
-    if not given:
-        lines: asyncio.Queue[str] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def read() -> None:  # in a thread of its own: not every standard input can be polled
-            with open(0, errors="surrogateescape", closefd=False) as file:
-                for line in itertools.chain(file, [""]):
-                    loop.call_soon_threadsafe(lines.put_nowait, line)
-
-        threading.Thread(target=read, daemon=True).start()
-        while line := await lines.get():
-            yield line.rstrip("\n")
 
 
 # ---------------------------------------------------------------------------------------------- Command line
