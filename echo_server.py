@@ -2121,15 +2121,6 @@ def parse_args(argv: list[str] | None) -> Options:
     return Options(**config | given)
 
 
-def event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
 def fail(text: str, code: int = 1) -> int:
     print(text, file=sys.stderr, flush=True)
     return code
@@ -2147,8 +2138,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(f"echo_server: {error}", 2)
     run = run_client(options) if options.connect else run_server(options, functools.partial(parse_args, argv))
+    make_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        make_loop = uvloop.new_event_loop
     try:
-        with asyncio.Runner(loop_factory=event_loop) as runner:
+        with asyncio.Runner(loop_factory=make_loop) as runner:
             return runner.run(run)
     except CannotServe as error:
         return fail(f"echo_server: {error}")
