@@ -1721,8 +1721,8 @@ class Server:
     def __init__(self, options: Options, reread: Callable[[], Options]) -> None:
         self.options, self.reread = options, reread
         self.proxies = parse_proxies(options.trusted_proxies)
-        limit = descriptor_limit()
-        self.max_connections = options.max_connections or limit - min(RESERVE, limit // 2)
+        room = descriptor_limit()
+        self.max_connections = options.max_connections or room - min(RESERVE, room // 2)
         self.tls = tls_context(options)
         inherited = inherited_sockets()
         self.sockets = inherited or listening_sockets(options)
@@ -1735,10 +1735,11 @@ class Server:
         self.stopping = self.closed = False  # closed: also to those who had connected before
         self.draining: asyncio.Task[None] | None = None
         self.exit_code, self.stopped = 0, asyncio.Event()
+        limit = options.handshake_timeout
         self.http = HTTPServer(
             make_app(self),
-            idle_connection_timeout=options.handshake_timeout,
-            body_timeout=options.handshake_timeout,
+            idle_connection_timeout=limit,
+            body_timeout=limit,
             max_header_size=16 * 1024,
             max_body_size=0,
         )
@@ -2080,20 +2081,16 @@ class LineHandler(logging.Handler):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="echo_server.py",
-        usage="%(prog)s [options]",
-        description="A WebSocket server that answers every message X with ECHO:X.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    about = "A WebSocket server that answers every message X with ECHO:X."
+    parser = argparse.ArgumentParser("echo_server.py", "%(prog)s [options]", about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ws-echo {__version__}")
     for title, fields in itertools.groupby(FIELDS.values(), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
         for field in fields:
             default = f" (default: {field.default})" if field.default not in ("", (), False, True) else ""
             text = field.metadata["help"] + default
-            group.add_argument("--" + field.name.replace("_", "-"), help=text, **how_to_parse(field))
+            flag = "--" + field.name.replace("_", "-")
+            group.add_argument(flag, help=text, default=argparse.SUPPRESS, **how_to_parse(field))
     return parser
 
 
