@@ -1732,8 +1732,8 @@ class Server:
         self.waiting: set[IOStream] = set()  # who has connected and not asked yet
         self.accepted = 0
         self.talking: dict[IOStream, float] = {}  # since when: who is not a WebSocket, or not yet
-        self.stopping = self.closed = False  # closed: also to those who had connected before
-        self.draining: asyncio.Task[None] | None = None
+        self.stopping: asyncio.Task[None] | None = None
+        self.closed = False  # also to those who had connected before
         self.exit_code, self.stopped = 0, asyncio.Event()
         limit = options.handshake_timeout
         self.http = HTTPServer(
@@ -1783,7 +1783,7 @@ class Server:
                 self.http.handle_stream(stream, address)
 
     def accept_again(self, listener: socket.socket) -> None:
-        if not self.draining:
+        if not self.stopping:
             IOLoop.current().add_handler(listener, self.accept, IOLoop.READ)
 
     def make_stream(self, sock: socket.socket) -> IOStream:
@@ -1822,8 +1822,8 @@ class Server:
 
     def stop(self, number: int) -> None:
         """SIGTERM and SIGINT: the first one lets everybody finish, the second one does not."""
-        if not self.draining:
-            self.draining = asyncio.create_task(self.drain())
+        if not self.stopping:
+            self.stopping = asyncio.create_task(self.drain())
         else:
             self.exit_code = 128 + number
             self.stopped.set()
@@ -1838,7 +1838,7 @@ class Server:
             with contextlib.suppress(OSError):
                 os.unlink(self.own_path)
         begin, patience = time.monotonic(), self.options.drain_timeout
-        self.stopping = self.connections.leaving = True
+        self.connections.leaving = True
         for connection in list(self.connections.open):
             connection.go_away()
         await until(lambda: all(stream.closed() for stream in self.waiting), begin + min(GRACE, patience))
@@ -1863,8 +1863,7 @@ class Server:
 
     async def keep_systemd_informed(self) -> None:
         """WATCHDOG=1 comes from the event loop: a loop that hangs is restarted, one that is busy is not."""
-        ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
+        limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
         while "NOTIFY_SOCKET" in os.environ:
             status = "stopping with" if self.stopping else "serving"
             notify(f"WATCHDOG=1\nSTATUS={status} {len(self.connections.open)} connections on {self.urls}")
