@@ -1737,11 +1737,7 @@ class Server:
         self.exit_code, self.stopped = 0, asyncio.Event()
         limit = options.handshake_timeout
         self.http = HTTPServer(
-            make_app(self),
-            idle_connection_timeout=limit,
-            body_timeout=limit,
-            max_header_size=16 * 1024,
-            max_body_size=0,
+            make_app(self), idle_connection_timeout=limit, body_timeout=limit, max_header_size=16_384, max_body_size=0
         )
 
     async def serve(self) -> int:
