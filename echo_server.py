@@ -1966,16 +1966,17 @@ async def run_client(options: Options) -> int:
         cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
     try:
         connection = await websocket.websocket_connect(client_request(options), max_message_size=1 << 30)
-    except Exception as error:  # of the URL, the name, the connection, TLS or the handshake
-        return fail(f"[CLIENT] error:{str(error) or type(error).__name__}")
-    try:
-        print("[CLIENT] open()", flush=True)
-        return await converse(connection, options)
+        try:
+            print("[CLIENT] open()", flush=True)
+            await converse(connection, options)
+            return 0
+        finally:
+            connection.close(1000)
     except BrokenPipeError:  # nobody reads what is printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    finally:
-        connection.close(1000)
+    except Exception as error:  # of the URL, the name, the connection, TLS, the handshake or an answer
+        return fail(f"[CLIENT] error:{str(error) or type(error).__name__}")
 
 
 def client_request(options: Options) -> HTTPRequest:
@@ -1990,7 +1991,8 @@ def client_request(options: Options) -> HTTPRequest:
     )
 
 
-async def converse(connection: websocket.WebSocketClientConnection, options: Options) -> int:
+async def converse(connection: websocket.WebSocketClientConnection, options: Options) -> None:
+    """Raises ConnectionError when not as many messages come as are sent."""
     sent = received = 0
 
     async def send_all() -> None:
@@ -2006,17 +2008,16 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
         limit = options.timeout if received < sent else None
         done, _ = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not done:
-            return fail(f"[CLIENT] error:no answer within {options.timeout:g} s")
+            raise ConnectionError(f"no answer within {options.timeout:g} s")
         if sending in done and (error := sending.exception()):
-            return fail(f"[CLIENT] error:{str(error) or 'closed before everything was sent'}")
+            raise ConnectionError(str(error) or "closed before everything was sent")
         if reading in done:
             message, reading = reading.result(), asyncio.ensure_future(connection.read_message())
             if message is None:
                 code = connection.close_code or 1006
-                return fail(f"[CLIENT] error:closed with code {code}, {sent - received} answers missing")
+                raise ConnectionError(f"closed with code {code}, {sent - received} answers missing")
             received += 1
             print("[CLIENT] Received:", message if isinstance(message, str) else printable(message), flush=True)
-    return 0
 
 
 async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
