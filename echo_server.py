@@ -1453,7 +1453,6 @@ class PlainHandler(RequestHandler):
     head = get
 
 
-@functools.cache
 def page_policy() -> str:
     """The page's own style and script, and connections to where it came from."""
     hashes = [
@@ -2048,8 +2047,7 @@ class LineHandler(logging.Handler):
         status = os.fstat(2)
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"  # systemd.exec(5)
         self.setFormatter(logging.Formatter("%(message)s" if self.journal else "%(asctime)s %(message)s"))
-        self.second = 0
-        self.counts: Counter[tuple[str, int]] = Counter()  # lines of this second, by kind and level
+        self.second, self.counts = 0, Counter[tuple[str, int]]()  # lines of this second, by kind and level
 
     def emit(self, record: logging.LogRecord) -> None:
         if int(record.created) != self.second:
@@ -2084,9 +2082,8 @@ def make_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for field in fields:
             default = f" (default: {field.default})" if field.default not in ("", (), False, True) else ""
-            text = field.metadata["help"] + default
-            flag = "--" + field.name.replace("_", "-")
-            group.add_argument(flag, help=text, default=argparse.SUPPRESS, **how_to_parse(field))
+            how = how_to_parse(field) | {"help": field.metadata["help"] + default, "default": argparse.SUPPRESS}
+            group.add_argument("--" + field.name.replace("_", "-"), **how)
     return parser
 
 
