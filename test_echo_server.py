@@ -30,7 +30,7 @@ import tracemalloc
 import urllib.request
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from email.message import Message
 from pathlib import Path
 from subprocess import PIPE
@@ -767,6 +767,192 @@ print(app.wildcard_router.rules[0].target.__name__)
 
 def test_the_three_lines_in_the_docstring_work() -> None:
     assert python(DOCSTRING) == "EchoHandler\n"
+
+
+# ---- Embedding, as the README shows it
+
+README = (MODULE.parent / "README.md").read_text()
+
+
+def shown(section: str) -> str:
+    """The code that the README has under these words."""
+    block = re.search(rf"\n\*\*{section}\.\*\*(?:(?!\n\n).)*\n```python\n(.*?)```\n", README, re.DOTALL)
+    assert block, f"{section!r} shows nothing"
+    return block[1]
+
+
+def defined(code: str) -> dict[str, Any]:
+    """The names that it defines."""
+    names: dict[str, Any] = {"__name__": "shown"}
+    exec(code, names)  # noqa: S102  # it is ours
+    return names
+
+
+def free_port() -> int:
+    """The kernel gives it to nobody else for a minute: a connection of it is in TIME_WAIT."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+        with socket.create_connection(("127.0.0.1", port), PATIENCE):
+            listener.accept()[0].close()
+    return port
+
+
+class Shown(Process):
+    """A whole application of the README in a folder with our file, as a process of its own."""
+
+    def __init__(self, folder: Path, code: str, *args: str) -> None:
+        self.own = free_port()
+        code, *options = (text.replace("8888", str(self.own)) for text in (code, *args))
+        (folder / "app.py").write_text(code)
+        shutil.copy(MODULE, folder)
+        self.lines: list[str] = []
+        self.popen = start(sys.executable, "app.py", *options, cwd=folder, stderr=PIPE)
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    @property
+    def url(self) -> str:
+        """When it listens."""
+        until(self.listens, lambda: f"it has said {self.lines}")
+        return f"ws://localhost:{self.own}/"
+
+    def listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.own)) == 0
+
+
+def test_as_the_readme_shows_an_application_has_it_beside_other_handlers(tmp_path: Path) -> None:
+    with Shown(tmp_path, shown("Beside other handlers")) as app:
+        (tmp_path / "docs").mkdir()
+        (tmp_path / "docs" / "echo.txt").write_text("It is at /echo.")
+        assert get(app, "/echo.txt")[2] == "It is at /echo."
+        with app.connect("echo") as client:
+            assert echoed(client) == "> Hello!"
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("kind", ["def", "async def"])
+async def test_as_the_readme_shows_a_subclass_answers_in_json(app: Application, ws_url: str, kind: str) -> None:
+    length = defined(shown("With answers of your own").replace("def", kind))["Length"]
+    app.add_handlers(".*", [("/length", length)])
+    client = await websocket_connect(ws_url + "/length")
+    for text in ("Hello!", "", "Zoë \ud800"):
+        await client.write_message(json.dumps({"id": 7, "text": text}))
+        assert json.loads(await client.read_message() or "") == {"id": 7, "length": len(text)}
+    client.close()
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    "sense", ["Hello!", "", "7", "[]", "{}", '{"id": 7, "text": 7}', "[" * 994 + "]" * 994, b"\xff"]
+)
+async def test_as_the_readme_shows_what_makes_no_sense_gets_an_answer_that_says_so(
+    app: Application, ws_url: str, sense: str | bytes
+) -> None:
+    app.add_handlers(".*", [("/length", defined(shown("With answers of your own"))["Length"])])
+    client = await websocket_connect(ws_url + "/length")
+    for _ in range(2):
+        await client.write_message(sense, binary=isinstance(sense, bytes))
+        assert json.loads(await client.read_message() or "").keys() == {"error"}
+    client.close()
+
+
+@contextlib.asynccontextmanager
+async def listening(app: Application) -> AsyncIterator[int]:
+    """Its port."""
+    http, sockets = HTTPServer(app), bind_sockets(0, "127.0.0.1")
+    http.add_sockets(sockets)
+    yield sockets[0].getsockname()[1]
+    http.stop()
+    await http.close_all_connections()
+    await until_async(lambda: not Connections.current().open)
+
+
+FRIEND = "https://app.example.org"  # in the README
+
+
+@pytest.mark.gen_test
+async def test_as_the_readme_shows_origins_compression_and_size_are_the_hosts_to_decide() -> None:
+    async with listening(defined(shown("With Tornado's settings"))["app"]) as port:
+        url = f"ws://127.0.0.1:{port}/echo"
+        with pytest.raises(HTTPClientError, match="403"):
+            await websocket_connect(HTTPRequest(url, headers={"Origin": "https://example.org"}))
+        async with websockets_connect_async(url, additional_headers={"Origin": FRIEND}, proxy=None) as client:
+            assert not client.protocol.extensions
+            for size in (65536, 65537):
+                await client.send("x" * size)
+            assert await client.recv() == "ECHO:" + "x" * 65536
+            with pytest.raises(ConnectionClosed, match="1009"):
+                await client.recv()
+
+
+@pytest.mark.gen_test
+async def test_as_the_readme_shows_silence_is_answered_by_a_ping_and_then_by_the_end() -> None:
+    quick = re.sub(r"(websocket_ping_\w+)=(\d+)", r"\1=\g<2>/200", shown("With Tornado's settings"))
+    async with listening(defined(quick)["app"]) as port:
+        peer = Peer(*await asyncio.open_connection("127.0.0.1", port))
+        peer.send(request("GET /echo HTTP/1.1", Origin=FRIEND))
+        await peer.reader.readuntil(b"\r\n\r\n")
+        assert await peer.frame() == (FIN | PING, b"")
+        with pytest.raises(ConnectionResetError):
+            await peer.rest()
+        peer.leave()
+
+
+HOST_OF_ITS_OWN = """
+import signal
+from tornado.options import define, options, parse_command_line
+from tornado.web import Application
+from echo_server import EchoHandler
+
+define("port", 1)
+
+async def main():
+    parse_command_line()
+    server = Application([("/echo", EchoHandler)]).listen(options.port)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await stop.wait()
+    server.stop()
+    await close_clients()
+
+asyncio.run(main())
+"""
+
+
+def own(level: str = "WARNING") -> str:
+    """Somebody's application with what the README shows to those who have options, a log and signals already."""
+    code = shown("With options, logging and signals of your own")
+    assert "WARNING" in code
+    return code.replace("WARNING", level) + HOST_OF_ITS_OWN
+
+
+def test_as_the_readme_shows_an_application_closes_its_clients_with_1001(tmp_path: Path) -> None:
+    with Shown(tmp_path, own(), "--port=8888") as app, app.connect("echo") as client:
+        assert echoed(client) == "ECHO:Hello!"
+        app.signal(signal.SIGTERM)
+        with pytest.raises(ConnectionClosed, match="1001"):
+            client.recv(PATIENCE)
+        assert app.exit_code() == 0
+
+
+@pytest.mark.parametrize(("level", "lines"), [("DEBUG", 3), ("INFO", 2), ("WARNING", 0)])
+def test_as_the_readme_shows_our_lines_come_in_the_log_of_the_application(
+    tmp_path: Path, level: str, lines: int
+) -> None:
+    with Shown(tmp_path, own(level), "--port=8888", "--logging=debug") as app:
+        with app.connect("echo") as client:
+            assert echoed(client) == "ECHO:Hello!"
+        assert app.stop() == 0
+    assert len(app.matching(r"^\[[DI] \d{6} [\d:]{8} echo_server:\d+\] \[SERVER\] ")) == lines
+    assert len(app.matching(r"\[SERVER\]")) == lines
+
+
+def test_as_the_readme_shows_pytest_runs_the_test_of_a_handler(tmp_path: Path) -> None:
+    shutil.copy(MODULE, tmp_path)
+    (tmp_path / "test_app.py").write_text(shown("With a test"))
+    done = ended(sys.executable, "-m", "pytest", "-q", "test_app.py", cwd=tmp_path)
+    assert re.search(r"(?m)^1 passed\b", done.stdout), done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- Frames
