@@ -955,6 +955,14 @@ def test_as_the_readme_shows_pytest_runs_the_test_of_a_handler(tmp_path: Path) -
     assert re.search(r"(?m)^1 passed\b", done.stdout), done.stdout + done.stderr
 
 
+def test_every_test_and_load_that_the_readme_names_is_there() -> None:
+    named = re.findall(r"`(?:(test_\w+)|(?:faults|compare)\.py --\w+ ([\w,-]+))`", README)
+    tests, loads = ({name for names in kind for name in names.split(",") if name} for kind in zip(*named, strict=True))
+    assert tests <= set(re.findall(r"(?m)^(?:async )?def (test_\w+)", Path(__file__).read_text()))
+    benchmarks = "".join(path.read_text() for path in (MODULE.parent / "benchmarks").glob("*.py"))
+    assert loads <= set(re.findall(r'"([\w-]+)"', benchmarks))
+
+
 # ---------------------------------------------------------------------------------------------- Frames
 
 
