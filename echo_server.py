@@ -1858,7 +1858,8 @@ class Server:
 
     async def keep_systemd_informed(self) -> None:
         """WATCHDOG=1 comes from the event loop: a loop that hangs is restarted, one that is busy is not."""
-        limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
+        ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
         while "NOTIFY_SOCKET" in os.environ:
             status = "stopping with" if self.stopping else "serving"
             notify(f"WATCHDOG=1\nSTATUS={status} {len(self.connections.open)} connections on {self.urls}")
@@ -1887,11 +1888,12 @@ def listening_sockets(options: Options) -> list[socket.socket]:
 
 def inherited_sockets() -> list[socket.socket]:
     """Socket activation, sd_listen_fds(3): descriptors from 3 on, meant for us if LISTEN_PID says so."""
-    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
-    count = int(os.environ.get("LISTEN_FDS", "0")) if ours else 0
-    sockets = [socket.socket(fileno=number) for number in range(3, 3 + count)]
+    pid, count, _ = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
+    ours = pid == str(os.getpid()) and count.isdecimal()
+    sockets = [socket.socket(fileno=number) for number in range(3, 3 + int(count if ours else 0))]
     for sock in sockets:
         sock.setblocking(False)
+        sock.set_inheritable(False)
     if sockets:
         log.info("[SERVER] systemd has opened the sockets: --address, --port and --unix-socket do not apply")
     return sockets
