@@ -902,9 +902,12 @@ class Connection(WebSocketProtocol):
             self._turn()
 
     def _bug(self) -> None:
-        """An error on our side: its traceback is logged, and the peer is told."""
-        self.handler.log_exception(*sys.exc_info())
-        self._end(1011)
+        """An error on our side: its traceback is logged, and the peer is told. That a peer has left is none."""
+        if self._state != OPEN and isinstance(sys.exc_info()[1], WebSocketClosedError):
+            self._warn("reply not sent,")
+        else:
+            self.handler.log_exception(*sys.exc_info())
+            self._end(1011)
 
     # ---- Writing
 
@@ -1217,7 +1220,7 @@ class Connections:
 
     def __init__(self) -> None:
         self.open: set[Connection] = set()
-        self.leaving = False  # the server stops
+        self.leaving = False  # whoever comes is sent away at once
         self.opened = 0
         self.traffic = [0] * 8  # texts, their bytes, binaries, their bytes received; the same sent
         self.closed: Counter[int] = Counter()  # by close code
@@ -1246,6 +1249,13 @@ class Connections:
             if 0 < limit < 4 * self.period:
                 self.period = limit / 4
         self.timer = self.timer or IOLoop.current().call_later(self.period, self.check_again)
+
+    async def go_away(self, seconds: float = 10.0) -> None:
+        """Closes all with 1001, behind the replies that they are owed, and waits so long for them to leave."""
+        self.leaving = True
+        for connection in list(self.open):
+            connection.go_away()
+        await until(lambda: not self.open, time.monotonic() + seconds)
 
     def has_time(self) -> bool:
         """Whether another turn may begin before those are served who ask for little."""
@@ -1281,6 +1291,11 @@ class Connections:
     def check_again(self) -> None:
         self.check()
         self.timer = IOLoop.current().call_later(self.period, self.check_again) if self.open else None
+
+
+async def until(condition: Callable[[], bool], deadline: float) -> None:
+    while not condition() and time.monotonic() < deadline:  # noqa: ASYNC110  # there is no one event for it
+        await asyncio.sleep(0.01)
 
 
 # ------------------------------------------------------------------------------------------------------ HTTP
@@ -1833,12 +1848,10 @@ class Server:
             with contextlib.suppress(OSError):
                 os.unlink(self.own_path)
         begin, patience = time.monotonic(), self.options.drain_timeout
-        self.connections.leaving = True
-        for connection in list(self.connections.open):
-            connection.go_away()
+        await self.connections.go_away(0)
         await until(lambda: all(stream.closed() for stream in self.waiting), begin + min(GRACE, patience))
         self.closed = True
-        await until(lambda: not self.connections.open, begin + patience)
+        await self.connections.go_away(begin + patience - time.monotonic())
         log.info("[SERVER] stopped")
         self.stopped.set()
 
@@ -1864,11 +1877,6 @@ class Server:
             status = "stopping with" if self.stopping else "serving"
             notify(f"WATCHDOG=1\nSTATUS={status} {len(self.connections.open)} connections on {self.urls}")
             await asyncio.sleep(min(limit / 3 or 5.0, 5.0))
-
-
-async def until(condition: Callable[[], bool], deadline: float) -> None:
-    while not condition() and time.monotonic() < deadline:  # noqa: ASYNC110  # there is no one event for it
-        await asyncio.sleep(0.01)
 
 
 def listening_sockets(options: Options) -> list[socket.socket]:

@@ -900,7 +900,7 @@ async def test_as_the_readme_shows_silence_is_answered_by_a_ping_and_then_by_the
 
 
 HOST_OF_ITS_OWN = """
-import signal
+import asyncio, signal
 from tornado.options import define, options, parse_command_line
 from tornado.web import Application
 from echo_server import EchoHandler
@@ -2200,6 +2200,24 @@ async def test_an_error_in_a_handler_is_1011_and_one_traceback(host: Host, handl
     peer.leave()
     await eventually(lambda: calls.closes)
     assert calls == [("open",), ("close", None, None)] and host.errors() == ["tornado.application"]
+
+
+class WritesWhenItIsTooLate(Recorder):
+    async def on_message(self, message: str | bytes) -> None:
+        await eventually(lambda: not self.ws_connection or self.ws_connection.is_closing())
+        await self.write_message(message)
+
+
+@pytest.mark.gen_test
+async def test_a_coroutine_that_writes_to_a_peer_who_has_left_is_one_line(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = Calls()
+    peer = await host.connect(WritesWhenItIsTooLate, calls=calls)
+    peer.send(text("a"))
+    peer.reset()
+    await eventually(lambda: "[SERVER] error:reply not sent" in caplog.text and calls.closes)
+    assert "Traceback" not in caplog.text
 
 
 class BrokenPing(Recorder):
