@@ -624,7 +624,7 @@ class Connection(WebSocketProtocol):
         self._registry.add(self, (*self._ping, self._stall_timeout))
         self._only_echoes = False
         self._call(handler.open, *handler.open_args, **handler.open_kwargs)
-        self._only_echoes = only_echoes(handler)
+        self.choose()
         self._turn(early)
         if self._registry.leaving:
             self.go_away()
@@ -1005,6 +1005,9 @@ class Connection(WebSocketProtocol):
             self._send_close(1000 if code is None and reason is not None else code, reason or "")
             self._state, self._deadline = CLOSING, time.monotonic() + CLOSE_TIMEOUT
 
+    def choose(self) -> None:
+        self._only_echoes = only_echoes(self.handler)
+
     def go_away(self) -> None:
         """Closes with 1001, behind the replies that are owed."""
         if self._state == OPEN:
@@ -1091,7 +1094,6 @@ class Connection(WebSocketProtocol):
 
     def check(self, now: float) -> None:
         """Comes some times in the shortest of the limits. Any byte, either way, is a sign of life."""
-        self._only_echoes = only_echoes(self.handler)  # the log level may have changed
         if self._seen:
             self._seen, self._seen_at, self._pinged = False, now, False
             if self._watched & READ:
@@ -1230,6 +1232,7 @@ class Connections:
         self.finished.set_result(None)
         self.line: deque[Connection] = deque()  # who waits for a turn that may take long
         self.round_ends = 0.0  # until when such turns begin in this round of the event loop, in time.monotonic()
+        self.shown = log.isEnabledFor(logging.DEBUG)  # each message, at the last check
         self.timer: object = None
         self.period = 0.5  # seconds between checks; less than a quarter of the shortest limit
         # glibc returns the top of the heap to the kernel at each free above a threshold, which grows with the largest
@@ -1284,7 +1287,11 @@ class Connections:
         self.closed[connection.outcome] += 1
 
     def check(self) -> None:
-        now = time.monotonic()
+        now, shown = time.monotonic(), log.isEnabledFor(logging.DEBUG)
+        if shown != self.shown:
+            self.shown = shown
+            for connection in self.open:
+                connection.choose()
         for connection in list(self.open):
             connection.check(now)
 
