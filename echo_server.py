@@ -219,7 +219,7 @@ class Scenario:
             handler.close(self.code, self.reason)
 
 
-OWN = {"on_message": EchoHandler.on_message, "reply": EchoHandler.reply, "write_message": EchoHandler.write_message}
+OWN = {name: getattr(EchoHandler, name) for name in ("on_message", "reply", "on_sent", "write_message")}
 
 
 def only_echoes(handler: WebSocketHandler) -> bool:
@@ -357,7 +357,7 @@ class Receiver:
         return events
 
     def _parse(self, data: bytes, events: list[Event]) -> None:
-        pos, end, budget = 0, len(data), TURN
+        pos, end, budget, longest = 0, len(data), TURN, MASK + min(125, self.limit)
         while budget > 0 and end - pos >= (1 if self._left else 2):
             if self._left:
                 stop = min(pos + self._left, end)
@@ -369,7 +369,7 @@ class Receiver:
                     events.append(self._end_message())
                 continue
             first, second = data[pos], data[pos + 1]
-            if 0x80 <= second < 0xFE and 0x80 < first < 0x83 and not self.opcode:
+            if MASK <= second <= longest and 0x80 < first < 0x83 and not self.opcode:
                 stop = pos + second - 0x7A  # nearly all frames: a whole message of at most 125 bytes
                 if stop <= end:
                     payload = unmask(data[pos + 2 : pos + 6], data[pos + 6 : stop])
@@ -764,7 +764,11 @@ class Connection(WebSocketProtocol):
             opcode, payload = self._queue.popleft()
             self._queue_size -= len(payload) + EVENT
             self._dispatch([(opcode, payload)])
-        events = receiver.feed(data)
+        if self._state == OPEN and self._queue_size > receiver.limit:
+            receiver.rest += data  # the rest waits until some of the queue has gone
+            events = []
+        else:
+            events = receiver.feed(data)
         try:
             if self._only_echoes and not self._hold and self._state == OPEN:
                 self._echo(events)
@@ -775,37 +779,42 @@ class Connection(WebSocketProtocol):
         self._turning = False
         if self._out:
             self._flush()
-        if self._hold or receiver.more or receiver.fault or self._leaving or self._watched != READ:
+        if self._hold or receiver.more or receiver.fault or self._leaving or self._backlog or self._watched != READ:
             self._after_turn()
 
     def _after_turn(self) -> None:
-        if self._state < ENDING and not (self._hold or self._scheduled):
-            if self._receiver.fault:
+        if self._state < ENDING and not self._scheduled:
+            if self._receiver.more:
+                if self._state != OPEN or not self._full():
+                    self._line_up()
+            elif self._receiver.fault and not self._hold:
                 self._fail(self._receiver.fault)
-            elif self._receiver.more:
-                self._line_up()
-            elif self._leaving:
+            elif self._leaving and not self._hold:
                 self.close(1001, "the server is stopping")
         if self._state != CLOSED:
             self._watch(self._may_read())
 
     def _may_read(self) -> bool:
-        if self._state == OPEN:
-            full = self._queue_size > self._receiver.limit or len(self._backlog or b"") > HIGH_WATER
-            return not (self._scheduled or self._leaving or full)
-        return self._state > CLOSING or not self._scheduled
+        if self._state > CLOSING:
+            return True
+        if self._scheduled or self._receiver.more:  # what was read comes first
+            return False
+        return self._state == CLOSING or not (self._leaving or self._full())
+
+    def _full(self) -> bool:
+        return self._queue_size > self._receiver.limit or len(self._backlog or b"") > HIGH_WATER
 
     def _echo(self, events: list[Event]) -> None:
         """The replies of EchoHandler's own `on_message`, without calling it: 0.6 rather than 1.3 us a message."""
-        self._prefix: str = self.handler.prefix  # type: ignore[attr-defined]  # only_echoes() has looked
-        head, self._heads = echo_heads(self._prefix)
-        heads = self._heads
+        prefix: str = self.handler.prefix  # type: ignore[attr-defined]  # only_echoes() has looked
+        head, heads = echo_heads(prefix)
+        self._prefix, self._heads = prefix, heads if self._receiver.limit >= 125 else []
         out, texts, size, binaries, binary_size = self._out, 0, 0, 0, 0
         rest = iter(events)
         for opcode, payload in rest:
             if opcode > BINARY:
                 self._control(opcode, payload)
-                if self._hold or self._state != OPEN:
+                if self._hold or self._state != OPEN or self.handler.prefix is not prefix:  # type: ignore[attr-defined]
                     self._dispatch(rest)
                 out = self._out  # it may have been flushed
                 continue
@@ -901,6 +910,7 @@ class Connection(WebSocketProtocol):
         except (Exception, asyncio.CancelledError):
             if self._state != CLOSED or not future.cancelled():
                 self._bug()
+        self.choose()  # a coroutine can have changed the handler
         self._release()
 
     def _release(self) -> None:
@@ -1082,10 +1092,11 @@ class Connection(WebSocketProtocol):
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._drop()
         self._fail_waiters()
-        if self._registry.remove(self):
+        if self in self._registry.open:  # otherwise it has left before it was let in
             asyncio.get_running_loop().call_soon(self._notify)  # never from within another method of the handler
 
     def _notify(self) -> None:
+        self._registry.remove(self)  # not before: /metrics must not count backwards
         self._registry.traffic = [a + b for a, b in zip(self._registry.traffic, self.echoed(), strict=True)]
         handler: Any = self.handler
         handler.on_close = functools.partial(self._call, handler.on_close)  # Tornado drops what a coroutine returns
@@ -1102,7 +1113,7 @@ class Connection(WebSocketProtocol):
 
     def check(self, now: float) -> None:
         """Comes some times in the shortest of the limits. Any byte, either way, is a sign of life."""
-        if self._seen:
+        if self._seen and self._state != CLOSED:
             self._seen, self._seen_at, self._pinged, self._read_size = False, now, False, SHORT_READ
             if self._watched & READ:
                 self._watch_on()
@@ -1122,12 +1133,12 @@ class Connection(WebSocketProtocol):
             self._check_message(now)
             self._check_life(now, *self._ping)
         else:
-            self._mark_at = now  # it is not the peer who holds the message up
+            self._mark_at = self._seen_at = now  # it is not the peer who holds the message up
 
     def _check_progress(self, now: float) -> None:
         """The kernel says that a socket is writable when a third of its buffer is free, which can be a megabyte later:
         ask it how much it holds."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: Tornado has closed it already
             (held,) = struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))
             if held < self._held:
                 self._progress_at = self._seen_at = now
@@ -1290,13 +1301,9 @@ class Connections:
         self.traffic[index] += 1
         self.traffic[index + 1] += size
 
-    def remove(self, connection: Connection) -> bool:
-        """Whether it was there: whoever left before it was let in was not."""
-        if connection not in self.open:
-            return False
-        self.open.remove(connection)
+    def remove(self, connection: Connection) -> None:
+        self.open.discard(connection)
         self.closed[connection.outcome] += 1
-        return True
 
     def check(self) -> None:
         now, shown = time.monotonic(), log.isEnabledFor(logging.DEBUG)
@@ -1308,8 +1315,10 @@ class Connections:
             connection.check(now)
 
     def check_again(self) -> None:
-        self.check()
-        self.timer = IOLoop.current().call_later(self.period, self.check_again) if self.open else None
+        try:
+            self.check()
+        finally:
+            self.timer = IOLoop.current().call_later(self.period, self.check_again) if self.open else None
 
 
 async def until(condition: Callable[[], bool], deadline: float) -> None:

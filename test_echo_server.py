@@ -2220,6 +2220,100 @@ async def test_a_coroutine_that_writes_to_a_peer_who_has_left_is_one_line(
     assert "Traceback" not in caplog.text
 
 
+class Plain(EchoHandler):
+    def on_message(self, message: str | bytes) -> None:
+        self.reply(message)  # and not by a shortcut
+
+
+@pytest.mark.gen_test
+async def test_a_reply_of_which_the_kernel_leaves_little_leaves_whole(host: Host) -> None:
+    peer = await host.connect(Plain, receive_buffer=65536)
+    (connection,) = Connections.current().open
+    count = 0
+    while not connection._backlog and not connection._writing and count < 200:
+        peer.send(text("x" * 70_000))
+        count += 1
+        await others_have_their_turn(host, 1)
+    assert await peer.replies(*[b"ECHO:" + b"x" * 70_000] * count)
+
+
+@pytest.mark.gen_test
+async def test_pings_behind_a_pending_coroutine_take_no_memory(host: Host) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(Waiting, calls=calls)
+    peer.send(text("a"))
+    await eventually(lambda: ("start", "a") in calls)
+    (connection,) = Connections.current().open
+    for _ in range(30):
+        peer.send(frame(FIN | PONG) * 20_000)
+        await others_have_their_turn(host, 1)
+    kept = len(connection._receiver.rest)
+    calls.gate.set()
+    assert kept < 1_000_000
+
+
+@pytest.mark.gen_test
+async def test_bombs_that_wait_for_a_coroutine_are_not_inflated_ahead(host: Host) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    host.app.settings["websocket_max_message_size"] = 100_000
+    peer = await host.connect(Waiting, headers=DEFLATE, calls=calls)
+    (connection,) = Connections.current().open
+    peer.send(frame(FIN | RSV1 | TEXT, packed(b"x" * 100_000)) * 500)
+    await others_have_their_turn(host)
+    for _ in range(20):
+        calls.gate.set()
+        calls.gate.clear()
+        await others_have_their_turn(host, 1)
+    assert connection._queue_size < 1_000_000 and len(calls) > 20
+    calls.gate.set()
+    peer.reset()
+
+
+@pytest.mark.gen_test
+async def test_whole_messages_that_wait_are_not_taken_for_one_that_does_not_go_on(host: Host) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(Waiting, stall_timeout=0.3, calls=calls)
+    peer.send(text("a") * 1000)
+    before = time.monotonic()
+    while time.monotonic() < before + 0.9:
+        await others_have_their_turn(host, 1)
+    calls.gate.set()
+    assert await peer.replies(*[b"a"] * 1000)
+
+
+@pytest.mark.gen_test
+async def test_on_close_comes_also_when_the_prefix_cannot_be_encoded_any_more(host: Host) -> None:
+    class Spoilt(Recorder):
+        on_message = EchoHandler.on_message
+
+    calls = Calls()
+    peer = await host.connect(Spoilt, calls=calls)
+    peer.send(text("a"))
+    assert await peer.replies(b"ECHO:a")
+    calls.handler.prefix = "\ud800"
+    peer.send(text("b"))
+    assert await peer.close_code() == 1011
+    peer.leave()
+    await eventually(lambda: calls.closes)
+    assert host.errors() == ["tornado.application"]
+
+
+class SetsMethods(EchoHandler):
+    async def open(self, *args: str, **kwargs: str) -> None:
+        await asyncio.sleep(0)
+        self.on_message = lambda message: self.reply("mine")  # type: ignore[method-assign]  # as an application may
+
+
+@pytest.mark.gen_test
+async def test_a_method_that_a_coroutine_sets_is_called(host: Host) -> None:
+    peer = await host.connect(SetsMethods)
+    peer.send(text("a"))
+    assert await peer.replies(b"ECHO:mine")
+
+
 class BrokenPing(Recorder):
     def on_ping(self, data: bytes) -> None:
         super().on_ping(data)
