@@ -580,6 +580,7 @@ class Connection(WebSocketProtocol):
         self.close_code: int | None = None  # what the peer said
         self.close_reason: str | None = None
         self._read_size = SHORT_READ
+        self._only_echoes = False  # the shortcuts may be taken: see choose()
         self._heads: list[tuple[bytes, bytes, bytes]] = []  # echo_heads() of the present prefix
         self._hold = False  # messages wait: for a coroutine of the handler, or for the peer to take replies
         self._queue: deque[Event] | None = None  # these
@@ -625,7 +626,6 @@ class Connection(WebSocketProtocol):
         if stream.closed():
             return  # it has left before it was let in
         early = self._take(stream)
-        self._only_echoes = False
         if self._out:
             self._flush()
         if self._state == CLOSED:
@@ -816,7 +816,8 @@ class Connection(WebSocketProtocol):
         for opcode, payload in rest:
             if opcode > BINARY:
                 self._control(opcode, payload)
-                if self._hold or self._state != OPEN or self.handler.prefix is not prefix:  # type: ignore[attr-defined]
+                changed = self.handler.prefix is not prefix  # type: ignore[attr-defined]  # as above
+                if changed or self._hold or self._state != OPEN:
                     self._dispatch(rest)
                 out = self._out  # it may have been flushed
                 continue
@@ -1026,6 +1027,7 @@ class Connection(WebSocketProtocol):
             self._state, self._deadline = CLOSING, time.monotonic() + CLOSE_TIMEOUT
 
     def choose(self) -> None:
+        """Whether replies are made without the handler's on_message, as long as nobody can tell."""
         self._only_echoes = only_echoes(self.handler)
 
     def go_away(self) -> None:
