@@ -153,9 +153,7 @@ class EchoHandler(WebSocketHandler):
         return {} if self.compression else None
 
     def get_websocket_protocol(self) -> WebSocketProtocol | None:
-        stream = cast(Any, self.request.connection).stream
-        plain = type(stream) is IOStream and (stream.closed() or stream.socket.type == socket.SOCK_STREAM)
-        self.connection = (Connection if plain else StreamConnection)(self, self.stall_timeout)
+        self.connection = Connection(self, self.stall_timeout)
         return self.connection
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
@@ -555,17 +553,19 @@ LINGER_TIMEOUT = 2.0  # seconds for a peer that was failed to read why
 # have left, and what comes is thrown away: close() with unread bytes is a reset, which may overtake our Close.
 OPEN, CLOSING, ENDING, LINGERING, CLOSED = range(5)
 READ, WRITE = 1, 2  # what the event loop watches a socket for
+WOULD_BLOCK = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 
 
 class Connection(WebSocketProtocol):
-    """A handler's protocol on a plain socket, which it takes over from Tornado's IOStream."""
+    """A handler's protocol on its socket, plain or TLS, which is taken over from Tornado's IOStream: as it has to be
+    told of each read and write, a message costs 25 us rather than 9 on it, and 0.8 rather than 0.6 when pipelined."""
 
     __slots__ = (
         "_backlog", "_binaries", "_binary_bytes", "_deadline", "_deflate", "_heads", "_held", "_hold", "_leaving",
         "_linger", "_mark", "_mark_at", "_only_echoes", "_other_bytes", "_others", "_out", "_out_size", "_pending",
         "_ping", "_pinged", "_pong", "_prefix", "_progress_at", "_queue", "_queue_size", "_read_size", "_receiver",
         "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_socket", "_stall_timeout", "_state",
-        "_subprotocol", "_text_bytes", "_texts", "_turning", "_waiters", "_watched", "_writing", "close_code",
+        "_subprotocol", "_text_bytes", "_texts", "_tls", "_turning", "_waiters", "_watched", "close_code",
         "close_reason", "opened", "outcome",
     )  # fmt: skip
 
@@ -592,7 +592,6 @@ class Connection(WebSocketProtocol):
         self._out_size = 0  # bytes of messages in it
         self._backlog: bytearray | None = None  # what the kernel has not taken yet
         self._sent = 0  # bytes that have left the backlog, ever
-        self._writing: asyncio.Future[None] | None = None  # what StreamConnection has given to its stream
         self._waiters: deque[tuple[int, asyncio.Future[None]]] | None = None  # by the _sent that they wait for
         self._pong: bytes | None = None  # the answer to the latest of the pings that came during a backlog
         self._held = 0  # bytes that the kernel had not delivered at the last check
@@ -657,11 +656,14 @@ class Connection(WebSocketProtocol):
         self._receiver = Receiver(handler.max_message_size, bool(accepted))
         return answer
 
-    # ---- The socket; StreamConnection replaces these
+    # ---- The socket
 
     def _take(self, stream: IOStream) -> bytes:
         """Takes the socket from Tornado; returns what came behind the handshake and is in Tornado's buffer."""
         self._socket = stream.socket
+        self._tls = isinstance(self._socket, ssl.SSLSocket)
+        if self._tls:
+            self._read_size = READ_SIZE  # a whole record at least: nobody is told of a rest that OpenSSL holds
         stream.close_fd = lambda: None  # type: ignore[method-assign]  # so that close() leaves it open
         stream.close()
         self._watched = READ
@@ -678,7 +680,7 @@ class Connection(WebSocketProtocol):
         for a turn, beside 5 in the kernel and the event loop."""
         try:
             data = self._socket.recv(self._read_size)
-        except BlockingIOError:
+        except WOULD_BLOCK:
             return
         except OSError:
             data = b""
@@ -729,7 +731,7 @@ class Connection(WebSocketProtocol):
         """Writes what is taken at once; returns how many bytes that is."""
         try:
             return self._socket.send(pieces[0]) if len(pieces) == 1 else self._socket.sendmsg(pieces)
-        except BlockingIOError:
+        except WOULD_BLOCK:
             return 0
 
     def _drop(self) -> None:
@@ -967,10 +969,10 @@ class Connection(WebSocketProtocol):
     def _flush(self) -> None:
         """Hands what was gathered to the kernel; what it does not take is the backlog."""
         out, size, self._out, self._out_size = self._out, self._out_size, [], 0
-        pieces = out if size >= SCATTER and len(out) < 64 else (b"".join(out),)
+        pieces = out if size >= SCATTER and len(out) < 64 and not self._tls else (b"".join(out),)
         try:
             sent = 0 if self._backlog else self._send(pieces)
-        except (OSError, StreamClosedError) as error:
+        except OSError as error:
             self._lost(str(error), owed=True)
             return
         if sent < (sum(map(len, pieces)) if pieces is out else len(pieces[0])):
@@ -1000,7 +1002,7 @@ class Connection(WebSocketProtocol):
         while self._backlog:
             try:
                 sent = self._send([self._backlog])
-            except (OSError, StreamClosedError) as error:
+            except OSError as error:
                 self._lost(str(error), owed=True)
                 return
             if not sent:
@@ -1072,7 +1074,7 @@ class Connection(WebSocketProtocol):
             self._end_sent()
 
     def _end_sent(self) -> None:
-        if self._state == ENDING and (self._backlog or self._writing):
+        if self._state == ENDING and self._backlog:
             self._watch(reading=True)
         elif self._state == ENDING and self._linger:
             self._state, self._deadline = LINGERING, time.monotonic() + LINGER_TIMEOUT
@@ -1118,12 +1120,13 @@ class Connection(WebSocketProtocol):
     def check(self, now: float) -> None:
         """Comes some times in the shortest of the limits. Any byte, either way, is a sign of life."""
         if self._seen and self._state != CLOSED:
-            self._seen, self._seen_at, self._pinged, self._read_size = False, now, False, SHORT_READ
+            self._seen, self._seen_at, self._pinged = False, now, False
+            self._read_size = READ_SIZE if self._tls else SHORT_READ
             if self._watched & READ:
                 self._watch_on()
         if self._state == CLOSED:
             return
-        if self._backlog or self._writing:
+        if self._backlog:
             self._check_progress(now)
         if self._backlog and 0 < self._stall_timeout <= now - self._progress_at:
             self.outcome = 1008
@@ -1186,56 +1189,6 @@ class Connection(WebSocketProtocol):
 
     def _process_server_headers(self, key: str | bytes, headers: HTTPHeaders) -> None:
         raise NotImplementedError("for clients")
-
-
-class StreamConnection(Connection):
-    """The same on Tornado's stream, for TLS; in writes of 16 KiB, a record, so that their progress is seen."""
-
-    __slots__ = ("_reading", "_stream")
-
-    def _take(self, stream: IOStream) -> bytes:
-        self._stream, self._socket, self._watched = stream, stream.socket, 0
-        self._reading: asyncio.Future[bytes] | None = None
-        return b""
-
-    def _watch(self, reading: bool) -> None:
-        if reading and not self._reading:
-            try:
-                self._reading = cast("asyncio.Future[bytes]", self._stream.read_bytes(READ_SIZE, partial=True))
-                self._reading.add_done_callback(self._on_read)
-            except (OSError, StreamClosedError) as error:
-                asyncio.get_running_loop().call_soon(self._lost, str(error))
-
-    def _on_read(self, read: asyncio.Future[bytes]) -> None:
-        self._reading = None
-        if read.cancelled() or read.exception():
-            self._lost("the peer has left")
-        elif self._state != CLOSED:
-            self._seen = True
-            self._on_data(read.result())
-            if self._state != CLOSED:
-                self._watch(self._may_read())
-
-    def _send(self, pieces: Sequence[bytes | bytearray]) -> int:
-        data, sent = b"".join(pieces), 0
-        while sent < len(data) and not self._writing:
-            writing = self._stream.write(data[sent : sent + 16384])
-            sent = min(sent + 16384, len(data))
-            if not writing.done():
-                self._writing = writing
-                writing.add_done_callback(self._on_written)
-        return sent
-
-    def _on_written(self, written: asyncio.Future[None]) -> None:
-        self._writing = None
-        if written.cancelled() or written.exception():
-            self._lost("the peer has left", owed=True)
-        elif self._state != CLOSED:
-            self._seen, self._progress_at = True, time.monotonic()
-            self._drain()
-
-    def _drop(self) -> None:
-        self._stream.close()
 
 
 class Connections:
