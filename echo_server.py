@@ -45,6 +45,7 @@ import weakref
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from operator import add
 from pathlib import Path
 from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
@@ -561,21 +562,20 @@ class Connection(WebSocketProtocol):
     told of each read and write, a message costs 25 us rather than 9 on it, and 0.8 rather than 0.6 when pipelined."""
 
     __slots__ = (
-        "_backlog", "_binaries", "_binary_bytes", "_deadline", "_deflate", "_heads", "_held", "_hold", "_leaving",
-        "_linger", "_mark", "_mark_at", "_only_echoes", "_other_bytes", "_others", "_out", "_out_size", "_pending",
-        "_ping", "_pinged", "_pong", "_prefix", "_progress_at", "_queue", "_queue_size", "_read_size", "_receiver",
-        "_registry", "_scheduled", "_seen", "_seen_at", "_sent", "_socket", "_stall_timeout", "_state",
-        "_subprotocol", "_text_bytes", "_texts", "_tls", "_turning", "_waiters", "_watched", "close_code",
-        "close_reason", "opened", "outcome",
+        "_backlog", "_deadline", "_deflate", "_heads", "_held", "_hold", "_linger", "_mark", "_mark_at",
+        "_only_echoes", "_out", "_out_size", "_pending", "_ping", "_pinged", "_prefix", "_progress_at",
+        "_queue", "_queue_size", "_read_size", "_receiver", "_registry", "_scheduled", "_seen", "_seen_at", "_sent",
+        "_socket", "_stall_timeout", "_state", "_tls", "_turning", "_waiters", "_watched", "close_code",
+        "close_reason", "opened", "outcome", "selected_subprotocol", "traffic",
     )  # fmt: skip
+    selected_subprotocol: str | None
 
     def __init__(self, handler: WebSocketHandler, stall_timeout: float) -> None:
         super().__init__(handler)
         self.handler: WebSocketHandler = handler
         self._state, self._registry = OPEN, Connections.current()
         self.opened = self._seen_at = self._mark_at = self._progress_at = time.monotonic()
-        self._texts = self._text_bytes = self._binaries = self._binary_bytes = 0  # answered by the shortcuts
-        self._others = self._other_bytes = 0  # received by `on_message`
+        self.traffic = [0] * 8  # texts, their bytes, binaries, their bytes received; the same sent
         self.outcome = 1006  # the close code for log and metrics; 1006: without a Close
         self.close_code: int | None = None  # what the peer said
         self.close_reason: str | None = None
@@ -593,9 +593,8 @@ class Connection(WebSocketProtocol):
         self._backlog: bytearray | None = None  # what the kernel has not taken yet
         self._sent = 0  # bytes that have left the backlog, ever
         self._waiters: deque[tuple[int, asyncio.Future[None]]] | None = None  # by the _sent that they wait for
-        self._pong: bytes | None = None  # the answer to the latest of the pings that came during a backlog
         self._held = 0  # bytes that the kernel had not delivered at the last check
-        self._leaving = self._linger = False
+        self._linger = False
         self._seen, self._pinged = True, False  # a byte came or left since the last check; a ping was sent
         self._deadline = 0.0  # of the present state, in time.monotonic(); 0: none
         self._mark: tuple[int, int] | None = None
@@ -633,16 +632,14 @@ class Connection(WebSocketProtocol):
         self._call(handler.open, *handler.open_args, **handler.open_kwargs)
         self.choose()
         self._turn(early)
-        if self._registry.leaving:
-            self.go_away()
 
     def _negotiate(self, handler: WebSocketHandler, headers: HTTPHeaders) -> dict[str, str]:
         """Returns the headers of the answer about subprotocol and extensions."""
         answer = {}
         names = [name.strip() for name in headers.get("Sec-WebSocket-Protocol", "").split(",") if name.strip()]
-        self._subprotocol = handler.select_subprotocol(names)
-        if self._subprotocol:
-            answer["Sec-WebSocket-Protocol"] = self._subprotocol
+        self.selected_subprotocol = handler.select_subprotocol(names)
+        if self.selected_subprotocol:
+            answer["Sec-WebSocket-Protocol"] = self.selected_subprotocol
         options, accepted, bits = handler.get_compression_options(), "", 0
         # Tornado's client ignores client_no_context_takeover: its second message would not inflate.
         offers = headers.get("Sec-WebSocket-Extensions")
@@ -692,9 +689,11 @@ class Connection(WebSocketProtocol):
             and not (receiver.opcode or receiver.rest or self._hold or self._backlog or self._state)
             and (payload := unmask(data[2:6], data[6:])).isascii()
         ):  # fmt: skip
-            self._texts += 1
-            self._text_bytes += size
-            reply = heads[size][TEXT] + payload
+            reply, traffic = heads[size][TEXT] + payload, self.traffic
+            traffic[0] += 1
+            traffic[1] += size
+            traffic[4] += 1
+            traffic[5] += len(reply) - 2
             try:
                 sent = self._socket.send(reply)
             except OSError:
@@ -707,11 +706,11 @@ class Connection(WebSocketProtocol):
         else:
             self._lost("the peer has left")
 
-    def _watch(self, reading: bool) -> None:
-        """Asks for a call when there is something to read, and when the backlog can go on."""
-        watched = (READ if reading else 0) | (WRITE if self._backlog else 0)
+    def _watch(self) -> None:
+        """Asks for a call when there is something that may be read, and when the backlog can go on."""
+        watched = (READ if self._may_read() else 0) | (WRITE if self._backlog else 0)
         changed, self._watched, loop = watched ^ self._watched, watched, asyncio.get_running_loop()
-        if changed & READ and reading:
+        if changed & READ and watched & READ:
             loop.add_reader(self._socket, self._on_readable)
         elif changed & READ:
             loop.remove_reader(self._socket)
@@ -734,13 +733,6 @@ class Connection(WebSocketProtocol):
         except WOULD_BLOCK:
             return 0
 
-    def _drop(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._socket)
-        loop.remove_writer(self._socket)
-        IOLoop.current().remove_handler(self._socket)
-        self._socket.close()
-
     # ---- Reading
 
     def _on_data(self, data: bytes) -> None:
@@ -750,7 +742,7 @@ class Connection(WebSocketProtocol):
         if self._deflate and self._state < ENDING and not self._registry.has_time():
             self._receiver.rest += data
             self._line_up()
-            self._watch(self._may_read())
+            self._watch()
         else:
             self._turn(data)
 
@@ -765,9 +757,9 @@ class Connection(WebSocketProtocol):
             return
         receiver, self._turning, self._scheduled = self._receiver, True, False
         while self._queue and not self._hold:
-            opcode, payload = self._queue.popleft()
-            self._queue_size -= len(payload) + EVENT
-            self._dispatch([(opcode, payload)])
+            event = self._queue.popleft()
+            self._queue_size -= len(event[1]) + EVENT
+            self._dispatch([event])
         if self._state == OPEN and self._queue_size > receiver.limit:
             receiver.rest += data  # the rest waits until some of the queue has gone
             events = []
@@ -783,7 +775,8 @@ class Connection(WebSocketProtocol):
         self._turning = False
         if self._out:
             self._flush()
-        if self._hold or receiver.more or receiver.fault or self._leaving or self._backlog or self._watched != READ:
+        waits = self._hold or receiver.more or self._backlog or self._watched != READ
+        if waits or receiver.fault or self._registry.leaving:
             self._after_turn()
 
     def _after_turn(self) -> None:
@@ -793,17 +786,17 @@ class Connection(WebSocketProtocol):
                     self._line_up()
             elif self._receiver.fault and not self._hold:
                 self._fail(self._receiver.fault)
-            elif self._leaving and not self._hold:
+            elif self._registry.leaving and not self._hold:
                 self.close(1001, "the server is stopping")
         if self._state != CLOSED:
-            self._watch(self._may_read())
+            self._watch()
 
     def _may_read(self) -> bool:
         if self._state > CLOSING:
             return True
         if self._scheduled or self._receiver.more:  # what was read comes first
             return False
-        return self._state == CLOSING or not (self._leaving or self._full())
+        return self._state == CLOSING or not (self._registry.leaving or self._full())
 
     def _full(self) -> bool:
         return self._queue_size > self._receiver.limit or len(self._backlog or b"") > HIGH_WATER
@@ -813,11 +806,10 @@ class Connection(WebSocketProtocol):
         prefix: str = self.handler.prefix  # type: ignore[attr-defined]  # only_echoes() has looked
         head, heads = echo_heads(prefix)
         self._prefix, self._heads = prefix, heads if self._receiver.limit >= 125 else []
-        out, texts, size, binaries, binary_size = self._out, 0, 0, 0, 0
-        rest = iter(events)
+        out, rest, numbers, sizes = self._out, iter(events), [0, 0, 0], [0, 0, 0]
         for opcode, payload in rest:
             if opcode > BINARY:
-                self._control(opcode, payload)
+                self._control(opcode, bytes(payload))
                 changed = self.handler.prefix is not prefix  # type: ignore[attr-defined]  # as above
                 if changed or self._hold or self._state != OPEN:
                     self._dispatch(rest)
@@ -832,66 +824,48 @@ class Connection(WebSocketProtocol):
             else:
                 out.append(frame_header(FIN | opcode, len(head) + length) + head)
                 out.append(payload)
-            if opcode == TEXT:
-                texts += 1
-                size += length
-            else:
-                binaries += 1
-                binary_size += length
-        self._texts += texts
-        self._text_bytes += size
-        if binaries:
-            self._binaries += binaries
-            self._binary_bytes += binary_size
-        self._out_size += size + binary_size
+            numbers[opcode] += 1
+            sizes[opcode] += length
+        self._out_size += sum(sizes)
+        for opcode in TEXT, BINARY:
+            self._count(0, opcode, sizes[opcode], numbers[opcode])
+            self._count(4, opcode, sizes[opcode] + len(head) * numbers[opcode], numbers[opcode])
 
     def _dispatch(self, events: Iterable[Event]) -> None:
-        """Hands messages to the handler, until the ones that are left have to wait."""
+        """Hands messages to the handler. While they have to wait, so does the Close behind them."""
         for opcode, payload in events:
-            if self._hold:
-                self._enqueue(opcode, payload)
+            if self._hold and opcode <= CLOSE and self._state == OPEN:
+                if opcode == CLOSE:
+                    self._read_close(bytes(payload))  # its sender may have gone when its turn comes
+                self._queue = self._queue or deque()
+                self._queue.append((opcode, payload))
+                self._queue_size += len(payload) + EVENT
             elif opcode > BINARY:
-                self._control(opcode, payload)
-            elif self._state == OPEN:
-                self._others += 1
-                self._other_bytes += len(payload)
-                self._registry.count(0, opcode, len(payload))
+                self._control(opcode, bytes(payload))
+            elif self._state == OPEN:  # section 1.4: behind a Close, messages are discarded
+                self._count(0, opcode, len(payload))
                 self._call(self.handler.on_message, payload.decode() if opcode == TEXT else bytes(payload))
+
+    def _count(self, way: int, opcode: int, size: int, number: int = 1) -> None:
+        self.traffic[way + 2 * opcode - 2] += number
+        self.traffic[way + 2 * opcode - 1] += size
 
     def received(self) -> tuple[int, int]:
         """How many messages, and their bytes."""
-        size = self._other_bytes + self._text_bytes + self._binary_bytes
-        return self._others + self._texts + self._binaries, size
+        return self.traffic[0] + self.traffic[2], self.traffic[1] + self.traffic[3]
 
-    def echoed(self) -> list[int]:
-        """What the shortcuts have done, in the order of Connections.traffic, which does not have it yet."""
-        texts, text_bytes, binaries, binary_bytes = self._texts, self._text_bytes, self._binaries, self._binary_bytes
-        prefix = len(self._prefix.encode()) if texts or binaries else 0
-        sent = [texts, text_bytes + prefix * texts, binaries, binary_bytes + prefix * binaries]
-        return [texts, text_bytes, binaries, binary_bytes, *sent]
-
-    def _enqueue(self, opcode: int, payload: bytes | bytearray) -> None:
+    def _control(self, opcode: int, payload: bytes) -> None:
+        if self._state >= ENDING:
+            return
         if opcode == CLOSE:
-            self._read_close(bytes(payload))  # its sender may have gone when its turn comes
-        if opcode > CLOSE or self._state != OPEN:
-            self._control(opcode, payload)  # does not wait
-        else:
-            self._queue = self._queue or deque()
-            self._queue.append((opcode, payload))
-            self._queue_size += len(payload) + EVENT
-
-    def _control(self, opcode: int, payload: bytes | bytearray) -> None:
-        payload = bytes(payload)
-        if self._state >= ENDING or opcode <= BINARY:
-            return  # section 1.4: behind a Close, messages are discarded
-        if opcode == CLOSE:
-            self._on_close_frame(payload)
+            self._read_close(payload)
+            if self._state == OPEN:
+                self._send_close(self.close_code)  # section 5.5.1: the code comes back
+            self._end()
         elif opcode == PONG:
             self._call(self.handler.on_pong, payload)
         else:
-            if self._state == OPEN and self._backlog:
-                self._pong = payload  # section 5.5.3: answering the latest is enough
-            elif self._state == OPEN:
+            if self._state == OPEN:
                 self._write(FIN | PONG, payload)
             self._call(self.handler.on_ping, payload)
 
@@ -941,7 +915,7 @@ class Connection(WebSocketProtocol):
             raise WebSocketClosedError
         payload = utf8(json_encode(message) if isinstance(message, dict) else message)
         self._add_message(BINARY if binary else TEXT, payload)
-        self._registry.count(4, BINARY if binary else TEXT, len(payload))
+        self._count(4, BINARY if binary else TEXT, len(payload))
         if not self._turning or self._out_size > HIGH_WATER:
             self._flush()
             if self._backlog or self._state == CLOSED:
@@ -981,7 +955,7 @@ class Connection(WebSocketProtocol):
             self._backlog += b"".join(pieces)[sent:]
             self._hold = self._hold or len(self._backlog) > HIGH_WATER
             if not self._turning:
-                self._watch(self._may_read())
+                self._watch()
 
     def _waiter(self) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.Future()
@@ -1013,9 +987,6 @@ class Connection(WebSocketProtocol):
             while self._waiters and self._waiters[0][0] <= self._sent:
                 future_set_result_unless_cancelled(self._waiters.popleft()[1], None)
         self._backlog = None
-        if self._pong is not None and self._state == OPEN:
-            pong, self._pong = self._pong, None
-            self._write(FIN | PONG, pong)
         if self._state == ENDING:
             self._end_sent()
         else:
@@ -1032,16 +1003,6 @@ class Connection(WebSocketProtocol):
         """Whether replies are made without the handler's on_message, as long as nobody can tell."""
         self._only_echoes = only_echoes(self.handler)
 
-    def go_away(self) -> None:
-        """Closes with 1001, behind the replies that are owed."""
-        if self._state == OPEN:
-            self._leaving = True
-            self._after_turn()
-
-    def drop(self) -> None:
-        """Without a Close: the peer sees a reset."""
-        self._closed(reset=True)
-
     def is_closing(self) -> bool:
         return self._state != OPEN
 
@@ -1052,12 +1013,6 @@ class Connection(WebSocketProtocol):
     def _read_close(self, payload: bytes) -> None:
         if payload:
             self.close_code, self.close_reason = int.from_bytes(payload[:2], "big"), payload[2:].decode()
-
-    def _on_close_frame(self, payload: bytes) -> None:
-        self._read_close(payload)
-        if self._state == OPEN:
-            self._send_close(self.close_code)  # section 5.5.1: the code comes back
-        self._end()
 
     def _fail(self, fault: Fault) -> None:
         self._warn(f"{fault.code} {fault.reason}, from")
@@ -1075,36 +1030,41 @@ class Connection(WebSocketProtocol):
 
     def _end_sent(self) -> None:
         if self._state == ENDING and self._backlog:
-            self._watch(reading=True)
+            self._watch()
         elif self._state == ENDING and self._linger:
             self._state, self._deadline = LINGERING, time.monotonic() + LINGER_TIMEOUT
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._socket, socket.SHUT_WR)  # not SSLSocket's, which ends TLS as well
-            self._watch(reading=True)
+            self._watch()
         else:
-            self._closed()
+            self.drop(reset=False)
 
     def _lost(self, why: str, owed: bool = False) -> None:
         if (owed or self._backlog) and self._state != CLOSED and self._only_echoes:  # others' futures say it
             self._warn(f"reply not sent: {why},")
-        self._closed()
+        self.drop(reset=False)
 
-    def _closed(self, reset: bool = False) -> None:
+    def drop(self, reset: bool = True) -> None:
+        """Without a Close; with a reset, since the kernel would go on offering what it has."""
         if self._state == CLOSED:
             return
-        self._state = CLOSED
-        if reset:  # otherwise the kernel goes on offering what it has
+        self._state, loop = CLOSED, asyncio.get_running_loop()
+        if reset:
             with contextlib.suppress(OSError):
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._drop()
+        loop.remove_reader(self._socket)
+        loop.remove_writer(self._socket)
+        IOLoop.current().remove_handler(self._socket)
+        self._socket.close()
         self._fail_waiters()
         if self in self._registry.open:  # otherwise it has left before it was let in
-            asyncio.get_running_loop().call_soon(self._notify)  # never from within another method of the handler
+            loop.call_soon(self._notify)  # never from within another method of the handler
 
     def _notify(self) -> None:
-        self._registry.remove(self)  # not before: /metrics must not count backwards
-        self._registry.traffic = [a + b for a, b in zip(self._registry.traffic, self.echoed(), strict=True)]
-        handler: Any = self.handler
+        registry, handler = self._registry, cast(Any, self.handler)
+        registry.open.remove(self)  # not before: /metrics must not count backwards
+        registry.closed[self.outcome] += 1
+        registry.traffic = [*map(add, registry.traffic, self.traffic)]
         handler.on_close = functools.partial(self._call, handler.on_close)  # Tornado drops what a coroutine returns
         try:
             handler.on_ws_connection_close(self.close_code, self.close_reason)
@@ -1132,10 +1092,10 @@ class Connection(WebSocketProtocol):
             self.outcome = 1008
             self._registry.cut["stalled"] += 1
             self._warn("1008 takes nothing,")
-            self._closed(reset=True)
+            self.drop()
         elif self._deadline and now >= self._deadline:
             if not self._backlog or now >= self._progress_at + CLOSE_TIMEOUT:
-                self._closed(reset=True)
+                self.drop()
         elif self._state == OPEN and self._may_read():
             self._check_message(now)
             self._check_life(now, *self._ping)
@@ -1163,23 +1123,19 @@ class Connection(WebSocketProtocol):
         if self._pinged and 0 < timeout <= silence - interval:
             self._registry.cut["silent"] += 1
             self._warn("no answer to a ping,")
-            self._closed(reset=True)
+            self.drop()
         elif interval and silence >= interval and not self._pinged and not self._backlog:
             self._pinged = True
             self._write(FIN | PING, b"")
 
     # ---- What Tornado asks for beside
 
-    @property
-    def selected_subprotocol(self) -> str | None:
-        return self._subprotocol
-
     def set_nodelay(self, x: bool) -> None:
         if self._socket.family != socket.AF_UNIX:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, x)
 
     def on_connection_close(self) -> None:
-        self._closed()
+        self.drop(reset=False)
 
     def start_pinging(self) -> None:
         """`check` does it."""
@@ -1200,7 +1156,7 @@ class Connections:
         self.open: set[Connection] = set()
         self.leaving = False  # whoever comes is sent away at once
         self.opened = 0
-        self.traffic = [0] * 8  # texts, their bytes, binaries, their bytes received; the same sent
+        self.traffic = [0] * 8  # of those that have been closed
         self.closed: Counter[int] = Counter()  # by close code
         self.cut: Counter[str] = Counter()  # for a reason that has no code on the wire
         self.refused: Counter[str] = Counter()  # handshakes, by reason
@@ -1224,16 +1180,14 @@ class Connections:
     def add(self, connection: Connection, limits: Iterable[float]) -> None:
         self.open.add(connection)
         self.opened += 1
-        for limit in limits:
-            if 0 < limit < 4 * self.period:
-                self.period = limit / 4
+        self.period = min([self.period, *(limit / 4 for limit in limits if limit > 0)])
         self.timer = self.timer or IOLoop.current().call_later(self.period, self.check_again)
 
     async def go_away(self, seconds: float = 10.0) -> None:
         """Closes all with 1001, behind the replies that they are owed, and waits so long for them to leave."""
         self.leaving = True
         for connection in list(self.open):
-            connection.go_away()
+            connection._after_turn()
         await until(lambda: not self.open, time.monotonic() + seconds)
 
     def has_time(self) -> bool:
@@ -1252,15 +1206,6 @@ class Connections:
             self.round_ends = 0.0
             if self.line:
                 self.has_time()
-
-    def count(self, way: int, opcode: int, size: int) -> None:
-        index = way + 2 * (opcode - TEXT)
-        self.traffic[index] += 1
-        self.traffic[index + 1] += size
-
-    def remove(self, connection: Connection) -> None:
-        self.open.discard(connection)
-        self.closed[connection.outcome] += 1
 
     def check(self) -> None:
         now, shown = time.monotonic(), log.isEnabledFor(logging.DEBUG)
@@ -1394,8 +1339,8 @@ def answer(handler: RequestHandler, media_type: str, body: str, **more: str) -> 
 
 def metrics(connections: Connections) -> str:
     """The text format of Prometheus, 0.0.4."""
-    columns = zip(connections.traffic, *(connection.echoed() for connection in connections.open), strict=True)
-    traffic = [sum(column) for column in columns]
+    of_each = (connection.traffic for connection in connections.open)
+    traffic = [sum(column) for column in zip(connections.traffic, *of_each, strict=True)]
     ways = [f'{{direction="{way}",type="{kind}"}}' for way in ("received", "sent") for kind in ("text", "binary")]
     families: list[tuple[str, str, dict[str, int]]] = [
         ("build_info", "The version that runs.", by("version", {__version__: 1})),

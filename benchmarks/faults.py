@@ -379,7 +379,8 @@ FAULTS = (
     Fault("unfinished", "500 peers with an almost finished message of 1 MiB", unfinished, ("--stall-timeout=3",)),
     Fault("churn", "20,000 connections, half of them ended by a reset", churn),
     Fault("pings", "pings from 50 peers that read the pongs", _flooding(PINGS, read=True)),
-    Fault("pings-unread", "pings from 50 peers that do not", _flooding(PINGS, read=False)),
+    # Of each 64 KiB of pongs that wait, and what is left of the last read, which is 256 KiB.
+    Fault("pings-unread", "pings from 50 peers that do not", _flooding(PINGS, read=False, taken=50 * 0.4)),
     Fault("bytes", "messages of 1 byte from 50 peers", _flooding(BYTES, read=True)),
     Fault(
         "bytes-unread",
