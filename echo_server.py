@@ -389,7 +389,6 @@ class Receiver:
                 length = extended_length(data[pos + 2 : start])
             opcode, stop = first & 0x0F, start + 4 + length
             if opcode < CLOSE:
-                self._check_size(bool(first & RSV1 or self._inflater), length)
                 if start + 4 > end:
                     break
                 self._begin_frame(first, length, data[start : start + 4])
@@ -420,11 +419,7 @@ class Receiver:
         self._empty += not length
         if self._fragments > MAX_FRAGMENTS or self._empty > MAX_EMPTY:
             raise Fault(1008, "too many fragments")
-
-    def _check_size(self, compressed: bool, length: int) -> None:
-        """Before a byte of the payload is accepted. Deflate makes some data longer, by less than 1/64."""
-        allowance = self.limit // 64 + 256 if compressed else 0
-        if self._wire + length > self.limit + allowance:
+        if self._wire > self.limit + (self.limit // 64 + 256 if self._inflater else 0):  # deflate can make it longer
             raise Fault(1009, "message is too big")
 
     def _add_payload(self, data: bytes) -> None:
@@ -432,9 +427,8 @@ class Receiver:
         shift = len(data) & 3
         self._key = self._key[shift:] + self._key[:shift]  # section 5.3: byte i goes with key byte i mod 4
         self.received += len(data)
-        self._add_content(self._inflate(data) if self._inflater else data)
-
-    def _add_content(self, data: bytes) -> None:
+        if self._inflater:
+            data = self._inflate(data)
         if self.opcode == TEXT and (self._tail or not data.isascii()):
             self._tail = check_text(self._tail + data, final=False)
         if not self._message:
