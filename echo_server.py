@@ -1099,7 +1099,7 @@ class Connection(WebSocketProtocol):
     def _check_progress(self, now: float) -> None:
         """The kernel says that a socket is writable when a third of its buffer is free, which can be a megabyte later:
         ask it how much it holds."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: Tornado has closed it already
+        with contextlib.suppress(OSError):
             (held,) = struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))
             if held < self._held:
                 self._progress_at = self._seen_at = now

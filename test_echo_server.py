@@ -68,6 +68,7 @@ from echo_server import (
     deflate,
     frame_header,
     main,
+    metrics,
     parse_args,
 )
 
@@ -2253,6 +2254,25 @@ async def test_pings_behind_a_pending_coroutine_take_no_memory(host: Host) -> No
     assert kept < 1_000_000
 
 
+class SaysTheLastWord(EchoHandler):
+    def on_message(self, message: str | bytes) -> None:
+        self.reply(message)
+        if self.connection._backlog:
+            self.close(4000)
+
+
+@pytest.mark.gen_test
+async def test_frames_behind_our_close_take_no_memory_while_a_reply_waits(host: Host) -> None:
+    peer = await host.connect(SaysTheLastWord, receive_buffer=4096)
+    (connection,) = Connections.current().open
+    peer.send(text("x" * 1_000_000) * 20)
+    await eventually(lambda: connection.is_closing())
+    for _ in range(30):
+        peer.send(frame(FIN | PONG) * 20_000)
+        await others_have_their_turn(host, 1)
+    assert connection._backlog and len(connection._receiver.rest) < 1_000_000
+
+
 @pytest.mark.gen_test
 async def test_bombs_that_wait_for_a_coroutine_are_not_inflated_ahead(host: Host) -> None:
     calls = Calls()
@@ -2745,6 +2765,20 @@ async def test_pings_of_a_peer_that_does_not_read_wait_for_it_in_the_kernel(host
     assert len(connection._backlog or b"") < 150_000
     for i in range(count):
         assert await peer.frame() == (FIN | PONG, b"%0125d" % i)
+
+
+@pytest.mark.gen_test
+async def test_metrics_do_not_count_backwards_when_a_connection_ends(host: Host) -> None:
+    connections, counted = Connections.current(), set()
+    peer = await host.connect()
+    peer.send(text("a") * 100)
+    assert await peer.replies(*[b"ECHO:a"] * 100)
+    peer.leave()
+    while not connections.closed:
+        counted.add(re.findall(r'messages_total{direction="received",type="text"} (\d+)', metrics(connections))[0])
+        await asyncio.sleep(0)  # one round of the event loop
+    counted.add(str(connections.traffic[0]))
+    assert counted == {"100"}
 
 
 @pytest.mark.gen_test
