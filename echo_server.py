@@ -1025,13 +1025,17 @@ class Connection(WebSocketProtocol):
     def _end_sent(self) -> None:
         if self._state == ENDING and self._backlog:
             self._watch()
-        elif self._state == ENDING and self._linger:
+        elif self._state == ENDING:
+            with contextlib.suppress(OSError):
+                if isinstance(self._socket, ssl.SSLSocket):
+                    self._socket.unwrap()  # sends close_notify, RFC 8446 section 6.1
+            if not self._linger:
+                self.drop(reset=False)
+                return
             self._state, self._deadline = LINGERING, time.monotonic() + LINGER_TIMEOUT
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._socket, socket.SHUT_WR)  # not SSLSocket's, which ends TLS as well
             self._watch()
-        else:
-            self.drop(reset=False)
 
     def _lost(self, why: str, owed: bool = False) -> None:
         if (owed or self._backlog) and self._state != CLOSED and self._only_echoes:  # others' futures say it

@@ -3555,6 +3555,17 @@ def test_a_client_with_a_certificate_that_is_asked_for_is_let_in(
         assert raw_echo(client) == "ECHO:Hello!"
 
 
+@pytest.mark.parametrize("last", [masked(b"\x03\xe8", 8), b"\x00\x00"], ids=["close", "fault"])
+def test_tls_ends_with_close_notify(serve: Serve, certificate: Path, trust: ssl.SSLContext, last: bytes) -> None:
+    process = serve(f"--certfile={certificate}")
+    sock = trust.wrap_socket(process.dial(), suppress_ragged_eofs=False, server_hostname="localhost")
+    with sock, sock.makefile("rb") as file:
+        assert answer(sock, request())[0] == 101
+        sock.sendall(last)
+        assert read_frame(file)[0] == 8
+        assert file.read() == b""  # it raises SSLEOFError where TCP ends first
+
+
 @pytest.mark.parametrize("has_one", [False, True])
 def test_a_client_without_a_certificate_of_that_authority_is_not_let_in(
     serve: Serve, certificate: Path, trust: ssl.SSLContext, client_authority: tuple[trustme.CA, str], has_one: bool
