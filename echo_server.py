@@ -759,13 +759,10 @@ class Connection(WebSocketProtocol):
             events = []
         else:
             events = receiver.feed(data)
-        try:
-            if self._only_echoes and not self._hold and self._state == OPEN:
-                self._echo(events)
-            else:
-                self._dispatch(events)
-        except Exception:  # a prefix that cannot be encoded
-            self._bug()
+        if self._only_echoes and not self._hold and self._state == OPEN:
+            self._call(self._echo, events)  # a prefix may be one that cannot be encoded
+        else:
+            self._dispatch(events)
         self._turning = False
         if self._out:
             self._flush()
@@ -1135,14 +1132,10 @@ class Connection(WebSocketProtocol):
     def on_connection_close(self) -> None:
         self.drop(reset=False)
 
-    def start_pinging(self) -> None:
-        """`check` does it."""
-
-    async def _receive_frame_loop(self) -> None:
-        """`_turn` does it."""
-
-    def _process_server_headers(self, key: str | bytes, headers: HTTPHeaders) -> None:
-        raise NotImplementedError("for clients")
+    # `check` and `_turn` do it; the third is for clients.
+    def start_pinging(self) -> None: ...
+    async def _receive_frame_loop(self) -> None: ...
+    def _process_server_headers(self, key: str | bytes, headers: HTTPHeaders) -> None: ...
 
 
 class Connections:
