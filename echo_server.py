@@ -1382,8 +1382,8 @@ class PlainHandler(RequestHandler):
         else:
             seen = seen_by_server(self.request, peer_of(self.request, server.proxies))
             rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in seen)
-            off = r"<!--/?scenarios-->" if server.options.scenarios else r"<!--scenarios-->.*<!--/scenarios-->"
-            page = re.sub(off, "", PAGE, flags=re.DOTALL).replace("<!--handshake-->", rows)
+            page = PAGE if server.options.scenarios else PAGE.replace("<details>", "<details hidden>")
+            page = page.replace("<!--handshake-->", rows)
             answer(self, "text/html", page, **{"Content-Security-Policy": page_policy()})
 
     head = get
@@ -1439,19 +1439,20 @@ text.mid { fill: var(--mid); font-weight: 650; stroke: var(--card); stroke-width
   <label class="grow">Message <input id="message" value="hello" aria-describedby="note" autocomplete="off"
     autocapitalize="off" spellcheck="false"></label><div class="row"><button id="send">Send</button>
   <button type="button" id="send100">Send 100</button></div></form><p id="note" role="status"></p></section>
-<section><h2>Round-trip time</h2><p class="dim" id="summary">Median <output id="median"
-  aria-live="off"></output> <span id="stats"></span></p><svg id="plot" role="img"></svg></section></div>
+<section><h2 id="times">Round-trip time</h2><p class="dim" id="summary">Median <output id="median"
+  aria-live="off"></output> <span id="stats"></span></p><svg id="plot" role="img"
+  aria-labelledby="times summary"></svg></section></div>
 <section><div class="row"><h2 class="grow">Messages</h2><button id="clear">Clear</button></div><div id="feed"
   role="log" aria-live="polite" aria-label="Messages" tabindex="0"><ol id="log"></ol></div></section></div>
 <section id="handshake"><h2>What the server saw of this page's request</h2><dl><!--handshake--></dl></section>
-<!--scenarios--><details><summary>Scenarios: make the server misbehave</summary><form id="scenarios"
-  class="row"><label>Delay (seconds) <input type="number" name="delay" min="0" step="any"></label>
+<details><summary>Scenarios: make the server misbehave</summary><form id="scenarios" class="row">
+  <label>Delay (seconds) <input type="number" name="delay" min="0" step="any"></label>
   <label>Close code <input type="number" name="close" min="1000" max="4999"></label>
   <label class="grow">Close reason <input name="reason"></label>
   <label>After (messages) <input type="number" name="after" min="0"></label>
   <label class="row"><input type="checkbox" name="drop" value="1"> Drop, with no close frame</label>
   <label class="row"><input type="checkbox" name="push" value="1"> Push messages</label>
-  <button>Apply</button></form></details><!--/scenarios--></main><script>
+  <button>Apply</button></form></details></main><script>
 const $ = id => document.getElementById(id), MAX = 200, ms = t => t.toFixed(t < 10 ? 2 : 1) + ' ms';
 const url = location.origin.replace(/^http/, 'ws') + location.pathname + location.search;
 const CODES = { 1000: 'normal closure', 1001: 'going away', 1002: 'protocol error', 1003: 'unsupported data',
@@ -1520,7 +1521,7 @@ function draw() {
   const mid = (by[(n - 1) >> 1] + by[n >> 1]) / 2, p95 = by[Math.ceil(n * .95) - 1], min = by[0];
   $('median').textContent = n ? ms(mid) : '-';
   $('stats').textContent = n ? `min ${ms(min)}, p95 ${ms(p95)}, max ${ms(max)}, count ${n}` : 'no replies';
-  svg.setAttribute('aria-label', 'Round-trip times. ' + $('summary').textContent); svg.textContent = '';
+  svg.textContent = '';
   const all = [...Array(24).keys()].map(i => +`${'125'[i % 3]}e${(i / 3 | 0) - 2}`);  // 0.01, 0.02, 0.05 ...
   const low = all.filter(t => t <= (n ? min : .1)).pop() || .01, high = all.find(t => t > (n ? max : .9));
   const { width, height } = svg.getBoundingClientRect(), x = i => 64 + (width - 72) * i / Math.max(19, n - 1);
@@ -1532,11 +1533,10 @@ function draw() {
   samples.forEach((t, i) => make(svg, 'circle', { cx: x(i), cy: y(t), r: 3 }));
   label(width, height - 4, 'replies in order, logarithmic scale', 'tick');
   if (n) line(mid, 'mid'), label(width, y(mid) - 7, 'median ' + ms(mid), 'mid'); }
-const form = $('scenarios'), query = new URLSearchParams(location.search);
-const fields = form ? [...form.querySelectorAll('[name]')] : [];
-for (const f of fields.filter(f => query.has(f.name))) { form.parentNode.open = true;
+const form = $('scenarios'), fields = form.querySelectorAll('[name]'), query = new URLSearchParams(location.search);
+for (const f of fields) if (query.has(f.name)) { form.parentNode.open = true;
   if (f.type === 'checkbox') f.checked = query.get(f.name) !== '0'; else f.value = query.get(f.name); }
-if (form) form.onsubmit = event => { event.preventDefault(); fields.forEach(({ name }) => query.delete(name));
+form.onsubmit = event => { event.preventDefault(); fields.forEach(({ name }) => query.delete(name));
   new FormData(form).forEach((value, name) => value && query.set(name, value)); location.search = query; };
 $('compose').onsubmit = event => { event.preventDefault(); send(payload()); };
 $('send100').onclick = () => { const x = running ? null : payload(); if (x !== null) sendMany(100, x); };
