@@ -1419,9 +1419,9 @@ button { font-weight: 600; cursor: pointer; } :disabled, [aria-disabled=true] { 
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; } label.row { padding: .7rem 0; }
 code, dd, #message, #log p { font: .875rem/1.5 ui-monospace, Consolas, monospace; white-space: pre-wrap; }
 #state, #median { font-size: 1.25rem; font-weight: 650; } #state::before { content: '● '; } .open #state,
-.received b { color: var(--ok); } .shut #state, .error { color: var(--bad); } line { stroke: var(--line); }
-#plot { fill: var(--accent); width: 100%; height: 15rem; } text { font-size: 12px; fill: var(--dim); }
-line.mid { stroke: var(--mid); stroke-width: 2; stroke-dasharray: 6 4; } a, .sent b { color: var(--accent); }
+.received b { color: var(--ok); } .shut #state, .error { color: var(--bad); } a, .sent b { color: var(--accent); }
+#plot { fill: var(--accent); width: 100%; height: 15rem; text-anchor: end; } text { font-size: 12px; fill: var(--dim); }
+line { stroke: var(--line); } line.mid { stroke: var(--mid); stroke-width: 2; stroke-dasharray: 6 4; }
 text.mid { fill: var(--mid); font-weight: 650; stroke: var(--card); stroke-width: 5; paint-order: stroke; }
 #feed { height: 20rem; overflow: auto; } #log { padding: 0; list-style: none; } #note { margin-top: .5rem; }
 #log li { border-top: 1px solid var(--line); padding: .3rem .1rem; } dd, summary { margin-bottom: .3rem; }
@@ -1439,9 +1439,8 @@ text.mid { fill: var(--mid); font-weight: 650; stroke: var(--card); stroke-width
   <label class="grow">Message <input id="message" value="hello" aria-describedby="note" autocomplete="off"
     autocapitalize="off" spellcheck="false"></label><div class="row"><button id="send">Send</button>
   <button type="button" id="send100">Send 100</button></div></form><p id="note" role="status"></p></section>
-<section><h2 id="times">Round-trip time</h2><p class="dim" id="summary">Median <output id="median"
-  aria-live="off"></output> <span id="stats"></span></p><svg id="plot" role="img"
-  aria-labelledby="times summary"></svg></section></div>
+<section><h2 id="times">Round-trip time</h2><p class="dim" id="summary">Median <output id="median" aria-live="off">
+  </output> <span id="stats"></span></p><svg id="plot" role="img" aria-labelledby="times summary"></svg></section></div>
 <section><div class="row"><h2 class="grow">Messages</h2><button id="clear">Clear</button></div><div id="feed"
   role="log" aria-live="polite" aria-label="Messages" tabindex="0"><ol id="log"></ol></div></section></div>
 <section id="handshake"><h2>What the server saw of this page's request</h2><dl><!--handshake--></dl></section>
@@ -1463,11 +1462,10 @@ const visible = s => s.replace(/[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e
   c => c < ' ' ? String.fromCharCode(0x2400 + c.charCodeAt()) : `\\u{${c.charCodeAt().toString(16)}}`);
 let ws, pending = [], samples = [], fresh = [], running = false, timer = 0;
 function show(state, title, detail, failed = false) {  // state: wait, open or shut
-  const focus = document.activeElement, shut = state === 'shut';
+  const focus = document.activeElement, shut = state === 'shut'; $('connect').disabled = !shut;
+  $('disconnect').disabled = shut; $('send').disabled = $('send100').disabled = state !== 'open';
   $('status').className = state; $('state').textContent = title; $('detail').textContent = detail;
-  $('failed').hidden = !failed; $('connect').disabled = !shut; $('disconnect').disabled = shut;
-  $('send').disabled = $('send100').disabled = state !== 'open';
-  if (focus && focus.disabled) $(shut ? 'connect' : 'disconnect').focus(); }
+  $('failed').hidden = !failed; if (focus.disabled) $(shut ? 'connect' : 'disconnect').focus(); }
 function note(text, error = false) {
   $('note').textContent = text; $('note').className = error ? 'error' : 'dim';
   $('message').setAttribute('aria-invalid', error); }
@@ -1504,34 +1502,36 @@ function make(parent, tag, attributes, text = '') {  // an HTML or SVG element, 
   element.textContent = text; return element; }
 function row({ way, data, extra, at }) {
   const text = typeof data === 'string', bytes = text ? new TextEncoder().encode(data) : new Uint8Array(data);
-  const body = text ? visible(data.slice(0, 300)) : Array.from(bytes.slice(0, 100),
-    byte => byte.toString(16).padStart(2, '0')).join(' ');
+  const [all, most] = text ? [data, 300] : [bytes, 100], start = all.slice(0, most);
+  const body = text ? visible(start) : Array.from(start, byte => byte.toString(16).padStart(2, '0')).join(' ');
   const local = new Date(at - at.getTimezoneOffset() * 6e4).toISOString().slice(11, 23) + ' ';
   const li = make($('log'), 'li', { class: way }), head = make(li, 'small', {}, local);
   make(head, 'b', {}, way === 'sent' ? '↑ sent' : '↓ received');
   head.append(` ${text ? 'text' : 'binary'}, ${bytes.length} byte${bytes.length === 1 ? '' : 's'}${extra}`);
-  make(li, 'p', {}, (body || '(empty)') + ((text ? data.length / 3 : bytes.length) > 100 ? ' …' : '')); }
+  make(li, 'p', {}, (body || '(empty)') + (all.length > most ? ' …' : '')); }
 function draw() {
   const feed = $('feed'), end = feed.scrollHeight - feed.scrollTop - feed.clientHeight < 40;
   feed.setAttribute('aria-live', running || fresh.length > 9 ? 'off' : 'polite');
   $('send100').setAttribute('aria-disabled', running); fresh.splice(0).slice(-MAX).forEach(row); timer = 0;
   while ($('log').children.length > MAX) $('log').firstChild.remove();
   if (end) feed.scrollTop = feed.scrollHeight;
-  const svg = $('plot'), n = samples.length, by = [...samples].sort((a, b) => a - b), max = by[n - 1];
-  const mid = (by[(n - 1) >> 1] + by[n >> 1]) / 2, p95 = by[Math.ceil(n * .95) - 1], min = by[0];
+  const n = samples.length, by = [...samples].sort((a, b) => a - b), min = by[0], max = by[n - 1];
+  const mid = (by[(n - 1) >> 1] + by[n >> 1]) / 2, p95 = by[Math.ceil(n * .95) - 1];
   $('median').textContent = n ? ms(mid) : '-';
   $('stats').textContent = n ? `min ${ms(min)}, p95 ${ms(p95)}, max ${ms(max)}, count ${n}` : 'no replies';
-  svg.textContent = '';
+  plot(n ? min : .1, mid, n ? max : .9); }
+function plot(min, mid, max) {
+  const svg = $('plot'), n = samples.length; svg.textContent = '';
   const all = [...Array(24).keys()].map(i => +`${'125'[i % 3]}e${(i / 3 | 0) - 2}`);  // 0.01, 0.02, 0.05 ...
-  const low = all.filter(t => t <= (n ? min : .1)).pop() || .01, high = all.find(t => t > (n ? max : .9));
+  const low = all.filter(t => t <= min).pop() || .01, high = all.find(t => t > max);
   const { width, height } = svg.getBoundingClientRect(), x = i => 64 + (width - 72) * i / Math.max(19, n - 1);
   const y = t => height - 28 - (height - 50) * Math.log(Math.max(t, low) / low) / Math.log(high / low);
-  const line = (t, name) => make(svg, 'line', { class: name, x1: 58, x2: width, y1: y(t), y2: y(t) });
-  const label = (x, y, text, name) => make(svg, 'text', { class: name, x, y, 'text-anchor': 'end' }, text);
+  const line = (t, name = '') => make(svg, 'line', { class: name, x1: 58, x2: width, y1: y(t), y2: y(t) });
+  const label = (x, y, text, name = '') => make(svg, 'text', { class: name, x, y }, text);
   for (const t of all.filter(t => t >= low && t <= high && (high / low < 1e3 || /1/.test(t))))
-    line(t, 'tick'), label(50, y(t) + 4, t + ' ms', 'tick');
+    line(t), label(50, y(t) + 4, t + ' ms');
   samples.forEach((t, i) => make(svg, 'circle', { cx: x(i), cy: y(t), r: 3 }));
-  label(width, height - 4, 'replies in order, logarithmic scale', 'tick');
+  label(width, height - 4, 'replies in order, logarithmic scale');
   if (n) line(mid, 'mid'), label(width, y(mid) - 7, 'median ' + ms(mid), 'mid'); }
 const form = $('scenarios'), fields = form.querySelectorAll('[name]'), query = new URLSearchParams(location.search);
 for (const f of fields) if (query.has(f.name)) { form.parentNode.open = true;
