@@ -1255,9 +1255,9 @@ def check_handshake(request: HTTPServerRequest) -> None:
     if headers.get("Sec-WebSocket-Version") != "13":
         raise Refusal(426, "the header Sec-WebSocket-Version: 13 is missing")
     headers["Upgrade"] = "websocket"  # RFC 9110 section 7.8 allows a list, Tornado does not
-    if request.version != "HTTP/1.1" or "," in headers.get("Host", ","):  # a comma joins repeated headers
+    if request.version != "HTTP/1.1":  # whose header Host Tornado has checked
         raise Refusal(400, "a handshake is HTTP/1.1 with one header Host")
-    if request.body or "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0":
+    if "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0":
         raise Refusal(400, "a handshake has no body")
     if not re.fullmatch("[A-Za-z0-9+/]{22}==", headers.get("Sec-WebSocket-Key", "")):
         raise Refusal(400, "the header Sec-WebSocket-Key is missing, or not 16 bytes in base64")
@@ -1267,10 +1267,7 @@ def check_handshake(request: HTTPServerRequest) -> None:
         raise Refusal(403, "the header Origin is not a URL") from None
 
 
-def accept_key(key: str) -> str:
-    """RFC 6455 section 4.2.2, item 5.4."""
-    digest = hashlib.sha1(utf8(key) + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11", usedforsecurity=False).digest()
-    return base64.b64encode(digest).decode()
+accept_key = websocket.WebSocketProtocol13.compute_accept_value  # RFC 6455 section 4.2.2, item 5.4
 
 
 def has_token(headers: HTTPHeaders, name: str, token: str) -> bool:
@@ -1282,7 +1279,7 @@ def path_of(request: HTTPServerRequest) -> str:
     return re.sub(r"^[A-Za-z]+://[^/]*", "", request.path) or "/"
 
 
-Proxies = Collection["ipaddress.IPv4Network | ipaddress.IPv6Network | str"]  # the str is "unix"
+Proxies = Collection[ipaddress.IPv4Network | ipaddress.IPv6Network | str]  # the str is "unix"
 
 
 def parse_proxies(text: str) -> Proxies:
@@ -1593,7 +1590,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 def check_option(name: str, value: Any) -> Any:
     """The value in its type; ValueError says what is wrong with it."""
     field = FIELDS[name]
-    kind = type(field.default)
+    kind: Any = type(field.default)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -1604,8 +1601,8 @@ def check_option(name: str, value: Any) -> Any:
     if name == "log_level" and value not in ("debug", "info", "warning", "error"):
         raise ValueError(f"{value!r} is not debug, info, warning or error")
     if name == "trusted_proxies":
-        parse_proxies(str(value))
-    if name == "connect" and not re.match("wss?://", str(value)):
+        parse_proxies(value)
+    if name == "connect" and not re.match("wss?://", value):
         raise ValueError(f"{value!r} does not begin with ws:// or wss://")
     return value
 
@@ -2013,8 +2010,8 @@ def make_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for field in fields:
             default = f" (default: {field.default})" if field.default not in ("", (), False, True) else ""
-            how = how_to_parse(field) | {"help": field.metadata["help"] + default, "default": argparse.SUPPRESS}
-            group.add_argument("--" + field.name.replace("_", "-"), **how)
+            flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"] + default
+            group.add_argument(flag, help=text, default=argparse.SUPPRESS, **how_to_parse(field))
     return parser
 
 
