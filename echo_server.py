@@ -1290,9 +1290,10 @@ def parse_proxies(text: str) -> Proxies:
 def peer_of(request: HTTPServerRequest, proxies: Proxies) -> str:
     """Whom the socket is from; through trusted proxies, from the right, who X-Forwarded-For says it is."""
     address = cast(Any, request.connection).context.address
-    host, port = address[:2] if isinstance(address, tuple) else ("unix", 0)
-    host = host.removeprefix("::ffff:")  # IPv4 on a socket for both
-    peer = "unix" if host == "unix" else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    host = peer = "unix"
+    if isinstance(address, tuple):
+        host = address[0].removeprefix("::ffff:")  # IPv4 on a socket for both
+        peer = f"{f'[{host}]' if ':' in host else host}:{address[1]}"
     forwarded = request.headers.get("X-Forwarded-For", "").split(",")
     with contextlib.suppress(ValueError):  # not an address
         while forwarded and is_trusted(host, proxies):
@@ -1890,11 +1891,11 @@ async def run_client(options: Options) -> int:
     """0: the handshake succeeded, and as many messages came as were sent."""
     logging.basicConfig(handlers=[logging.NullHandler()])  # it is said below what is wrong
     if sys.stdout:  # it may be closed
-        cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
+        cast(Any, sys.stdout).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         connection = await websocket.websocket_connect(client_request(options), max_message_size=1 << 30)
         try:
-            print("[CLIENT] open()", flush=True)
+            print("[CLIENT] open()")
             await converse(connection, options)
             return 0
         finally:
@@ -1944,7 +1945,7 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
                 code = connection.close_code or 1006
                 raise ConnectionError(f"closed with code {code}, {sent - received} answers missing")
             received += 1
-            print("[CLIENT] Received:", message if isinstance(message, str) else printable(message), flush=True)
+            print("[CLIENT] Received:", message if isinstance(message, str) else printable(message))
 
 
 async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
@@ -2040,7 +2041,7 @@ def parse_args(argv: list[str] | None) -> Options:
 
 
 def fail(text: str, code: int = 1) -> int:
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr)
     return code
 
 
