@@ -1645,7 +1645,8 @@ async def run_server(options: Options, reread: Callable[[], Options]) -> int:
     log.setLevel(options.log_level.upper())
     gc.freeze()  # what is there stays; and the garbage of a connection is little, so look for it less often:
     gc.set_threshold(2_000, 10, 10)  # a tenth of the time of short connections was spent on that
-    return await Server(options, reread).serve()
+    await Server(options, reread).serve()
+    return 0
 
 
 class Server:
@@ -1665,16 +1666,14 @@ class Server:
         self.waiting: set[IOStream] = set()  # who has connected and not asked yet
         self.accepted = 0
         self.talking: dict[IOStream, float] = {}  # since when: who is not a WebSocket, or not yet
-        self.stopping: asyncio.Task[None] | None = None
+        self.stopping, self.signalled = False, asyncio.Event()
         self.closed = False  # also to those who had connected before
-        self.exit_code, self.stopped = 0, asyncio.Event()
         limit = options.handshake_timeout
         self.http = HTTPServer(
             make_app(self), idle_connection_timeout=limit, body_timeout=limit, max_header_size=16_384, max_body_size=0
         )
 
-    async def serve(self) -> int:
-        """Returns the exit code."""
+    async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop, number)
@@ -1686,8 +1685,9 @@ class Server:
         log.info("[SERVER] listening on %s", self.urls)
         notify("READY=1")
         self.tasks = [asyncio.create_task(task) for task in (self.keep_systemd_informed(), self.tidy_up())]
-        await self.stopped.wait()
-        return self.exit_code
+        await self.signalled.wait()
+        await self.drain()
+        log.info("[SERVER] stopped")
 
     def accept(self, listener: Any, _: int) -> None:
         for number in range(32):  # not more, so that those who talk wait 7 ms rather than 45 in a flood
@@ -1751,11 +1751,10 @@ class Server:
 
     def stop(self, number: int) -> None:
         """SIGTERM and SIGINT: the first one lets everybody finish, the second one does not."""
-        if not self.stopping:
-            self.stopping = asyncio.create_task(self.drain())
-        else:
-            self.exit_code = 128 + number
-            self.stopped.set()
+        if self.stopping:
+            sys.exit(128 + number)
+        self.stopping = True
+        self.signalled.set()
 
     async def drain(self) -> None:
         """Sends everybody away, also who has connected and not asked yet: a restart refuses nobody."""
@@ -1764,15 +1763,13 @@ class Server:
             IOLoop.current().remove_handler(listener)
             listener.close()
         if self.own_path:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: it is abstract, unix(7)
                 os.unlink(self.own_path)
         begin, patience = time.monotonic(), self.options.drain_timeout
         await self.connections.go_away(0)
         await until(lambda: all(stream.closed() for stream in self.waiting), begin + min(GRACE, patience))
         self.closed = True
         await self.connections.go_away(begin + patience - time.monotonic())
-        log.info("[SERVER] stopped")
-        self.stopped.set()
 
     def reload(self) -> None:
         """SIGHUP: the certificate and the log level are read again; what is wrong with them changes nothing."""
