@@ -1172,7 +1172,7 @@ class Connections:
         self.open.add(connection)
         self.opened += 1
         self.period = min([self.period, *(limit / 4 for limit in limits if limit > 0)])
-        self.timer = self.timer or IOLoop.current().call_later(self.period, self.check_again)
+        self.timer = self.timer or IOLoop.current().call_later(self.period, self.check)
 
     async def go_away(self, seconds: float = 10.0) -> None:
         """Closes all with 1001, behind the replies that they are owed, and waits so long for them to leave."""
@@ -1199,19 +1199,13 @@ class Connections:
                 self.has_time()
 
     def check(self) -> None:
+        self.timer = IOLoop.current().call_later(self.period, self.check) if self.open else None
         now, shown = time.monotonic(), log.isEnabledFor(logging.DEBUG)
-        if shown != self.shown:
-            self.shown = shown
-            for connection in self.open:
-                connection.choose()
         for connection in list(self.open):
+            if shown != self.shown:
+                connection.choose()
             connection.check(now)
-
-    def check_again(self) -> None:
-        try:
-            self.check()
-        finally:
-            self.timer = IOLoop.current().call_later(self.period, self.check_again) if self.open else None
+        self.shown = shown
 
 
 async def until(condition: Callable[[], bool], deadline: float) -> None:
@@ -1663,11 +1657,10 @@ class Server:
         self.own_path = "" if inherited else options.unix_socket
         self.urls = ", ".join(dict.fromkeys(url_of(sock, self.tls is not None) for sock in self.sockets))
         self.connections = Connections.current()
-        self.waiting: set[IOStream] = set()  # who has connected and not asked yet
         self.accepted = 0
-        self.talking: dict[IOStream, float] = {}  # since when: who is not a WebSocket, or not yet
+        # Who is not a WebSocket, or not yet: whether it has asked for anything, and when it has come or asked last.
+        self.talking: dict[IOStream, tuple[bool, float]] = {}
         self.stopping, self.signalled = False, asyncio.Event()
-        self.closed = False  # also to those who had connected before
         limit = options.handshake_timeout
         self.http = HTTPServer(
             make_app(self), idle_connection_timeout=limit, body_timeout=limit, max_header_size=16_384, max_body_size=0
@@ -1681,7 +1674,7 @@ class Server:
         for sock in self.sockets:
             if sock.family != socket.AF_UNIX:  # those that are accepted inherit it
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            IOLoop.current().add_handler(sock, self.accept, IOLoop.READ)
+            self.watch(sock)
         log.info("[SERVER] listening on %s", self.urls)
         notify("READY=1")
         self.tasks = [asyncio.create_task(task) for task in (self.keep_systemd_informed(), self.tidy_up())]
@@ -1699,7 +1692,7 @@ class Server:
                 if not number:
                     log.error("[SERVER] error:cannot accept: %s", error.strerror)
                 IOLoop.current().remove_handler(listener)
-                IOLoop.current().call_later(PAUSE / 50 if number else PAUSE, self.accept_again, listener)
+                IOLoop.current().call_later(PAUSE / 50 if number else PAUSE, self.watch, listener)
                 return
             try:
                 stream = self.make_stream(sock)
@@ -1707,11 +1700,10 @@ class Server:
                 sock.close()
             else:
                 self.accepted += 1
-                self.waiting.add(stream)
-                self.talking[stream] = time.monotonic()
+                self.talking[stream] = False, time.monotonic()
                 self.http.handle_stream(stream, address)
 
-    def accept_again(self, listener: socket.socket) -> None:
+    def watch(self, listener: socket.socket) -> None:
         if not self.stopping:
             IOLoop.current().add_handler(listener, self.accept, IOLoop.READ)
 
@@ -1723,20 +1715,22 @@ class Server:
 
     def on_request(self, handler: RequestHandler) -> None:
         stream = cast(Any, handler.request.connection).stream
-        self.waiting.discard(stream)
-        self.talking[stream] = time.monotonic()
         if handler.get_status() == 101:
-            del self.talking[stream]
+            self.talking.pop(stream, None)
+        else:
+            self.talking[stream] = True, time.monotonic()
 
     async def tidy_up(self) -> None:
         """Hangs up on those who neither ask nor read in time, for which Tornado has no limit; and gives memory back."""
-        trim, seen = malloc_trim(), 0
+        import ctypes
+
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)  # glibc's: what is free anywhere in the heap
+        seen = 0
         while True:
             await asyncio.sleep(min(1.0, self.options.handshake_timeout / 4))
-            for stream, since in list(self.talking.items()):
+            for stream, (_, since) in list(self.talking.items()):
                 if stream.closed() or time.monotonic() - since > self.options.handshake_timeout:
                     stream.close()
-                    self.waiting.discard(stream)
                     del self.talking[stream]
             left = self.accepted - len(self.talking) - len(self.connections.open)
             if left - seen >= 50:
@@ -1746,8 +1740,8 @@ class Server:
 
     def check_room(self) -> None:
         """Raises Refusal when no further WebSocket is taken."""
-        if self.closed or len(self.connections.open) >= self.max_connections:
-            raise Refusal(503, "the server is stopping" if self.closed else "the server is full")
+        if len(self.connections.open) >= self.max_connections:
+            raise Refusal(503, "the server is stopping" if self.stopping else "the server is full")
 
     def stop(self, number: int) -> None:
         """SIGTERM and SIGINT: the first one lets everybody finish, the second one does not."""
@@ -1765,11 +1759,12 @@ class Server:
         if self.own_path:
             with contextlib.suppress(OSError, ValueError):  # ValueError: it is abstract, unix(7)
                 os.unlink(self.own_path)
-        begin, patience = time.monotonic(), self.options.drain_timeout
+        deadline = time.monotonic() + self.options.drain_timeout
+        grace = min(time.monotonic() + GRACE, deadline)
         await self.connections.go_away(0)
-        await until(lambda: all(stream.closed() for stream in self.waiting), begin + min(GRACE, patience))
-        self.closed = True
-        await self.connections.go_away(begin + patience - time.monotonic())
+        await until(lambda: all(asked or stream.closed() for stream, (asked, _) in self.talking.items()), grace)
+        self.max_connections = 0  # also for those who had connected before
+        await self.connections.go_away(deadline - time.monotonic())
 
     def reload(self) -> None:
         """SIGHUP: the certificate and the log level are read again; what is wrong with them changes nothing."""
@@ -1781,7 +1776,8 @@ class Server:
             log.error("[SERVER] error:nothing is reloaded: %s", error)
         else:
             log.setLevel(options.log_level.upper())
-            self.connections.check()  # which of them show their messages
+            for connection in self.connections.open:
+                connection.choose()  # whether it shows its messages
             log.info("[SERVER] reloaded")
         notify("READY=1")
 
@@ -1814,7 +1810,7 @@ def inherited_sockets() -> list[socket.socket]:
     """Socket activation, sd_listen_fds(3): descriptors from 3 on, meant for us if LISTEN_PID says so."""
     pid, count, _ = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
     ours = pid == str(os.getpid()) and count.isdecimal()
-    sockets = [socket.socket(fileno=number) for number in range(3, 3 + int(count if ours else 0))]
+    sockets = [socket.socket(fileno=number) for number in range(3, 3 + int(count))] if ours else []
     for sock in sockets:
         sock.setblocking(False)
         sock.set_inheritable(False)
@@ -1862,23 +1858,15 @@ def tls_context(options: Options) -> ssl.SSLContext | None:
         raise CannotServe(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def malloc_trim() -> Callable[[int], object]:
-    """glibc's, which gives back what is free anywhere in the heap; elsewhere a function that does nothing."""
-    import ctypes
-
-    return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
-
-
 def descriptor_limit() -> int:
     """Raises the soft limit to the hard one, and returns it."""
     import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     hard = 1 << 20 if hard == resource.RLIM_INFINITY else hard
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return soft
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 # ---------------------------------------------------------------------------------------------------- Client
