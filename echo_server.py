@@ -988,6 +988,7 @@ class Connection(WebSocketProtocol):
     def close(self, code: int | None = None, reason: str | None = None) -> None:
         if self._state == OPEN:
             self._send_close(1000 if code is None and reason is not None else code, reason or "")
+        if self._state == OPEN:  # otherwise the peer has left
             self._state, self._deadline = CLOSING, time.monotonic() + CLOSE_TIMEOUT
 
     def choose(self) -> None:
@@ -1012,9 +1013,10 @@ class Connection(WebSocketProtocol):
     def _end(self, code: int = 0, reason: str = "") -> None:
         """Our last frames: with a code the connection fails, without one both sides have sent a Close."""
         if self._state < ENDING:
-            if code and self._state == OPEN:
+            before, self._state = self._state, ENDING  # first: it may become CLOSED when we send
+            self._deadline, self._linger = time.monotonic() + CLOSE_TIMEOUT, code > 0
+            if code and before == OPEN:
                 self._send_close(code, reason)
-            self._state, self._deadline, self._linger = ENDING, time.monotonic() + CLOSE_TIMEOUT, code > 0
             if self._out:
                 self._flush()
             self._end_sent()
@@ -1093,7 +1095,8 @@ class Connection(WebSocketProtocol):
                 self.drop()
         elif self._state == OPEN and self._may_read():
             self._check_message(now)
-            self._check_life(now, *self._ping)
+            if self._state == OPEN:
+                self._check_life(now, *self._ping)
         else:
             self._mark_at = self._seen_at = now  # it is not the peer who holds the message up
 

@@ -2254,6 +2254,41 @@ async def test_pings_behind_a_pending_coroutine_take_no_memory(host: Host) -> No
     assert kept < 1_000_000
 
 
+@pytest.mark.gen_test
+async def test_a_peer_that_left_behind_its_fault_is_closed_once(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    peer.send(b"\xff\xff")
+    peer.reset()
+    await eventually(lambda: calls.closes)
+    assert len(calls.closes) == 1 and not Connections.current().open
+
+
+@pytest.mark.gen_test
+async def test_a_close_that_finds_nobody_is_the_end(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    (connection,) = Connections.current().open
+    peer.reset()
+    await asyncio.sleep(0)  # it is reset, and nobody has looked
+    connection.close(4000)
+    await eventually(lambda: calls.closes)
+    assert len(calls.closes) == 1 and not Connections.current().open
+
+
+@pytest.mark.gen_test
+async def test_a_message_that_stalls_is_1008_also_where_a_ping_was_not_answered(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
+    peer = await host.connect(stall_timeout=0.2)
+    peer.send(frame(TEXT, b"unfini"))
+    assert await peer.frame() == (FIN | PING, b"")
+    assert await peer.close_code() == 1008
+    assert await peer.rest() == b""
+    assert "no answer to a ping" not in caplog.text
+
+
 class SaysTheLastWord(EchoHandler):
     def on_message(self, message: str | bytes) -> None:
         self.reply(message)
