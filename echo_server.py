@@ -1294,7 +1294,7 @@ def peer_of(request: HTTPServerRequest, proxies: Proxies) -> str:
     forwarded = request.headers.get("X-Forwarded-For", "").split(",")
     with contextlib.suppress(ValueError):  # not an address
         while forwarded and is_trusted(host, proxies):
-            host = peer = str(ipaddress.ip_address(forwarded.pop().strip()))
+            host = peer = str(ipaddress.ip_address(forwarded.pop().strip().partition("%")[0]))  # a zone may be any text
     return peer
 
 
@@ -1598,6 +1598,8 @@ def check_option(name: str, value: Any) -> Any:
         raise ValueError(f"{value} is not between {least:g} and {most:g}")
     if name == "log_level" and value not in ("debug", "info", "warning", "error"):
         raise ValueError(f"{value!r} is not debug, info, warning or error")
+    if field.metadata["metavar"] == "FILE" and "\0" in value:
+        raise ValueError(f"{value!r} cannot be the name of a file")
     if name == "trusted_proxies":
         parse_proxies(value)
     if name == "connect" and not re.match("wss?://", value):
@@ -1836,7 +1838,7 @@ def notify(state: str) -> None:
 def url_of(sock: socket.socket, tls: bool) -> str:
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
-        return f"ws+unix:{os.fsdecode(name)}"
+        return f"ws+unix:{os.fsdecode(name)}".replace("\0", "@")  # abstract, unix(7)
     host = "localhost" if name[0] in ("0.0.0.0", "::", "127.0.0.1") else name[0]  # noqa: S104  # it is compared
     return f"{'wss' if tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{name[1]}/"
 
@@ -2029,12 +2031,15 @@ def parse_args(argv: list[str] | None) -> Options:
 
 
 def fail(text: str, code: int = 1) -> int:
-    print(text, file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody can be told: the code says it
+        if sys.stderr:
+            print(text, file=sys.stderr)
     return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 stopped, 1 cannot serve, 2 wrong usage; 128 + signal when told twice to stop."""
+    """Returns the exit code: 0 stopped, 1 cannot serve, 2 wrong configuration file. Raises SystemExit with 2 for wrong
+    usage, and with 128 + the signal when told twice to stop."""
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket must not take the place of a closed stream
         pass
     os.close(spare)

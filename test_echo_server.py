@@ -3395,6 +3395,7 @@ def test_the_command_line_wins_also_with_a_default(tmp_path: Path) -> None:
         ('send = ["x"]', "send"),
         ("insecure = true", "insecure"),
         ('config = "other.toml"', "config"),
+        ('certfile = "a\\u0000b"', "certfile"),
         ("[port]", "port"),
         ("port", ""),
         ("port = 1\nport = 2", ""),
@@ -4075,6 +4076,7 @@ def behind_proxies() -> Iterator[Process]:
         ("203.0.113.9, 203.0.113.7,198.18.0.1", "203.0.113.7"),
         ("10.0.0.1, nonsense", "127.0.0.1:PORT"),
         ("2001:db8::1", "2001:db8::1"),
+        ("2001:db8::1%\x9b31m and more", "2001:db8::1"),
         ("", "127.0.0.1:PORT"),
     ],
 )
@@ -4880,6 +4882,15 @@ def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> N
         with unix_connect(path, "ws://localhost/") as client:
             assert echoed(client) == "ECHO:Hello!"
         assert server.stop() == 0
+
+
+@pytest.mark.parametrize("log", ["/dev/full", "&-"])
+def test_the_exit_code_says_what_nobody_can_be_told(tmp_path: Path, log: str) -> None:
+    (tmp_path / "wrong.toml").write_text("port = 'x'")
+    for config, code in ("missing.toml", 1), ("wrong.toml", 2):
+        command = f'exec "$@" --config={tmp_path / config} 2>{log}'
+        result = ended("sh", "-c", command, "sh", sys.executable, str(MODULE))
+        assert (result.returncode, result.stdout) == (code, "")
 
 
 HALF_OPEN = """
