@@ -284,7 +284,7 @@ def check_text(data: bytes, final: bool) -> bytes:
 
 def check_close(payload: bytes) -> None:
     """Section 5.5.1: a Close frame has no body, or a code that may be sent (section 7.4) and a reason."""
-    if payload and (len(payload) == 1 or int.from_bytes(payload[:2], "big") not in CLOSE_CODES):
+    if payload and int.from_bytes(payload[:2], "big") not in CLOSE_CODES:  # nor is any code in one byte
         raise Fault(1002, "close code may not be sent")
     check_text(payload[2:], final=True)
 
@@ -294,7 +294,7 @@ def check_frame(first: int, second: int, deflate: bool, unfinished: int) -> None
     opcode, length = first & 0x0F, second & 0x7F
     if not second & MASK:
         raise Fault(1002, "frame is not masked")
-    if first & 0x70 and not (first & 0x70 == RSV1 and deflate and opcode in (TEXT, BINARY)):
+    if first & (0x30 if deflate and opcode in (TEXT, BINARY) else 0x70):  # RSV1 is permessage-deflate's
         raise Fault(1002, "reserved bit is set")
     if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
         raise Fault(1002, "opcode is not known")
@@ -359,16 +359,10 @@ class Receiver:
 
     def _parse(self, data: bytes, events: list[Event]) -> None:
         pos, end, budget, longest = 0, len(data), TURN, MASK + min(125, self.limit)
-        while budget > 0 and end - pos >= (1 if self._left else 2):
-            if self._left:
-                stop = min(pos + self._left, end)
-                self._left -= stop - pos
-                self._add_payload(data[pos:stop])
-                pos = stop
-                if not self._left and self._final:
-                    budget -= EVENT * self._empty + len(self._message)
-                    events.append(self._end_message())
-                continue
+        if self._left:
+            pos = min(self._left, end)
+            budget -= self._add_payload(data[:pos], events)
+        while budget > 0 and end - pos >= 2:
             first, second = data[pos], data[pos + 1]
             if MASK <= second <= longest and 0x80 < first < 0x83 and not self.opcode:
                 stop = pos + second - 0x7A  # nearly all frames: a whole message of at most 125 bytes
@@ -381,31 +375,26 @@ class Receiver:
                     pos = stop
                     continue
             check_frame(first, second, self._deflate, self.opcode)
-            start, length = pos + 2, second & 0x7F
+            opcode, length, start = first & 0x0F, second & 0x7F, pos + 6
             if length > 125:
                 start += 2 if length == 126 else 8
-                if start > end:
+                if start - 4 > end:
                     break
-                length = extended_length(data[pos + 2 : start])
-            opcode, stop = first & 0x0F, start + 4 + length
-            if opcode < CLOSE:
-                if start + 4 > end:
-                    break
-                self._begin_frame(first, length, data[start : start + 4])
-                budget -= EVENT
-                pos = start + 4
-                if not length and self._final:
-                    events.append(self._end_message())
-            elif stop <= end:
-                payload = unmask(data[start : start + 4], data[start + 4 : stop])
-                if opcode == CLOSE:
-                    check_close(payload)
-                    self.done, end = True, stop  # section 1.4: what comes after a Close is discarded
-                events.append((opcode, payload))
-                budget -= EVENT
-                pos = stop
-            else:
+                length = extended_length(data[pos + 2 : start - 4])
+            stop = start + length if opcode >= CLOSE else start  # what has to be here: control frames are taken whole
+            if stop > end:
                 break
+            budget -= EVENT
+            if opcode < CLOSE:
+                self._begin_frame(first, length, data[start - 4 : start])
+                pos = min(start + length, end)
+                budget -= self._add_payload(data[start:pos], events)
+                continue
+            payload, pos = unmask(data[start - 4 : start], data[start:stop]), stop
+            if opcode == CLOSE:
+                check_close(payload)
+                self.done, end = True, stop  # section 1.4: what comes after a Close is discarded
+            events.append((opcode, payload))
         self.rest = data[pos:end]
         self.more = budget <= 0 and pos < end
 
@@ -422,7 +411,9 @@ class Receiver:
         if self._wire > self.limit + (self.limit // 64 + 256 if self._inflater else 0):  # deflate can make it longer
             raise Fault(1009, "message is too big")
 
-    def _add_payload(self, data: bytes) -> None:
+    def _add_payload(self, data: bytes, events: list[Event]) -> int:
+        """Of the present frame; returns what the message counts as that it ends, if any."""
+        self._left -= len(data)
         data = unmask(self._key, data)
         shift = len(data) & 3
         self._key = self._key[shift:] + self._key[:shift]  # section 5.3: byte i goes with key byte i mod 4
@@ -439,38 +430,39 @@ class Receiver:
             self._message += data
         if len(self._message) > self.limit:
             raise Fault(1009, "message is too big")
+        if self._left or not self._final:
+            return 0
+        counted = EVENT * self._empty + len(self._message)
+        events.append(self._end_message())
+        return counted
 
     def _inflate(self, data: bytes) -> bytes:
         """Stops one byte above the limit. After a block with BFINAL another stream may follow, which refers back to the
         same window (RFC 7692 section 7.2.3.4)."""
         content, stream = b"", cast("zlib._Decompress", self._inflater)
         while data and (room := self.limit + 1 - len(self._message) - len(content)):
+            if stream.eof:
+                window = (bytes(self._message[-32768:]) + content)[-32768:]
+                self._inflater = stream = zlib.decompressobj(-15, zdict=window)
+                self._empty += 1
+                if self._empty > MAX_EMPTY:
+                    raise Fault(1008, "too many deflate streams in a message")
             try:
                 content += stream.decompress(data, room)
             except zlib.error:
                 raise Fault(1007, "deflate data is corrupt") from None
-            if not stream.eof:
-                break
-            data, window = stream.unused_data, (bytes(self._message[-32768:]) + content)[-32768:]
-            self._inflater = stream = zlib.decompressobj(-15, zdict=window)
-            self._empty += 1
-            if self._empty > MAX_EMPTY:
-                raise Fault(1008, "too many deflate streams in a message")
+            data = stream.unused_data
         return content
-
-    def _end_deflate(self) -> None:
-        """The sender cut off the end of an empty stored block (RFC 7692 section 7.2.1). zlib takes most truncated
-        streams without complaint: whether a last block (03 00) ends this one shows that it was complete."""
-        more = self._inflate(b"\x00\x00\xff\xff")  # content: it went into a stored block that is not complete
-        last = cast("zlib._Decompress", self._inflater)
-        with contextlib.suppress(zlib.error):
-            if not (more or last.decompress(b"\x03\x00") or last.unused_data) and last.eof:
-                return
-        raise Fault(1007, "deflate data is truncated")
 
     def _end_message(self) -> Event:
         if self._inflater:
-            self._end_deflate()
+            # The sender cut off the end of an empty stored block (RFC 7692 section 7.2.1). zlib takes most truncated
+            # streams without complaint: whether a last block (03 00) ends this one shows that it was complete.
+            content = self._inflate(b"\x00\x00\xff\xff")  # it went into a stored block that is not complete
+            with contextlib.suppress(Fault):
+                content += self._inflate(b"\x03\x00")
+            if content or not self._inflater.eof:
+                raise Fault(1007, "deflate data is truncated")
         if self._tail:
             raise Fault(1007, "text is not UTF-8")
         event = self.opcode, self._message
