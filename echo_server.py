@@ -305,6 +305,15 @@ def check_frame(first: int, second: int, deflate: bool, unfinished: int) -> None
         raise Fault(1002, "continuation is missing" if unfinished else "nothing to continue")
 
 
+def extended_length(data: bytes, pos: int) -> tuple[int, int]:
+    """Section 5.2: where the payload of the frame at `pos` starts, and its length if that is here."""
+    size, least = (2, 126) if data[pos + 1] & 0x7F == 126 else (8, 65536)
+    length = int.from_bytes(data[pos + 2 : pos + 2 + size], "big")
+    if pos + 2 + size <= len(data) and not least <= length < 1 << 63:
+        raise Fault(1002, "length is not minimal or too large")
+    return pos + 6 + size, length
+
+
 class Receiver:
     """What one peer sends: `feed` it bytes, take the `events` that are complete.
 
@@ -375,14 +384,10 @@ class Receiver:
                     pos = stop
                     continue
             check_frame(first, second, self._deflate, self.opcode)
-            opcode, length, start = first & 0x0F, second & 0x7F, pos + 6
+            opcode, start, length = first & 0x0F, pos + 6, second & 0x7F
             if length > 125:
-                start += 2 if length == 126 else 8
-                if start - 4 > end:
-                    break
-                length = extended_length(data[pos + 2 : start - 4])
-            stop = start + length if opcode >= CLOSE else start  # what has to be here: control frames are taken whole
-            if stop > end:
+                start, length = extended_length(data, pos)
+            if end < (start + length if opcode >= CLOSE else start):  # control frames are taken whole
                 break
             budget -= EVENT
             if opcode < CLOSE:
@@ -390,10 +395,11 @@ class Receiver:
                 pos = min(start + length, end)
                 budget -= self._add_payload(data[start:pos], events)
                 continue
-            payload, pos = unmask(data[start - 4 : start], data[start:stop]), stop
+            pos = start + length
+            payload = unmask(data[start - 4 : start], data[start:pos])
             if opcode == CLOSE:
                 check_close(payload)
-                self.done, end = True, stop  # section 1.4: what comes after a Close is discarded
+                self.done, end = True, pos  # section 1.4: what comes after a Close is discarded
             events.append((opcode, payload))
         self.rest = data[pos:end]
         self.more = budget <= 0 and pos < end
@@ -468,14 +474,6 @@ class Receiver:
         event = self.opcode, self._message
         self._begin_message(0)
         return event
-
-
-def extended_length(data: bytes) -> int:
-    """Section 5.2: the minimal number of bytes is used, and the most significant bit is 0."""
-    length = int.from_bytes(data, "big")
-    if length < (126 if len(data) == 2 else 65536) or length >= 1 << 63:
-        raise Fault(1002, "length is not minimal or too large")
-    return length
 
 
 def frame_header(first: int, length: int) -> bytes:
