@@ -47,6 +47,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from operator import add
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
 
@@ -179,10 +180,9 @@ class Scenario:
         """Raises ValueError."""
         self.delay, self.after = float(query.get("delay", 0)), int(query.get("after", 0))
         self.code, self.reason = int(query.get("close", 0)), query.get("reason", "")
-        self.drop, self.push = query.get("drop", "0") == "1", query.get("push", "0") == "1"
-        flags = {query.get("drop", "0"), query.get("push", "0")} <= {"0", "1"}
+        self.drop, self.push = (["0", "1"].index(query.get(name, "0")) for name in ("drop", "push"))
         code = self.code in CLOSE_CODES or "close" not in query
-        if not (flags and code and 0 <= self.delay <= 60 and self.after >= 0 and len(utf8(self.reason)) <= 123):
+        if not (code and 0 <= self.delay <= 60 and self.after >= 0 and len(utf8(self.reason)) <= 123):
             raise ValueError
 
     @classmethod
@@ -220,17 +220,14 @@ class Scenario:
             handler.close(self.code, self.reason)
 
 
-OWN = {name: getattr(EchoHandler, name) for name in ("on_message", "reply", "on_sent", "write_message")}
+OWN = EchoHandler.on_message, EchoHandler.reply, EchoHandler.on_sent, EchoHandler.write_message
 
 
 def only_echoes(handler: WebSocketHandler) -> bool:
     """Whether `on_message` is the one above, what it calls is what it was, and nobody wants to see each message."""
-    if not isinstance(handler, EchoHandler) or handler.scenario or not OWN.keys().isdisjoint(vars(handler)):
+    if not isinstance(handler, EchoHandler) or handler.scenario or log.isEnabledFor(logging.DEBUG):
         return False
-    if log.isEnabledFor(logging.DEBUG):
-        return False
-    kind = type(handler)
-    return kind is EchoHandler or all(getattr(kind, name) is method for name, method in OWN.items())
+    return all(getattr(handler, method.__name__) == MethodType(method, handler) for method in OWN)
 
 
 def make_app(server: Server) -> Application:
@@ -252,7 +249,7 @@ def make_app(server: Server) -> Application:
 # --------------------------------------------------------------------------------------------------- Frames
 # RFC 6455 sections 5 to 8 and RFC 7692 without I/O: bytes in, events out; messages in, bytes out.
 
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes, section 5.2
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = OPCODES = 0, 1, 2, 8, 9, 10  # section 5.2
 FIN, RSV1, MASK = 0x80, 0x40, 0x80
 CLOSE_CODES = {1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)}  # section 7.4, IANA's registry
 
@@ -284,7 +281,7 @@ def check_text(data: bytes, final: bool) -> bytes:
 
 def check_close(payload: bytes) -> None:
     """Section 5.5.1: a Close frame has no body, or a code that may be sent (section 7.4) and a reason."""
-    if payload and int.from_bytes(payload[:2], "big") not in CLOSE_CODES:  # nor is any code in one byte
+    if payload and int.from_bytes(payload[:2], "big") not in CLOSE_CODES:  # one byte is no code either
         raise Fault(1002, "close code may not be sent")
     check_text(payload[2:], final=True)
 
@@ -296,7 +293,7 @@ def check_frame(first: int, second: int, deflate: bool, unfinished: int) -> None
         raise Fault(1002, "frame is not masked")
     if first & (0x30 if deflate and opcode in (TEXT, BINARY) else 0x70):  # RSV1 is permessage-deflate's
         raise Fault(1002, "reserved bit is set")
-    if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+    if opcode not in OPCODES:
         raise Fault(1002, "opcode is not known")
     if opcode >= CLOSE:
         if length > 125 or not first & FIN:
@@ -306,7 +303,8 @@ def check_frame(first: int, second: int, deflate: bool, unfinished: int) -> None
 
 
 def extended_length(data: bytes, pos: int) -> tuple[int, int]:
-    """Section 5.2: where the payload of the frame at `pos` starts, and its length if that is here."""
+    """Section 5.2: in as few bytes as it needs, with the most significant bit 0. Returns where the payload of the frame
+    at `pos` starts, and its length once that has come."""
     size, least = (2, 126) if data[pos + 1] & 0x7F == 126 else (8, 65536)
     length = int.from_bytes(data[pos + 2 : pos + 2 + size], "big")
     if pos + 2 + size <= len(data) and not least <= length < 1 << 63:
@@ -418,7 +416,7 @@ class Receiver:
             raise Fault(1009, "message is too big")
 
     def _add_payload(self, data: bytes, events: list[Event]) -> int:
-        """Of the present frame; returns what the message counts as that it ends, if any."""
+        """Of the present frame. Returns what the message that it ends takes of TURN, or 0."""
         self._left -= len(data)
         data = unmask(self._key, data)
         shift = len(data) & 3
@@ -485,9 +483,9 @@ def frame_header(first: int, length: int) -> bytes:
     return struct.pack("!BBQ", first, 127, length)
 
 
-DEFLATE_PARAMETER = re.compile(
-    r"(server_no_context_takeover|client_no_context_takeover"
-    r'|server_max_window_bits=("?)(?P<bits>9|1[0-5])\2|client_max_window_bits(=("?)([89]|1[0-5])\5)?)'
+DEFLATE_OFFER = re.compile(
+    r"permessage-deflate(?:\s*;\s*(?:server_no_context_takeover|client_no_context_takeover"
+    r'|server_max_window_bits=("?)(?P<bits>9|1[0-5])\1|client_max_window_bits(?:=("?)(?:[89]|1[0-5])\3)?))*'
 )
 
 
@@ -498,14 +496,10 @@ def accept_deflate(offers: str) -> tuple[str, int]:
     zlib has no raw compressor. client_max_window_bits needs no answer, since our window has all 15.
     """
     for offer in re.findall(r'(?:[^,"]|"[^"]*")+', offers) if offers.count('"') % 2 == 0 else ():
-        name, *parameters = (part.strip() for part in offer.split(";"))
-        matches = [DEFLATE_PARAMETER.fullmatch(parameter) for parameter in parameters]
-        names = {parameter.partition("=")[0] for parameter in parameters}
-        if name != "permessage-deflate" or None in matches or len(names) < len(parameters):
-            continue
-        bits = next((m["bits"] for m in matches if m and m["bits"]), None)
-        answer = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
-        return answer + (f"; server_max_window_bits={bits}" if bits else ""), int(bits or 15)
+        match, names = DEFLATE_OFFER.fullmatch(offer.strip()), re.findall(r";\s*(\w+)", offer)
+        if match and len(names) == len(set(names)):
+            answer, bits = "permessage-deflate; server_no_context_takeover; client_no_context_takeover", match["bits"]
+            return answer + (f"; server_max_window_bits={bits}" if bits else ""), int(bits or 15)
     return "", 0
 
 
