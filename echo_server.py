@@ -436,9 +436,7 @@ class Receiver:
             raise Fault(1009, "message is too big")
         if self._left or not self._final:
             return 0
-        counted = EVENT * self._empty + len(self._message)
-        events.append(self._end_message())
-        return counted
+        return self._end_message(events)
 
     def _inflate(self, data: bytes) -> bytes:
         """Stops one byte above the limit. After a block with BFINAL another stream may follow, which refers back to the
@@ -458,20 +456,21 @@ class Receiver:
             data = stream.unused_data
         return content
 
-    def _end_message(self) -> Event:
+    def _end_message(self, events: list[Event]) -> int:
         if self._inflater:
             # The sender cut off the end of an empty stored block (RFC 7692 section 7.2.1). zlib takes most truncated
             # streams without complaint: whether a last block (03 00) ends this one shows that it was complete.
             content = self._inflate(b"\x00\x00\xff\xff")  # it went into a stored block that is not complete
-            with contextlib.suppress(Fault):
+            with contextlib.suppress(Fault):  # corrupt for want of what is missing
                 content += self._inflate(b"\x03\x00")
             if content or not self._inflater.eof:
                 raise Fault(1007, "deflate data is truncated")
         if self._tail:
             raise Fault(1007, "text is not UTF-8")
-        event = self.opcode, self._message
+        events.append((self.opcode, self._message))
+        size = EVENT * self._empty + len(self._message)
         self._begin_message(0)
-        return event
+        return size
 
 
 def frame_header(first: int, length: int) -> bytes:
