@@ -426,12 +426,9 @@ class Receiver:
             data = self._inflate(data)
         if self.opcode == TEXT and (self._tail or not data.isascii()):
             self._tail = check_text(self._tail + data, final=False)
-        if not self._message:
-            self._message = data  # often all of it, so do not copy yet
-        else:
-            if isinstance(self._message, bytes):
-                self._message = bytearray(self._message)
-            self._message += data
+        if self._message and isinstance(self._message, bytes):
+            self._message = bytearray(self._message)  # which grows in place
+        self._message += data  # often all of it, and not copied then: b"" + data is data
         if len(self._message) > self.limit:
             raise Fault(1009, "message is too big")
         if self._left or not self._final:
