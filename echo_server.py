@@ -233,9 +233,8 @@ def only_echoes(handler: WebSocketHandler) -> bool:
 def make_app(server: Server) -> Application:
     """The stand-alone application: WebSocket on every path, and what answers a plain GET."""
     options = server.options
-    origins = {origin.strip() for origin in options.origins.split(",")}
     paths = ["/healthz", "/metrics"] if options.metrics else ["/healthz"]
-    echo = {"prefix": options.prefix, "compression": options.compression, "origins": origins}
+    echo = {"prefix": options.prefix, "compression": options.compression, "origins": listed(options.origins)}
     echo |= {"stall_timeout": options.stall_timeout, "scenarios": options.scenarios, "server": server}
     return Application(
         [Rule(PlainGet(paths), PlainHandler, {"server": server}), (r".*", EchoHandler, echo)],
@@ -610,8 +609,7 @@ class Connection(WebSocketProtocol):
     def _negotiate(self, handler: WebSocketHandler, headers: HTTPHeaders) -> dict[str, str]:
         """Returns the headers of the answer about subprotocol and extensions."""
         answer = {}
-        names = [name.strip() for name in headers.get("Sec-WebSocket-Protocol", "").split(",") if name.strip()]
-        self.selected_subprotocol = handler.select_subprotocol(names)
+        self.selected_subprotocol = handler.select_subprotocol(listed(headers.get("Sec-WebSocket-Protocol", "")))
         if self.selected_subprotocol:
             answer["Sec-WebSocket-Protocol"] = self.selected_subprotocol
         options, accepted, bits = handler.get_compression_options(), "", 0
@@ -1248,7 +1246,12 @@ accept_key = websocket.WebSocketProtocol13.compute_accept_value  # RFC 6455 sect
 
 
 def has_token(headers: HTTPHeaders, name: str, token: str) -> bool:
-    return token in (part.strip() for part in headers.get(name, "").lower().split(","))
+    return token in listed(headers.get(name, "").lower())
+
+
+def listed(text: str) -> list[str]:
+    """RFC 9110 section 5.6.1: a comma-separated list; empty ones do not count."""
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def path_of(request: HTTPServerRequest) -> str:
@@ -1260,8 +1263,7 @@ Proxies = Collection[ipaddress.IPv4Network | ipaddress.IPv6Network | str]  # the
 
 
 def parse_proxies(text: str) -> Proxies:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    return [name if name == "unix" else ipaddress.ip_network(name, strict=False) for name in names]
+    return [name if name == "unix" else ipaddress.ip_network(name, strict=False) for name in listed(text)]
 
 
 def peer_of(request: HTTPServerRequest, proxies: Proxies) -> str:

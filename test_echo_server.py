@@ -4062,6 +4062,10 @@ def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
 # ---- Who the peer is
 
 
+def test_an_empty_origin_is_not_our_own(serve: Serve) -> None:
+    assert refused(serve("--origins="), request(add="Origin:"))[0] == 403
+
+
 @pytest.fixture(scope="module")
 def behind_proxies() -> Iterator[Process]:
     with Process("--port=0", "--trusted-proxies=127.0.0.0/8, 198.18.0.1,::1") as process:
