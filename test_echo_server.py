@@ -4278,6 +4278,19 @@ def test_a_cafile_that_is_missing_is_named(server: Process) -> None:
     assert_client_fails(server.url.replace("ws", "wss"), "--cafile=/nowhere/ca.pem", "--send=a", word="/nowhere/ca.pem")
 
 
+def test_server_and_client_say_what_the_readme_shows(serve: Serve) -> None:
+    shown = re.findall(r"^ *(\[(?:SERVER|CLIENT)\] .*?)(?:   .*)?$", README, re.MULTILINE)
+    process = serve("--log-level=debug")
+    said = run("--connect", f"ws://localhost:{process.port}/test", "--send", "Hello!").stdout.splitlines()
+    process.line(r"close\(\)")
+    said += [line[line.index("[SERVER]") :] for line in process.lines if "[SERVER]" in line]
+    for line in shown:
+        assert re.sub(r"\d", "0", line) in [
+            re.sub(r"\d", "0", text.replace(str(process.port), "4000")) for text in said
+        ]
+    assert len(shown) == 6
+
+
 # ---------------------------------------------------------------------------------------------- Command line
 
 
