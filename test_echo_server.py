@@ -869,6 +869,15 @@ async def listening(app: Application) -> AsyncIterator[int]:
     await until_async(lambda: not Connections.current().open)
 
 
+@pytest.mark.gen_test
+async def test_as_the_readme_shows_three_lines_are_enough() -> None:
+    async with listening(defined(shown("In three lines"))["app"]) as port:
+        client = await websocket_connect(f"ws://localhost:{port}/echo")
+        await client.write_message("Hello!")
+        assert await client.read_message() == "ECHO:Hello!"
+        client.close()
+
+
 FRIEND = "https://app.example.org"  # in the README
 
 
