@@ -1827,8 +1827,6 @@ def url_of(sock: socket.socket, tls: bool) -> str:
 
 def tls_context(options: Options) -> ssl.SSLContext | None:
     if not options.certfile:
-        if options.keyfile or options.client_cafile:
-            raise CannotServe("--keyfile and --client-cafile need --certfile")
         return None
     files = [name for name in (options.certfile, options.keyfile, options.client_cafile) if name]
     try:
@@ -2004,12 +2002,15 @@ def parse_option(name: str, text: str) -> Any:
 
 
 def parse_args(argv: list[str] | None) -> Options:
-    """Defaults, then the configuration file, then the command line. Raises SystemExit(2), after saying why;
-    OSError and ValueError are about the configuration file, whose name they begin with."""
+    """Defaults, then the configuration file, then the command line. Raises SystemExit(2), after saying why; OSError
+    when the configuration file cannot be read, ValueError when it, or what all of them say together, is wrong."""
     given = vars(make_parser().parse_args(argv))
     given["send"] = tuple(given.get("send", ()))
     config = read_config(given["config"]) if given.get("config") else {}
-    return Options(**config | given)
+    options = Options(**config | given)
+    if (options.keyfile or options.client_cafile) and not options.certfile:
+        raise ValueError("--keyfile and --client-cafile need --certfile")
+    return options
 
 
 def fail(text: str, code: int = 1) -> int:
