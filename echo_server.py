@@ -536,8 +536,8 @@ class Connection(WebSocketProtocol):
 
     __slots__ = (
         "_backlog", "_deadline", "_deflate", "_heads", "_held", "_hold", "_linger", "_mark", "_mark_at",
-        "_only_echoes", "_out", "_out_size", "_pending", "_ping", "_pinged", "_prefix", "_progress_at",
-        "_queue", "_queue_size", "_read_size", "_receiver", "_registry", "_scheduled", "_seen", "_seen_at", "_sent",
+        "_only_echoes", "_out", "_out_size", "_pending", "_ping", "_pinged", "_prefix", "_progress_at", "_queue",
+        "_queue_size", "_read_size", "_receiver", "_recv", "_registry", "_scheduled", "_seen", "_seen_at", "_sent",
         "_socket", "_stall_timeout", "_state", "_tls", "_turning", "_waiters", "_watched", "close_code",
         "close_reason", "opened", "outcome", "selected_subprotocol", "traffic",
     )  # fmt: skip
@@ -629,7 +629,7 @@ class Connection(WebSocketProtocol):
 
     def _take(self, stream: IOStream) -> bytes:
         """Takes the socket from Tornado; returns what came behind the handshake and is in Tornado's buffer."""
-        self._socket = stream.socket
+        self._socket, self._recv = stream.socket, stream.socket.recv
         self._tls = isinstance(self._socket, ssl.SSLSocket)
         if self._tls:
             self._read_size = READ_SIZE  # a whole record at least: nobody is told of a rest that OpenSSL holds
@@ -639,16 +639,16 @@ class Connection(WebSocketProtocol):
         # Tornado closes it with the loop, and does not call us: being called past it saves 0.3 us a message.
         stream.io_loop.add_handler(self._socket, lambda *_: None, 0)
         asyncio.get_running_loop().add_reader(self._socket, self._on_readable)
-        try:  # a stream that is closed gives what it has, without asking the socket
-            return cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True)).result()
-        except StreamClosedError:
-            return b""
+        early = b""
+        with contextlib.suppress(StreamClosedError):  # one that is closed gives what it has, without asking the socket
+            early = cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True)).result()
+        return early + self._recv(READ_SIZE) if self._tls and cast(Any, self._socket).pending() else early
 
     def _on_readable(self) -> None:
         """One short text, as it comes from clients that wait for each reply, is answered here: 0.4 us rather than 1.3
         for a turn, beside 5 in the kernel and the event loop."""
         try:
-            data = self._socket.recv(self._read_size)
+            data = self._recv(self._read_size)
         except WOULD_BLOCK:
             return
         except OSError:
@@ -763,6 +763,8 @@ class Connection(WebSocketProtocol):
     def _may_read(self) -> bool:
         if self._state > CLOSING:
             return True
+        if self._tls and self._backlog:  # OpenSSL cannot answer a KeyUpdate in the middle of a write: BAD_LENGTH
+            return False
         if self._scheduled or self._receiver.more:  # what was read comes first
             return False
         return self._state == CLOSING or not (self._registry.leaving or self._full())
@@ -993,6 +995,7 @@ class Connection(WebSocketProtocol):
         if self._state < ENDING:
             before, self._state = self._state, ENDING  # first: it may become CLOSED when we send
             self._deadline, self._linger = time.monotonic() + CLOSE_TIMEOUT, code > 0
+            self._recv = functools.partial(socket.socket.recv, self._socket)  # past TLS: it is thrown away
             if code and before == OPEN:
                 self._send_close(code, reason)
             if self._out:
@@ -1002,17 +1005,21 @@ class Connection(WebSocketProtocol):
     def _end_sent(self) -> None:
         if self._state == ENDING and self._backlog:
             self._watch()
-        elif self._state == ENDING:
-            with contextlib.suppress(OSError):
-                if isinstance(self._socket, ssl.SSLSocket):
-                    self._socket.unwrap()  # sends close_notify, RFC 8446 section 6.1
-            if not self._linger:
-                self.drop(reset=False)
-                return
+        elif self._state == ENDING and self._linger:
             self._state, self._deadline = LINGERING, time.monotonic() + LINGER_TIMEOUT
+            self._end_tls()
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._socket, socket.SHUT_WR)  # not SSLSocket's, which ends TLS as well
             self._watch()
+        else:
+            self.drop(reset=False)
+
+    def _end_tls(self) -> None:
+        """Sends close_notify, RFC 8446 section 6.1."""
+        if self._tls and not self._backlog:
+            self._tls = False
+            with contextlib.suppress(OSError, ValueError):  # the peer's has not come, or TLS is broken
+                cast(Any, self._socket).unwrap()
 
     def _lost(self, why: str, owed: bool = False) -> None:
         if (owed or self._backlog) and self._state != CLOSED and self._only_echoes:  # others' futures say it
@@ -1027,6 +1034,8 @@ class Connection(WebSocketProtocol):
         if reset:
             with contextlib.suppress(OSError):
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            self._end_tls()
         loop.remove_reader(self._socket)
         loop.remove_writer(self._socket)
         IOLoop.current().remove_handler(self._socket)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _ssl
 import asyncio
 import base64
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import html
@@ -34,7 +36,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from email.message import Message
 from pathlib import Path
 from subprocess import PIPE
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import pytest
 import trustme
@@ -2298,6 +2300,32 @@ async def test_a_message_that_stalls_is_1008_also_where_a_ping_was_not_answered(
     assert "no answer to a ping" not in caplog.text
 
 
+@pytest.mark.gen_test
+async def test_replies_and_close_come_to_a_peer_that_first_sends_on(host: Host) -> None:
+    peer = await host.connect(receive_buffer=4096)
+    peer.send(text("x" * 60_000) * 30, b"\x00\x00", bytes(3 << 20))
+    assert await peer.replies(*[b"ECHO:" + b"x" * 60_000] * 30)
+    assert await peer.close_code() == 1002
+
+
+@pytest.mark.gen_test
+async def test_all_of_a_record_is_seen_where_a_host_reads_less(
+    app: Application, ssl_options: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    http, sockets = HTTPServer(app, ssl_options=ssl_options, chunk_size=1024), bind_sockets(0, "127.0.0.1")
+    http.add_sockets(sockets)
+    port = sockets[0].getsockname()[1]
+    peer = Peer(*await asyncio.open_connection("127.0.0.1", port, ssl=client_context, server_hostname="localhost"))
+    peer.send(request("GET /echo HTTP/1.1"), text("x" * 100) * 100)
+    async with asyncio.timeout(PATIENCE):
+        await peer.reader.readuntil(b"\r\n\r\n")
+    assert await peer.replies(*[b"ECHO:" + b"x" * 100] * 100)
+    peer.leave()
+    http.stop()
+    await http.close_all_connections()
+    await until_async(lambda: not Connections.current().open)
+
+
 class SaysTheLastWord(EchoHandler):
     def on_message(self, message: str | bytes) -> None:
         self.reply(message)
@@ -3609,6 +3637,43 @@ def test_tls_ends_with_close_notify(serve: Serve, certificate: Path, trust: ssl.
         sock.sendall(last)
         assert read_frame(file)[0] == 8
         assert file.read() == b""  # it raises SSLEOFError where TCP ends first
+
+
+def test_close_notify_is_answered(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+    with shaken(serve(f"--certfile={certificate}"), trust=trust) as sock:
+        assert raw_echo(sock) == "ECHO:Hello!"
+        cast(ssl.SSLSocket, sock).unwrap()  # raises SSLEOFError where TCP ends first
+
+
+OPENSSL = ctypes.CDLL(_ssl.__file__)  # what Python itself calls
+
+
+def request_key_update(sock: ssl.SSLSocket) -> None:
+    """SSL_key_update(3), past Python, whose object has the SSL* behind its header and a pointer."""
+    assert OPENSSL.SSL_key_update(ctypes.c_void_p.from_address(id(cast(Any, sock)._sslobj) + 24), 1) == 1
+
+
+@pytest.mark.skipif(not hasattr(OPENSSL, "SSL_key_update"), reason="OpenSSL cannot be called past Python")
+def test_a_key_update_harms_no_replies_that_wait(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+    process, sent, got, out = serve(f"--certfile={certificate}"), 0, 0, b""
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    plain.connect(("127.0.0.1", process.port))
+    with trust.wrap_socket(plain, server_hostname="localhost") as sock:
+        assert answer(sock, request())[0] == 101
+        sock.setblocking(False)
+        while got < 6000 * len(reply_frame(FIN | BINARY, b"ECHO:" + bytes(1000))):
+            with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                while sent < 6000:  # until nothing more is taken, and without reading
+                    if not out and sent % 5 == 0:
+                        request_key_update(sock)
+                    out = masked(bytes(1000), BINARY)
+                    sock.send(out)
+                    out, sent = b"", sent + 1
+            if sent == 6000 or not select.select([], [sock], [], 0.3)[1]:  # the server has stopped reading
+                assert select.select([sock], [], [], PATIENCE)[0]
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    got += len(sock.recv(16384))
 
 
 @pytest.mark.parametrize("has_one", [False, True])
