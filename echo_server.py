@@ -678,6 +678,15 @@ class Connection(WebSocketProtocol):
         else:
             self._lost("the peer has left")
 
+    def read_rest(self) -> None:
+        """What has come already: a short read and a long one, or 64 records of TLS, which come one at a time."""
+        for _ in range(64 if self._tls else 2):
+            self._seen = False
+            if self._state == OPEN and self._may_read():
+                self._on_readable()
+            if not self._seen:
+                return
+
     def _watch(self) -> None:
         """Asks for a call when there is something that may be read, and when the backlog can go on."""
         watched = (READ if self._may_read() else 0) | (WRITE if self._backlog else 0)
@@ -1166,6 +1175,8 @@ class Connections:
 
     async def go_away(self, seconds: float = 10.0) -> None:
         """Closes all with 1001, behind the replies that they are owed, and waits so long for them to leave."""
+        for connection in list(self.open):
+            connection.read_rest()
         self.leaving = True
         for connection in list(self.open):
             connection._after_turn()

@@ -3676,6 +3676,24 @@ def test_a_key_update_harms_no_replies_that_wait(serve: Serve, certificate: Path
                     got += len(sock.recv(16384))
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+def test_what_has_come_before_sigterm_is_answered(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
+) -> None:
+    process = serve(*[f"--certfile={certificate}"] if secure else [])
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(shaken(process, trust=trust if secure else None)) for _ in range(10)]
+        for _ in range(40):
+            for client in clients:
+                client.sendall(masked(b"x" * 1000))
+        process.signal(signal.SIGTERM)
+        for client in clients:
+            with client.makefile("rb") as file:
+                assert [read_frame(file)[1] for _ in range(40)] == [b"ECHO:" + b"x" * 1000] * 40
+                assert read_frame(file) == (CLOSE, close_body(1001, "the server is stopping"))
+        process.signal(signal.SIGTERM)  # at once: nobody here says goodbye
+
+
 @pytest.mark.parametrize("has_one", [False, True])
 def test_a_client_without_a_certificate_of_that_authority_is_not_let_in(
     serve: Serve, certificate: Path, trust: ssl.SSLContext, client_authority: tuple[trustme.CA, str], has_one: bool
