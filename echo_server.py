@@ -537,7 +537,7 @@ class Connection(WebSocketProtocol):
     __slots__ = (
         "_backlog", "_deadline", "_deflate", "_heads", "_held", "_hold", "_linger", "_mark", "_mark_at",
         "_only_echoes", "_out", "_out_size", "_pending", "_ping", "_pinged", "_prefix", "_progress_at", "_queue",
-        "_queue_size", "_read_size", "_receiver", "_recv", "_registry", "_scheduled", "_seen", "_seen_at", "_sent",
+        "_queue_size", "_read_size", "_receiver", "_registry", "_scheduled", "_seen", "_seen_at", "_sent",
         "_socket", "_stall_timeout", "_state", "_tls", "_turning", "_waiters", "_watched", "close_code",
         "close_reason", "opened", "outcome", "selected_subprotocol", "traffic",
     )  # fmt: skip
@@ -554,7 +554,7 @@ class Connection(WebSocketProtocol):
         self.close_reason: str | None = None
         self._read_size = SHORT_READ
         self._only_echoes = False  # the shortcuts may be taken: see choose()
-        self._heads: list[tuple[bytes, bytes, bytes]] = []  # echo_heads() of the present prefix
+        self._heads: list[tuple[bytes, bytes, bytes]] = []  # echo_heads() of the present prefix, if they may
         self._hold = False  # messages wait: for a coroutine of the handler, or for the peer to take replies
         self._queue: deque[Event] | None = None  # these
         self._queue_size = 0
@@ -629,7 +629,7 @@ class Connection(WebSocketProtocol):
 
     def _take(self, stream: IOStream) -> bytes:
         """Takes the socket from Tornado; returns what came behind the handshake and is in Tornado's buffer."""
-        self._socket, self._recv = stream.socket, stream.socket.recv
+        self._socket = stream.socket
         self._tls = isinstance(self._socket, ssl.SSLSocket)
         if self._tls:
             self._read_size = READ_SIZE  # a whole record at least: nobody is told of a rest that OpenSSL holds
@@ -642,13 +642,13 @@ class Connection(WebSocketProtocol):
         early = b""
         with contextlib.suppress(StreamClosedError):  # one that is closed gives what it has, without asking the socket
             early = cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True)).result()
-        return early + self._recv(READ_SIZE) if self._tls and cast(Any, self._socket).pending() else early
+        return early + self._socket.recv(READ_SIZE) if self._tls and cast(Any, self._socket).pending() else early
 
     def _on_readable(self) -> None:
         """One short text, as it comes from clients that wait for each reply, is answered here: 0.4 us rather than 1.3
         for a turn, beside 5 in the kernel and the event loop."""
         try:
-            data = self._recv(self._read_size)
+            data = self._socket.recv(self._read_size)
         except WOULD_BLOCK:
             return
         except OSError:
@@ -656,12 +656,12 @@ class Connection(WebSocketProtocol):
         self._seen = True
         size, heads, receiver = len(data) - 6, self._heads, self._receiver
         if (
-            0 <= size < len(heads) and data[0] == FIN | TEXT and data[1] == MASK | size
-            and self._only_echoes and self.handler.prefix is self._prefix  # type: ignore[attr-defined]  # as in _echo
+            0 <= size < len(heads) and data[0] == 0x81 and data[1] == 0x80 | size
+            and self.handler.prefix is self._prefix  # type: ignore[attr-defined]  # as in _echo
             and not (receiver.opcode or receiver.rest or self._hold or self._backlog or self._state)
             and (payload := unmask(data[2:6], data[6:])).isascii()
         ):  # fmt: skip
-            reply, traffic = heads[size][TEXT] + payload, self.traffic
+            reply, traffic = heads[size][1] + payload, self.traffic
             traffic[0] += 1
             traffic[1] += size
             traffic[4] += 1
@@ -983,6 +983,7 @@ class Connection(WebSocketProtocol):
     def choose(self) -> None:
         """Whether replies are made without the handler's on_message, as long as nobody can tell."""
         self._only_echoes = only_echoes(self.handler)
+        self._heads = self._heads if self._only_echoes else []
 
     def is_closing(self) -> bool:
         return self._state != OPEN
@@ -1004,7 +1005,6 @@ class Connection(WebSocketProtocol):
         if self._state < ENDING:
             before, self._state = self._state, ENDING  # first: it may become CLOSED when we send
             self._deadline, self._linger = time.monotonic() + CLOSE_TIMEOUT, code > 0
-            self._recv = functools.partial(socket.socket.recv, self._socket)  # past TLS: it is thrown away
             if code and before == OPEN:
                 self._send_close(code, reason)
             if self._out:
@@ -1012,16 +1012,28 @@ class Connection(WebSocketProtocol):
             self._end_sent()
 
     def _end_sent(self) -> None:
-        if self._state == ENDING and self._backlog:
-            self._watch()
-        elif self._state == ENDING and self._linger:
+        if self._state != ENDING or not (self._backlog or self._linger):
+            self.drop(reset=False)
+            return
+        asyncio.get_running_loop().add_reader(self._socket, self._discard)
+        self._watched |= READ
+        if not self._backlog:
             self._state, self._deadline = LINGERING, time.monotonic() + LINGER_TIMEOUT
             self._end_tls()
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._socket, socket.SHUT_WR)  # not SSLSocket's, which ends TLS as well
-            self._watch()
-        else:
-            self.drop(reset=False)
+        self._watch()
+
+    def _discard(self) -> None:
+        """What comes behind our last frame; past TLS, which takes data behind our close_notify for an error."""
+        try:
+            if socket.socket.recv(self._socket, READ_SIZE):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._lost("the peer has left")
 
     def _end_tls(self) -> None:
         """Sends close_notify, RFC 8446 section 6.1."""
@@ -1075,7 +1087,7 @@ class Connection(WebSocketProtocol):
         if self._seen and self._state != CLOSED:
             self._seen, self._seen_at, self._pinged = False, now, False
             self._read_size = READ_SIZE if self._tls else SHORT_READ
-            if self._watched & READ:
+            if self._watched & READ and self._state < ENDING:
                 self._watch_on()
         if self._state == CLOSED:
             return
