@@ -384,6 +384,8 @@ class Receiver:
             opcode, start, length = first & 0x0F, pos + 6, second & 0x7F
             if length > 125:
                 start, length = extended_length(data, pos)
+            if opcode < CLOSE and end >= start - 4:
+                self._check_size(bool(first & RSV1 or self._inflater), length)
             if end < (start + length if opcode >= CLOSE else start):  # control frames are taken whole
                 break
             budget -= EVENT
@@ -411,7 +413,10 @@ class Receiver:
         self._empty += not length
         if self._fragments > MAX_FRAGMENTS or self._empty > MAX_EMPTY:
             raise Fault(1008, "too many fragments")
-        if self._wire > self.limit + (self.limit // 64 + 256 if self._inflater else 0):  # deflate can make it longer
+
+    def _check_size(self, compressed: bool, length: int) -> None:
+        """Before the key has come. Deflate makes some data longer, by less than 1/64."""
+        if self._wire + length > self.limit + (self.limit // 64 + 256 if compressed else 0):
             raise Fault(1009, "message is too big")
 
     def _add_payload(self, data: bytes, events: list[Event]) -> int:

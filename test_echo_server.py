@@ -1258,6 +1258,12 @@ def test_what_is_fed_before_the_rest_is_taken_comes_behind_it() -> None:
     assert [bytes(payload) for _, payload in events] == [b"a"] * 2000 + [b"b"]
 
 
+def test_a_frame_that_is_too_long_is_1009_before_its_key_has_come() -> None:
+    receiver = Receiver(4096)
+    assert receiver.feed(bytes((FIN | TEXT, 0x80 | 126, 16, 1))) == []
+    assert receiver.fault and receiver.fault.code == 1009
+
+
 # ---- permessage-deflate in the handshake
 
 AGREED = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
