@@ -6,8 +6,10 @@ import _ssl
 import asyncio
 import base64
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
+import gc
 import hashlib
 import html
 import http.client
@@ -32,11 +34,19 @@ import tracemalloc
 import urllib.request
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from email.message import Message
 from pathlib import Path
 from subprocess import PIPE
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, ClassVar, cast
 
 import pytest
 import trustme
@@ -49,7 +59,7 @@ from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets
 from tornado.web import Application
-from tornado.websocket import WebSocketClosedError, websocket_connect
+from tornado.websocket import WebSocketClosedError, WebSocketProtocol, websocket_connect
 from websockets.asyncio.client import connect as websockets_connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.extensions.permessage_deflate import PerMessageDeflate
@@ -98,10 +108,18 @@ def ended(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
 class Process:
     """The server as a process of its own; `lines` is what it has said on standard error so far."""
 
-    def __init__(self, *args: str, before: Sequence[str] = (), env: dict[str, str] | None = None, **popen: Any) -> None:
+    def __init__(
+        self,
+        *args: str,
+        before: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+        **popen: Any,
+    ) -> None:
         environment = os.environ | (env or {})
         self.lines: list[str] = []
-        self.popen = start(*before, sys.executable, str(MODULE), *args, stderr=PIPE, env=environment, **popen)
+        self.popen = start(
+            *before, sys.executable, str(MODULE), *args, stderr=PIPE, env=environment, **popen
+        )
         self.reader = threading.Thread(target=self.read)
         self.reader.start()
 
@@ -128,7 +146,10 @@ class Process:
 
     def line(self, pattern: str, count: int = 1) -> re.Match[str]:
         """The first line that has this, when `count` of them have come."""
-        until(lambda: len(self.matching(pattern)) >= count, lambda: f"{pattern!r} is not in {self.lines}")
+        until(
+            lambda: len(self.matching(pattern)) >= count,
+            lambda: f"{pattern!r} is not in {self.lines}",
+        )
         return self.matching(pattern)[0]
 
     @property
@@ -159,7 +180,9 @@ class Process:
         return connect(self.url + path.lstrip("/"), **options)
 
 
-def until(condition: Callable[[], Any], otherwise: Callable[[], str] = lambda: "it did not happen") -> None:
+def until(
+    condition: Callable[[], Any], otherwise: Callable[[], str] = lambda: "it did not happen"
+) -> None:
     """Polls until the condition holds."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
@@ -179,11 +202,17 @@ def echoed(client: ClientConnection, message: str | bytes = "Hello!") -> str | b
     return client.recv(PATIENCE)
 
 
-def request(line: str = "GET / HTTP/1.1", *, without: str = "", add: str = "", **changed: str) -> bytes:
+def request(
+    line: str = "GET / HTTP/1.1", *, without: str = "", add: str = "", **changed: str
+) -> bytes:
     """A handshake; `without` a header, with header lines added, or values changed (Sec_WebSocket_Key="x")."""
     headers = HEADERS | {name.replace("_", "-"): value for name, value in changed.items()}
     headers.pop(without, None)
-    lines = [line, *(f"{name}: {value}" for name, value in headers.items()), *([add] if add else [])]
+    lines = [
+        line,
+        *(f"{name}: {value}" for name, value in headers.items()),
+        *([add] if add else []),
+    ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
@@ -195,7 +224,9 @@ def answer(sock: socket.socket, data: bytes) -> tuple[int, Message, str]:
         return response.status, response.headers, response.read().decode()
 
 
-def get(server: Process, path: str = "/", *, method: str = "GET", **headers: str) -> tuple[int, Message, str]:
+def get(
+    server: Process, path: str = "/", *, method: str = "GET", **headers: str
+) -> tuple[int, Message, str]:
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
     with server.dial() as sock:
         return answer(sock, f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
@@ -207,7 +238,10 @@ def refused(server: Process, data: bytes) -> tuple[int, Message, str]:
 
 
 def shaken(
-    server: Process, line: str = "GET / HTTP/1.1", trust: ssl.SSLContext | None = None, **changed: str
+    server: Process,
+    line: str = "GET / HTTP/1.1",
+    trust: ssl.SSLContext | None = None,
+    **changed: str,
 ) -> socket.socket:
     """A raw socket behind its handshake; over TLS, where that is what the server is trusted by."""
     sock = server.dial()
@@ -247,7 +281,9 @@ def read_frame(file: BinaryIO) -> tuple[int, bytes]:
 
 def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """The program from start to end, where it ends by itself."""
-    return ended(sys.executable, str(MODULE), *args, input=stdin, env=os.environ | {"COLUMNS": "80"})
+    return ended(
+        sys.executable, str(MODULE), *args, input=stdin, env=os.environ | {"COLUMNS": "80"}
+    )
 
 
 @pytest.fixture
@@ -295,13 +331,19 @@ def header(first: int, length: int, size: int = 0, mask: int = 0x80) -> bytes:
     """The header of a client's frame; `size` is 2 or 8 for more bytes of length than are needed."""
     size = size or (0 if length < 126 else 2 if length < 65536 else 8)
     short = {0: length, 2: 126, 8: 127}[size]
-    return bytes((first, mask | short)) + (length.to_bytes(size, "big") if size else b"") + KEY[: mask // 32]
+    return (
+        bytes((first, mask | short))
+        + (length.to_bytes(size, "big") if size else b"")
+        + KEY[: mask // 32]
+    )
 
 
 def frame(first: int, payload: bytes = b"") -> bytes:
     """A client's frame, masked."""
     key = KEY * (len(payload) // 4 + 1)
-    masked = (int.from_bytes(payload, "big") ^ int.from_bytes(key[: len(payload)], "big")).to_bytes(len(payload), "big")
+    masked = (int.from_bytes(payload, "big") ^ int.from_bytes(key[: len(payload)], "big")).to_bytes(
+        len(payload), "big"
+    )
     return header(first, len(payload)) + masked
 
 
@@ -331,7 +373,11 @@ def packed(payload: bytes, level: int = 6) -> bytes:
 
 def inflated(payload: bytes, window_bits: int = 15) -> bytes:
     """What was deflated, if it needs no more of a window: its pieces are smaller than the smallest."""
-    inflater, data, content = zlib.decompressobj(-window_bits), payload + b"\0\0\xff\xff", bytearray()
+    inflater, data, content = (
+        zlib.decompressobj(-window_bits),
+        payload + b"\0\0\xff\xff",
+        bytearray(),
+    )
     while piece := inflater.decompress(data, 256):
         content += piece
         data = inflater.unconsumed_tail
@@ -370,8 +416,12 @@ BAD: dict[int, dict[str, bytes]] = {
         "RSV1 on a pong": frame(FIN | RSV1 | PONG),
         "RSV1 on a close": frame(FIN | RSV1 | CLOSE),
         "RSV1 on a continuation": frame(TEXT, b"hi") + frame(FIN | RSV1, b"hi"),
-        "RSV1 on a continuation of RSV1": frame(RSV1 | TEXT, HELLO[:3]) + frame(FIN | RSV1, HELLO[3:]),
-        **{f"opcode {opcode}": frame(FIN | opcode) for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
+        "RSV1 on a continuation of RSV1": frame(RSV1 | TEXT, HELLO[:3])
+        + frame(FIN | RSV1, HELLO[3:]),
+        **{
+            f"opcode {opcode}": frame(FIN | opcode)
+            for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)
+        },
         "opcode 3 within a message": frame(TEXT, b"hi") + frame(FIN | 3),
         "fragmented ping": frame(PING),
         "fragmented pong": frame(PONG),
@@ -386,7 +436,8 @@ BAD: dict[int, dict[str, bytes]] = {
         "text within text": frame(TEXT, b"hi") + frame(FIN | TEXT, b"hi"),
         "binary within text": frame(TEXT, b"hi") + frame(BINARY, b"hi"),
         "text within an empty start": frame(TEXT) + frame(FIN | TEXT),
-        "text within compressed text": frame(RSV1 | TEXT, HELLO[:3]) + frame(FIN | RSV1 | TEXT, HELLO),
+        "text within compressed text": frame(RSV1 | TEXT, HELLO[:3])
+        + frame(FIN | RSV1 | TEXT, HELLO),
         "125 in two bytes": header(FIN | TEXT, 125, size=2),
         "0 in two bytes": header(FIN | BINARY, 0, size=2),
         "125 in eight bytes": header(FIN | TEXT, 125, size=8),
@@ -394,17 +445,24 @@ BAD: dict[int, dict[str, bytes]] = {
         "length 2^63": header(FIN | BINARY, 1 << 63),
         "length 2^64-1": header(FIN | TEXT, (1 << 64) - 1),
         "close of 1 byte": frame(FIN | CLOSE, b"\x03"),
-        **{f"close {n}": close(n) for n in (0, 1, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)},
+        **{
+            f"close {n}": close(n)
+            for n in (0, 1, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)
+        },
         "close within a message, with a bad code": frame(TEXT, b"hi") + close(1005),
     },
     1007: {
         **{f"text, {name}": frame(FIN | TEXT, b"a" + data) for name, data in NOT_UTF8.items()},
         **{f"in a fragment, {name}": frame(TEXT, b"a" + data) for name, data in NOT_UTF8.items()},
-        **{f"inside a frame, {name}": header(FIN | TEXT, 100) + frame(0, data)[6:] for name, data in NOT_UTF8.items()},
+        **{
+            f"inside a frame, {name}": header(FIN | TEXT, 100) + frame(0, data)[6:]
+            for name, data in NOT_UTF8.items()
+        },
         "unfinished character": frame(FIN | TEXT, "aé".encode()[:-1]),
         "unfinished character at the end of fragments": fragments(TEXT, "é".encode()[:1], b""),
         "surrogate over two fragments": frame(TEXT, b"\xed") + frame(CONTINUATION, b"\xa0"),
-        "character broken by the next fragment": frame(TEXT, b"\xf0\x9f") + frame(CONTINUATION, b"a"),
+        "character broken by the next fragment": frame(TEXT, b"\xf0\x9f")
+        + frame(CONTINUATION, b"a"),
         "compressed text": frame(FIN | RSV1 | TEXT, packed(b"abc\xff")),
         "compressed fragment": frame(RSV1 | TEXT, packed(b"abc\xff")),
         "compressed unfinished character": frame(FIN | RSV1 | TEXT, packed("é".encode()[:1])),
@@ -419,7 +477,9 @@ BAD: dict[int, dict[str, bytes]] = {
     },
     1008: {
         "1,025 empty fragments": frame(TEXT) + frame(CONTINUATION) * 1024,
-        "1,025 empty fragments between others": frame(TEXT, b"a") + (frame(0) + frame(0, b"b")) * 1024 + frame(0),
+        "1,025 empty fragments between others": frame(TEXT, b"a")
+        + (frame(0) + frame(0, b"b")) * 1024
+        + frame(0),
     },
     1009: {
         "message": header(FIN | TEXT, LIMIT + 1),
@@ -428,7 +488,9 @@ BAD: dict[int, dict[str, bytes]] = {
         "fragment sizes": frame(BINARY, b"a") + header(FIN | CONTINUATION, 1 << 40),
         "bomb": frame(FIN | RSV1 | BINARY, packed(bytes(LIMIT + 1))),
         "large bomb": frame(FIN | RSV1 | TEXT, packed(bytes(200 * LIMIT))),
-        "bomb in fragments": fragments(RSV1 | BINARY, packed(bytes(LIMIT)) + b"\0\0\xff\xff", packed(b"a")),
+        "bomb in fragments": fragments(
+            RSV1 | BINARY, packed(bytes(LIMIT)) + b"\0\0\xff\xff", packed(b"a")
+        ),
         "compressed size": header(FIN | RSV1 | BINARY, 2 * LIMIT),
         "compressed huge size": header(RSV1 | TEXT, 1 << 62),
     },
@@ -509,8 +571,12 @@ def ws_url(http_server: HTTPServer, base_url: str) -> str:
 
 
 @pytest.mark.gen_test
-@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: f"{type(message).__name__}{len(message)}")
-async def test_a_route_in_an_application_echoes_on_tornados_own_http_server(ws_url: str, message: str | bytes) -> None:
+@pytest.mark.parametrize(
+    "message", MESSAGES, ids=lambda message: f"{type(message).__name__}{len(message)}"
+)
+async def test_a_route_in_an_application_echoes_on_tornados_own_http_server(
+    ws_url: str, message: str | bytes
+) -> None:
     client = await websocket_connect(ws_url + "/echo")
     await client.write_message(message, binary=isinstance(message, bytes))
     reply = await client.read_message()
@@ -523,13 +589,17 @@ async def test_replies_come_one_for_each_message_and_in_order(ws_url: str) -> No
     client = await websocket_connect(ws_url + "/echo")
     for number in range(1000):
         client.write_message(str(number))
-    assert [await client.read_message() for _ in range(1000)] == [f"ECHO:{number}" for number in range(1000)]
+    assert [await client.read_message() for _ in range(1000)] == [
+        f"ECHO:{number}" for number in range(1000)
+    ]
     client.close()
 
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("message", ["", "Hello!", b"\x00"])
-async def test_an_empty_prefix_in_the_route_makes_a_mirror(ws_url: str, message: str | bytes) -> None:
+async def test_an_empty_prefix_in_the_route_makes_a_mirror(
+    ws_url: str, message: str | bytes
+) -> None:
     client = await websocket_connect(ws_url + "/mirror")
     await client.write_message(message, binary=isinstance(message, bytes))
     assert await client.read_message() == message
@@ -545,14 +615,20 @@ async def test_a_subclass_overrides_on_message(ws_url: str) -> None:
 
 
 @pytest.mark.gen_test
-async def test_a_subclass_sees_open_messages_and_close_in_their_order(ws_url: str, app: Application) -> None:
+async def test_a_subclass_sees_open_messages_and_close_in_their_order(
+    ws_url: str, app: Application
+) -> None:
     client = await websocket_connect(ws_url + "/diary/blue?token=x")
     await client.write_message("dear diary")
     assert await client.read_message() == "page 2"
     client.close(4001, "bed time")
     assert await client.read_message() is None
     await until_async(lambda: len(app.settings["pages"]) == 3)
-    assert app.settings["pages"] == [("open", ("blue",), {}), "dear diary", ("close", 4001, "bed time")]
+    assert app.settings["pages"] == [
+        ("open", ("blue",), {}),
+        "dear diary",
+        ("close", 4001, "bed time"),
+    ]
 
 
 @pytest.mark.gen_test
@@ -610,8 +686,12 @@ async def test_the_warning_says_which_origin_was_refused_and_from_where(
     ws_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(HTTPClientError):
-        await websocket_connect(HTTPRequest(ws_url + "/echo", headers={"Origin": "http://evil.example"}))
-    assert re.fullmatch(r".*http://evil\.example.* 127\.0\.0\.1:\d+.*", ours(caplog)[0].getMessage())
+        await websocket_connect(
+            HTTPRequest(ws_url + "/echo", headers={"Origin": "http://evil.example"})
+        )
+    assert re.fullmatch(
+        r".*http://evil\.example.* 127\.0\.0\.1:\d+.*", ours(caplog)[0].getMessage()
+    )
 
 
 @pytest.mark.gen_test
@@ -625,35 +705,50 @@ async def test_the_warning_says_which_origin_was_refused_and_from_where(
         ("/friends", ""),
     ],
 )
-async def test_an_origin_that_may_connect_does(ws_url: str, base_url: str, path: str, origin: str) -> None:
+async def test_an_origin_that_may_connect_does(
+    ws_url: str, base_url: str, path: str, origin: str
+) -> None:
     """The empty one stands for our own."""
-    client = await websocket_connect(HTTPRequest(ws_url + path, headers={"Origin": origin or base_url}))
+    client = await websocket_connect(
+        HTTPRequest(ws_url + path, headers={"Origin": origin or base_url})
+    )
     await client.write_message("Hello!")
     assert await client.read_message() == "ECHO:Hello!"
     client.close()
 
 
 @pytest.mark.gen_test
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("accept", ["text/html", "*/*"])
 async def test_embedded_a_plain_get_is_told_that_this_is_a_websocket(
-    http_client: AsyncHTTPClient, base_url: str, method: str, accept: str
+    http_client: AsyncHTTPClient, base_url: str, accept: str
 ) -> None:
-    answer = await http_client.fetch(base_url + "/echo", raise_error=False, method=method, headers={"Accept": accept})
-    assert (answer.code, answer.headers["Upgrade"], answer.headers["Sec-WebSocket-Version"]) == (426, "websocket", "13")
+    answer = await http_client.fetch(
+        base_url + "/echo", raise_error=False, headers={"Accept": accept}
+    )
+    assert (answer.code, answer.headers["Upgrade"], answer.headers["Sec-WebSocket-Version"]) == (
+        426,
+        "websocket",
+        "13",
+    )
     assert answer.headers["Content-Type"].startswith("text/plain")
-    assert (b"Upgrade: websocket" in answer.body) == (method == "GET")
+    assert b"Upgrade: websocket" in answer.body
 
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("path", ["/", "/healthz", "/metrics", "/test"])
-async def test_embedded_no_other_url_is_answered(http_client: AsyncHTTPClient, base_url: str, path: str) -> None:
-    answer = await http_client.fetch(base_url + path, raise_error=False, headers={"Accept": "text/html"})
+async def test_embedded_no_other_url_is_answered(
+    http_client: AsyncHTTPClient, base_url: str, path: str
+) -> None:
+    answer = await http_client.fetch(
+        base_url + path, raise_error=False, headers={"Accept": "text/html"}
+    )
     assert answer.code == 404
 
 
 @pytest.mark.gen_test
-@pytest.mark.parametrize("query", ["close=4001&after=0", "push=1", "drop=1&after=0", "delay=60", "token=x"])
+@pytest.mark.parametrize(
+    "query", ["close=4001&after=0", "push=1", "drop=1&after=0", "delay=60", "token=x"]
+)
 async def test_embedded_the_query_asks_for_nothing(ws_url: str, query: str) -> None:
     client = await websocket_connect(f"{ws_url}/echo?{query}")
     await client.write_message("Hello!")
@@ -673,9 +768,12 @@ async def test_the_log_has_the_words_of_the_original_sample(
     client.close(4001, "bye")
     lines = await log_lines(caplog, 5)
     assert re.fullmatch(r"\[SERVER\] connection\(\) from 127\.0\.0\.1:\d+ /shout", lines[0])
-    assert lines[1:4] == [f"[SERVER] Received:{text}" for text in ("HELLO!", r"ZO\xcb\n", "AB" * 100)]
+    assert lines[1:4] == [
+        f"[SERVER] Received:{text}" for text in ("HELLO!", r"ZO\xcb\n", "AB" * 100)
+    ]
     assert re.fullmatch(
-        r"\[SERVER\] close\(\) 4001 from 127\.0\.0\.1:\d+ after 0\.\d s, 3 messages, 611 bytes", lines[4]
+        r"\[SERVER\] close\(\) 4001 from 127\.0\.0\.1:\d+ after 0\.\d s, 3 messages, 611 bytes",
+        lines[4],
     )
 
 
@@ -691,13 +789,18 @@ async def until_async(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.gen_test
-async def test_at_the_level_info_the_log_has_no_message(ws_url: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_at_the_level_info_the_log_has_no_message(
+    ws_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "echo_server")
     client = await websocket_connect(ws_url + "/echo")
     await client.write_message("Hello!")
     await client.read_message()
     client.close()
-    assert [re.sub(r"[^a-z].*", "", line[9:]) for line in await log_lines(caplog, 2)] == ["connection", "close"]
+    assert [re.sub(r"[^a-z].*", "", line[9:]) for line in await log_lines(caplog, 2)] == [
+        "connection",
+        "close",
+    ]
 
 
 STATE = r"""
@@ -779,7 +882,9 @@ README = (MODULE.parent / "README.md").read_text()
 
 def shown(section: str) -> str:
     """The code that the README has under these words."""
-    block = re.search(rf"\n\*\*{section}\.\*\*(?:(?!\n\n).)*\n```python\n(.*?)```\n", README, re.DOTALL)
+    block = re.search(
+        rf"\n\*\*{section}\.\*\*(?:(?!\n\n).)*\n```python\n(.*?)```\n", README, re.DOTALL
+    )
     assert block, f"{section!r} shows nothing"
     return block[1]
 
@@ -835,7 +940,9 @@ def test_as_the_readme_shows_an_application_has_it_beside_other_handlers(tmp_pat
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("kind", ["def", "async def"])
-async def test_as_the_readme_shows_a_subclass_answers_in_json(app: Application, ws_url: str, kind: str) -> None:
+async def test_as_the_readme_shows_a_subclass_answers_in_json(
+    app: Application, ws_url: str, kind: str
+) -> None:
     length = defined(shown("With answers of your own").replace("def", kind))["Length"]
     app.add_handlers(".*", [("/length", length)])
     client = await websocket_connect(ws_url + "/length")
@@ -889,7 +996,9 @@ async def test_as_the_readme_shows_origins_compression_and_size_are_the_hosts_to
         url = f"ws://127.0.0.1:{port}/echo"
         with pytest.raises(HTTPClientError, match="403"):
             await websocket_connect(HTTPRequest(url, headers={"Origin": "https://example.org"}))
-        async with websockets_connect_async(url, additional_headers={"Origin": FRIEND}, proxy=None) as client:
+        async with websockets_connect_async(
+            url, additional_headers={"Origin": FRIEND}, proxy=None
+        ) as client:
             assert not client.protocol.extensions
             for size in (65536, 65537):
                 await client.send("x" * size)
@@ -906,8 +1015,7 @@ async def test_as_the_readme_shows_silence_is_answered_by_a_ping_and_then_by_the
         peer.send(request("GET /echo HTTP/1.1", Origin=FRIEND))
         await peer.reader.readuntil(b"\r\n\r\n")
         assert await peer.frame() == (FIN | PING, b"")
-        with pytest.raises(ConnectionResetError):
-            await peer.rest()
+        assert await peer.goodbye() == 1008
         peer.leave()
 
 
@@ -921,12 +1029,13 @@ define("port", 1)
 
 async def main():
     parse_command_line()
-    server = Application([("/echo", EchoHandler)]).listen(options.port)
+    app = Application([("/echo", EchoHandler)])
+    server = app.listen(options.port)
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await stop.wait()
     server.stop()
-    await close_clients()
+    await close_clients(app)
 
 asyncio.run(main())
 """
@@ -969,7 +1078,10 @@ def test_as_the_readme_shows_pytest_runs_the_test_of_a_handler(tmp_path: Path) -
 
 def test_every_test_and_load_that_the_readme_names_is_there() -> None:
     named = re.findall(r"`(?:(test_\w+)|(?:faults|compare)\.py --\w+ ([\w,-]+))`", README)
-    tests, loads = ({name for names in kind for name in names.split(",") if name} for kind in zip(*named, strict=True))
+    tests, loads = (
+        {name for names in kind for name in names.split(",") if name}
+        for kind in zip(*named, strict=True)
+    )
     assert tests <= set(re.findall(r"(?m)^(?:async )?def (test_\w+)", Path(__file__).read_text()))
     benchmarks = "".join(path.read_text() for path in (MODULE.parent / "benchmarks").glob("*.py"))
     assert loads <= set(re.findall(r'"([\w-]+)"', benchmarks))
@@ -989,7 +1101,9 @@ def receive(data: bytes | Iterable[bytes], limit: int = LIMIT, compressed: bool 
         events += receiver.feed(piece)
         while receiver.more:
             events += receiver.feed()
-    return [(opcode, bytes(payload)) for opcode, payload in events], receiver.fault.code if receiver.fault else None
+    return [
+        (opcode, bytes(payload)) for opcode, payload in events
+    ], receiver.fault.code if receiver.fault else None
 
 
 def bytewise(data: bytes) -> Iterator[bytes]:
@@ -1018,7 +1132,17 @@ def test_a_message_of_any_length_arrives(opcode: int, length: int) -> None:
     assert receive(bytewise(data), 1 << 20) == ([(opcode, payload)], None)
 
 
-TEXTS = ["", "{}", "\0", "é", "\ud7ff\ue000", "\U0010ffff", "👩‍👩‍👧‍👦", "\ufeffBOM", "a" * 200 + "€"]
+TEXTS = [
+    "",
+    "{}",
+    "\0",
+    "é",
+    "\ud7ff\ue000",
+    "\U0010ffff",
+    "👩‍👩‍👧‍👦",
+    "\ufeffBOM",
+    "a" * 200 + "€",
+]
 
 
 @pytest.mark.parametrize("payload", TEXTS)
@@ -1026,7 +1150,10 @@ def test_text_may_be_cut_anywhere(payload: str) -> None:
     data = payload.encode()
     for i in range(len(data) + 1):
         assert receive(fragments(TEXT, data[:i], data[i:])) == ([(TEXT, data)], None)
-        assert receive(fragments(RSV1 | TEXT, packed(data)[:i], packed(data)[i:])) == ([(TEXT, data)], None)
+        assert receive(fragments(RSV1 | TEXT, packed(data)[:i], packed(data)[i:])) == (
+            [(TEXT, data)],
+            None,
+        )
     assert receive(bytewise(fragments(TEXT, *bytewise(data), b""))) == ([(TEXT, data)], None)
 
 
@@ -1044,7 +1171,10 @@ def test_check_text_knows_at_the_last_byte_that_it_is_not_utf8(name: str) -> Non
 
 def test_check_text_agrees_with_the_whole_decoder_on_every_start_of_a_character() -> None:
     for data in map(
-        bytes, itertools.product((0x41, *range(0x7F, 0x100)), (0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF))
+        bytes,
+        itertools.product(
+            (0x41, *range(0x7F, 0x100)), (0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF)
+        ),
     ):
         try:
             rest = check_text(data, final=False)
@@ -1067,7 +1197,9 @@ def can_become_text(data: bytes) -> bool:
 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY])
 @pytest.mark.parametrize("first", [0, RSV1])
-def test_a_ping_between_fragments_comes_at_once_and_changes_nothing(opcode: int, first: int) -> None:
+def test_a_ping_between_fragments_comes_at_once_and_changes_nothing(
+    opcode: int, first: int
+) -> None:
     payload = b"Hello" * 20
     data = packed(payload) if first else payload
     parts = [
@@ -1077,7 +1209,11 @@ def test_a_ping_between_fragments_comes_at_once_and_changes_nothing(opcode: int,
         frame(FIN | PONG),
         frame(FIN, data[4:]),
     ]
-    assert receive(parts) == receive(b"".join(parts)) == ([(PING, b"p"), (PONG, b""), (opcode, payload)], None)
+    assert (
+        receive(parts)
+        == receive(b"".join(parts))
+        == ([(PING, b"p"), (PONG, b""), (opcode, payload)], None)
+    )
     assert receive(parts[:2]) == ([(PING, b"p")], None)
     assert receive(bytewise(b"".join(parts))) == receive(parts)
 
@@ -1093,7 +1229,9 @@ def test_a_control_frame_holds_up_to_125_bytes_of_anything(opcode: int) -> None:
         assert receive(bytewise(frame(FIN | opcode, payload))) == ([(opcode, payload)], None)
 
 
-@pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, *range(1007, 1015), 3000, 3999, 4000, 4999])
+@pytest.mark.parametrize(
+    "code", [1000, 1001, 1002, 1003, *range(1007, 1015), 3000, 3999, 4000, 4999]
+)
 def test_a_close_code_that_may_be_sent_is_taken(code: int) -> None:
     assert receive(close(code)) == ([(CLOSE, close_body(code))], None)
     assert receive(bytewise(close(code, "é" * 61))) == ([(CLOSE, close_body(code, "é" * 61))], None)
@@ -1105,18 +1243,63 @@ def test_every_other_close_code_is_a_protocol_error() -> None:
     assert {receive(close(code))[1] for code in range(65536) if code not in good} == {1002}
 
 
-def test_nothing_is_looked_at_behind_a_close() -> None:
+def test_a_turn_ends_at_a_close_and_behind_it_only_control_frames_count() -> None:
     receiver = Receiver(LIMIT)
-    assert receiver.feed(frame(FIN | CLOSE) + b"\xff" * 99) == [(CLOSE, b"")]
-    assert receiver.done and receiver.fault is None
-    assert receiver.feed(text("hi") + b"\xff" * 99) == [] and receiver.fault is None
+    behind = (
+        text("hi")
+        + frame(TEXT, b"un")
+        + frame(FIN | PING, b"p")
+        + header(FIN, 1 << 40)
+        + b"finished"
+    )
+    assert receiver.feed(frame(FIN | CLOSE) + behind) == [(CLOSE, b"")] and receiver.more
+    assert receiver.feed() == [(PING, b"p")]
+    assert receiver.feed(bytes(1 << 20)) == [] and not receiver.more
+    assert receiver.fault is None and receiver.unfinished is None
 
 
-def test_nothing_is_looked_at_behind_a_fault() -> None:
+@pytest.mark.parametrize("data", BAD[1002].values(), ids=BAD[1002].keys())
+def test_what_is_bad_behind_a_close_is_no_fault(data: bytes) -> None:
+    receiver = Receiver(LIMIT, deflate=True)
+    assert receiver.feed(frame(FIN | CLOSE)) == [(CLOSE, b"")]
+    assert receiver.feed(data) == [] and receiver.fault is None
+    assert not receiver.in_sync or receiver.closed
+
+
+def test_nothing_is_looked_at_behind_a_wrong_header() -> None:
     receiver = Receiver(LIMIT)
     assert receiver.feed(b"\xff" * 2) == []
-    assert receiver.done and receiver.fault is not None and not receiver.more
-    assert receiver.feed(text("hi")) == []
+    assert receiver.fault is not None and not receiver.in_sync and not receiver.more
+    assert receiver.feed(text("hi") + frame(FIN | PING)) == []
+
+
+STILL_TOLD_APART = {  # a fault of the content, and what ends its message
+    "not UTF-8": (1007, frame(TEXT, b"\xff"), frame(CONTINUATION, b"more") + frame(FIN)),
+    "inside a frame": (1007, header(FIN | TEXT, 100) + b"\x00" * 50, b"\x00" * 50),
+    "corrupt deflate data": (1007, frame(FIN | RSV1 | TEXT, b"\xff" * 4), b""),
+    "too many fragments": (1008, frame(TEXT) + frame(0) * 1024, frame(0, b"a") + frame(FIN)),
+    "too long": (1009, header(TEXT, LIMIT + 1), b"a" * (LIMIT + 1) + frame(FIN)),
+    "far too long": (1009, header(FIN | BINARY, 3_000_000), bytes(3_000_000)),
+    "a bomb": (
+        1009,
+        frame(RSV1 | TEXT, packed(bytes(LIMIT + 1))),
+        frame(CONTINUATION, b"more") + frame(FIN),
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 22])
+@pytest.mark.parametrize(
+    ("code", "fault", "rest"), STILL_TOLD_APART.values(), ids=STILL_TOLD_APART.keys()
+)
+def test_behind_a_fault_of_content_the_close_is_still_found(
+    code: int, fault: bytes, rest: bytes, size: int
+) -> None:
+    stream = text("before") + fault + rest + text("behind") + frame(FIN | PING, b"p") + close()
+    size = max(size, len(stream) // 5_000)
+    events, found = receive(stream[at : at + size] for at in range(0, len(stream), size))
+    assert found == code
+    assert events == [(TEXT, b"before"), (PING, b"p"), (CLOSE, close_body(1000))]
 
 
 def test_rsv1_needs_the_extension() -> None:
@@ -1138,7 +1321,9 @@ EXAMPLES = {
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_examples_of_rfc_7692_are_read(name: str) -> None:
     data, payload = bytes.fromhex(EXAMPLES[name][0]), EXAMPLES[name][1]
-    assert receive(as_client(data)) == receive(bytewise(as_client(data))) == ([(TEXT, payload)], None)
+    assert (
+        receive(as_client(data)) == receive(bytewise(as_client(data))) == ([(TEXT, payload)], None)
+    )
 
 
 def as_client(data: bytes) -> bytes:
@@ -1172,9 +1357,84 @@ def test_deflate_data_that_ends_early_is_corrupt(payload: bytes, level: int) -> 
     assert receive(frame(FIN | RSV1 | BINARY, data)) == ([(BINARY, payload)], None)
 
 
-def test_a_compressed_message_starts_with_an_empty_window() -> None:
-    again = bytes.fromhex("f200110000")  # RFC 7692 section 7.2.3.2: Hello, from the window of the message before
-    assert receive(frame(FIN | RSV1 | TEXT, HELLO) + frame(FIN | RSV1 | TEXT, again)) == ([(TEXT, b"Hello")], 1007)
+AGAIN = bytes.fromhex(
+    "f200110000"
+)  # RFC 7692 section 7.2.3.2: Hello, from the window of the message before
+
+
+def test_without_context_takeover_a_message_starts_with_an_empty_window() -> None:
+    assert receive(frame(FIN | RSV1 | TEXT, HELLO) + frame(FIN | RSV1 | TEXT, AGAIN)) == (
+        [(TEXT, b"Hello")],
+        1007,
+    )
+
+
+def inflated_by_takeover(frames: Iterable[bytes], limit: int = 1 << 20) -> list[bytes]:
+    receiver, payloads = Receiver(limit, deflate=True, takeover=True), []
+    for data in frames:
+        events = receiver.feed(data)
+        while receiver.more:
+            events += receiver.feed()
+        payloads += [bytes(payload) for _, payload in events]
+    assert receiver.fault is None
+    return payloads
+
+
+def test_with_context_takeover_a_message_may_refer_to_those_before() -> None:
+    stream = frame(FIN | RSV1 | TEXT, HELLO) + text("plain") + frame(FIN | RSV1 | TEXT, AGAIN)
+    assert (
+        inflated_by_takeover([stream])
+        == inflated_by_takeover(bytewise(stream))
+        == [b"Hello", b"plain", b"Hello"]
+    )
+
+
+@pytest.mark.parametrize("flush", [zlib.Z_SYNC_FLUSH, zlib.Z_FINISH])
+def test_context_takeover_reaches_back_as_far_as_deflate_does(flush: int) -> None:
+    words = [noise(n) for n in (100, 20_000, 30_000, 5, 40_000)]
+    messages = [words[i] for i in (0, 1, 0, 2, 2, 3, 1, 4, 4, 3, 0)] + [words[0] * 50]
+    sent, window = [], b""
+    for payload in messages:
+        compressor = zlib.compressobj(9, wbits=-15, zdict=window)
+        data = compressor.compress(payload) + compressor.flush(flush)
+        sent.append(frame(FIN | RSV1 | BINARY, data[:-4] if flush == zlib.Z_SYNC_FLUSH else data))
+        window = (window + payload)[-32_768:]
+    assert inflated_by_takeover(sent) == messages
+    assert sum(map(len, sent)) < sum(map(len, messages)) - 30_000
+
+
+def test_a_client_of_websockets_with_context_takeover_is_read() -> None:
+    other = Protocol(CLIENT)
+    other.extensions = [PerMessageDeflate(False, False, 15, 15)]
+    payloads = [b"the same words again and again %d" % (n // 3) for n in range(30)]
+    for payload in payloads:
+        other.send_text(payload)
+    assert inflated_by_takeover(other.data_to_send()) == payloads
+
+
+@pytest.mark.parametrize("end", [b"", b"\0"])
+def test_a_message_that_ends_in_a_block_with_bfinal_is_complete_with_or_without_its_last_octet(
+    end: bytes,
+) -> None:
+    compressor = zlib.compressobj(wbits=-15)
+    data = compressor.compress(b"Hello") + compressor.flush() + end
+    assert receive(frame(FIN | RSV1 | TEXT, data)) == receive(
+        bytewise(frame(FIN | RSV1 | TEXT, data))
+    )
+    assert receive(frame(FIN | RSV1 | TEXT, data)) == ([(TEXT, b"Hello")], None)
+
+
+def test_many_streams_with_bfinal_take_a_time_that_is_linear_in_them() -> None:
+    zeros, ended = zlib.compressobj(9, wbits=-15), b"\x4b\x04\x00"
+    start = zeros.compress(bytes(1_000_000)) + zeros.flush()
+    times = []
+    for count in (100, 1000):
+        receiver = Receiver(1 << 20, deflate=True)
+        began = time.process_time()
+        ((_, payload),) = receiver.feed(frame(FIN | RSV1 | BINARY, start + ended * count + b"\0"))
+        times.append(time.process_time() - began)
+        assert payload == bytes(1_000_000) + b"a" * count
+    assert times[1] < 30 * times[0] and times[1] < 0.03
 
 
 def test_compressed_and_plain_messages_alternate() -> None:
@@ -1238,7 +1498,9 @@ def test_a_turn_ends_after_about_a_message_of_the_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    "small", [frame(FIN | PING), text("hi"), frame(FIN | RSV1 | TEXT, HELLO)], ids=["ping", "text", "packed"]
+    "small",
+    [frame(FIN | PING), text("hi"), frame(FIN | RSV1 | TEXT, HELLO)],
+    ids=["ping", "text", "packed"],
 )
 def test_a_turn_ends_after_some_hundred_small_frames(small: bytes) -> None:
     receiver = Receiver(LIMIT, deflate=True)
@@ -1266,35 +1528,42 @@ def test_a_frame_that_is_too_long_is_1009_before_its_key_has_come() -> None:
 
 # ---- permessage-deflate in the handshake
 
-AGREED = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
-TAKEN = {  # offers, and the server_max_window_bits of the answer
-    "permessage-deflate": None,
-    "permessage-deflate; server_no_context_takeover": None,
-    "permessage-deflate; client_no_context_takeover": None,
-    "permessage-deflate; client_max_window_bits": None,
-    "permessage-deflate; client_max_window_bits=8": None,
-    "permessage-deflate; client_max_window_bits=15": None,
-    'permessage-deflate; client_max_window_bits="10"': None,
-    "permessage-deflate; server_max_window_bits=9": 9,
-    "permessage-deflate; server_max_window_bits=15": 15,
-    'permessage-deflate; server_max_window_bits="10"': 10,
-    " permessage-deflate ;server_no_context_takeover;\tserver_max_window_bits=12 ": 12,
+TAKEN = {  # offers, and the parameters of the answer
+    "permessage-deflate": "",
+    "permessage-deflate; server_no_context_takeover": "server_no_context_takeover",
+    "permessage-deflate; client_no_context_takeover": "client_no_context_takeover",
+    "permessage-deflate; client_max_window_bits": "",
+    "permessage-deflate; client_max_window_bits=8": "client_max_window_bits=8",
+    "permessage-deflate; client_max_window_bits=15": "client_max_window_bits=15",
+    'permessage-deflate; client_max_window_bits="10"': "client_max_window_bits=10",
+    "permessage-deflate; server_max_window_bits=9": "server_max_window_bits=9",
+    "permessage-deflate; server_max_window_bits=15": "server_max_window_bits=15",
+    'permessage-deflate; server_max_window_bits="10"': "server_max_window_bits=10",
+    " permessage-deflate ;server_no_context_takeover;\tserver_max_window_bits=12 ": "server_no_context_takeover; "
+    "server_max_window_bits=12",
     "permessage-deflate; client_no_context_takeover; server_no_context_takeover; server_max_window_bits=11;"
-    " client_max_window_bits=11": 11,
-    "permessage-deflate; server_max_window_bits=8, permessage-deflate": None,
-    "permessage-deflate; server_max_window_bits=10, permessage-deflate": 10,
-    "permessage-deflate; unknown, permessage-deflate; server_max_window_bits=13": 13,
-    "x-webkit-deflate-frame, permessage-deflate; client_max_window_bits": None,
-    'permessage-other; x="a,b", permessage-deflate': None,
-    ", permessage-deflate,": None,
+    " client_max_window_bits=11": "client_no_context_takeover; server_no_context_takeover; "
+    "server_max_window_bits=11; client_max_window_bits=11",
+    "permessage-deflate; server_max_window_bits=8, permessage-deflate": "",
+    "permessage-deflate; server_max_window_bits=10, permessage-deflate": "server_max_window_bits=10",
+    "permessage-deflate; unknown, permessage-deflate; server_max_window_bits=13": "server_max_window_bits=13",
+    "x-webkit-deflate-frame, permessage-deflate; client_max_window_bits": "",
+    'permessage-other; x="a,b", permessage-deflate': "",
+    ", permessage-deflate,": "",
 }
 
 
-@pytest.mark.parametrize("offers", TAKEN)
-def test_the_first_offer_that_suits_is_taken_without_context_takeover(offers: str) -> None:
-    answer, bits = accept_deflate(offers)
-    assert answer == AGREED + (f"; server_max_window_bits={TAKEN[offers]}" if TAKEN[offers] else "")
-    assert bits == (TAKEN[offers] or 15)
+@pytest.mark.parametrize(("offers", "parameters"), TAKEN.items())
+def test_of_the_first_offer_that_suits_each_parameter_is_answered_and_no_other(
+    offers: str, parameters: str
+) -> None:
+    agreed = accept_deflate(offers)
+    assert agreed and agreed.answer == "; ".join(
+        ["permessage-deflate", *([parameters] if parameters else [])]
+    )
+    bits = re.search(r"server_max_window_bits=(\d+)", parameters)
+    assert agreed.window_bits == int(bits[1] if bits else 15)
+    assert agreed.takeover == ("client_no_context_takeover" not in parameters)
 
 
 DECLINED = [
@@ -1323,9 +1592,15 @@ DECLINED = [
                 f"server_max_window_bits={bits}"
                 for bits in ("8", "7", "0", "16", "010", "09", "+9", "-9", "9.", "1_0", "٩")
             ),
-            *(f"server_max_window_bits={bits}" for bits in ('"9', '9"', '""9', "'9'", '"16"', "999", "9 9")),
+            *(
+                f"server_max_window_bits={bits}"
+                for bits in ('"9', '9"', '""9', "'9'", '"16"', "999", "9 9")
+            ),
             "client_max_window_bits=",
-            *(f"client_max_window_bits={bits}" for bits in ("7", "16", "08", "010", '"8', '""', "x")),
+            *(
+                f"client_max_window_bits={bits}"
+                for bits in ("7", "16", "08", "010", '"8', '""', "x")
+            ),
             "server_no_context_takeover; server_no_context_takeover",
             "client_no_context_takeover; client_no_context_takeover",
             "server_max_window_bits=9; server_max_window_bits=9",
@@ -1339,19 +1614,22 @@ DECLINED = [
 
 @pytest.mark.parametrize("offers", DECLINED)
 def test_an_offer_that_does_not_suit_is_declined(offers: str) -> None:
-    assert accept_deflate(offers) == ("", 0)
-    assert accept_deflate(f"{offers}, {offers}") == ("", 0)
+    assert accept_deflate(offers) is None
+    assert accept_deflate(f"{offers}, {offers}") is None
 
 
 def test_a_quoted_string_is_not_an_offer() -> None:
-    assert accept_deflate('x; y=", permessage-deflate, "') == ("", 0)
+    assert accept_deflate('x; y=", permessage-deflate, "') is None
 
 
-@given(st.text(max_size=60) | st.lists(st.sampled_from([*TAKEN, *DECLINED, ";", '"', "="])).map(",".join))
+@given(
+    st.text(max_size=60)
+    | st.lists(st.sampled_from([*TAKEN, *DECLINED, ";", '"', "="])).map(",".join)
+)
 @settings(deadline=None, derandomize=True, max_examples=300)
 def test_no_offer_raises_anything(offers: str) -> None:
-    answer, bits = accept_deflate(offers)
-    assert bits in range(9, 16) if answer else bits == 0
+    agreed = accept_deflate(offers)
+    assert agreed is None or agreed.window_bits in range(9, 16)
 
 
 @pytest.mark.parametrize("bits", range(9, 16))
@@ -1364,7 +1642,11 @@ def test_a_reply_keeps_to_the_window_that_was_asked_for(bits: int) -> None:
 # ---- Properties
 
 quick = settings(deadline=None, derandomize=True, max_examples=250)
-payloads = st.binary(max_size=300) | st.text(max_size=100).map(str.encode) | st.integers(0, 2000).map(bytes)
+payloads = (
+    st.binary(max_size=300)
+    | st.text(max_size=100).map(str.encode)
+    | st.integers(0, 2000).map(bytes)
+)
 payload_texts = st.text("aé€😀\0", max_size=31)  # at most 125 bytes
 messages = st.tuples(
     st.sampled_from([TEXT, BINARY]),
@@ -1388,7 +1670,10 @@ def sent(message: Cut) -> tuple[list[bytes], list[tuple[int, bytes]]]:
     if opcode == TEXT:
         payload = payload.decode("utf-8", "replace").encode()
     parts = cut(packed(payload) if compressed else payload, cuts)
-    frames = [frame(opcode | RSV1 * compressed, parts[0]), *(frame(CONTINUATION, part) for part in parts[1:])]
+    frames = [
+        frame(opcode | RSV1 * compressed, parts[0]),
+        *(frame(CONTINUATION, part) for part in parts[1:]),
+    ]
     frames[-1] = bytes((frames[-1][0] | FIN,)) + frames[-1][1:]
     between = controls if len(frames) > 1 else []
     frames[1:1] = [frame(FIN | control, b"c") for control in between]
@@ -1405,9 +1690,13 @@ def test_what_was_sent_arrives_however_it_is_split(what: list[Cut], cuts: list[i
     assert receive(bytewise(stream)) == expected
 
 
-firsts = st.sampled_from([0x81, 0x82, 0x01, 0x00, 0x80, 0xC1, 0xC2, 0x41, 0x89, 0x8A, 0x88]) | st.integers(0, 255)
+firsts = st.sampled_from(
+    [0x81, 0x82, 0x01, 0x00, 0x80, 0xC1, 0xC2, 0x41, 0x89, 0x8A, 0x88]
+) | st.integers(0, 255)
 bodies = (
-    payloads | payloads.map(packed) | st.sampled_from([*NOT_UTF8.values(), close_body(1000), close_body(1005, "x")])
+    payloads
+    | payloads.map(packed)
+    | st.sampled_from([*NOT_UTF8.values(), close_body(1000), close_body(1005, "x")])
 )
 any_frame = st.builds(frame, firsts, bodies)
 any_header = st.builds(
@@ -1418,10 +1707,17 @@ any_header = st.builds(
     st.sampled_from([0x80, 0x80, 0x80, 0]),
 )
 good_frames = messages.map(lambda message: b"".join(sent(message)[0]))
-streams = st.lists(good_frames | any_frame | any_header | st.binary(max_size=20), max_size=8).map(b"".join)
+streams = st.lists(good_frames | any_frame | any_header | st.binary(max_size=20), max_size=8).map(
+    b"".join
+)
 
 
-@given(streams, st.lists(st.integers(0, 1500), max_size=8), st.sampled_from([125, LIMIT]), st.booleans())
+@given(
+    streams,
+    st.lists(st.integers(0, 1500), max_size=8),
+    st.sampled_from([125, LIMIT]),
+    st.booleans(),
+)
 @quick
 def test_any_bytes_have_the_same_events_and_fault_however_they_are_split(
     stream: bytes, cuts: list[int], limit: int, compressed: bool
@@ -1434,16 +1730,28 @@ def test_any_bytes_have_the_same_events_and_fault_however_they_are_split(
 
 @given(st.binary(max_size=400), st.sampled_from([TEXT, BINARY]), st.booleans())
 @quick
-def test_any_bytes_as_deflate_data_are_a_message_or_a_fault(data: bytes, opcode: int, final: bool) -> None:
+def test_any_bytes_as_deflate_data_are_a_message_or_a_fault(
+    data: bytes, opcode: int, final: bool
+) -> None:
     stream = frame(RSV1 | opcode, data) + frame(FIN * final, data)
     events, code = receive(stream)
-    assert (len(events), code) in ([(1, None)] if final else [(0, None)]) + [(0, 1007), (0, 1008), (0, 1009)]
+    assert (len(events), code) in ([(1, None)] if final else [(0, None)]) + [
+        (0, 1007),
+        (0, 1008),
+        (0, 1009),
+    ]
     assert receive(bytewise(stream)) == (events, code)
 
 
-@given(st.sampled_from(FAULTS), st.lists(messages, max_size=3), st.lists(st.integers(0, 1000), max_size=6))
+@given(
+    st.sampled_from(FAULTS),
+    st.lists(messages, max_size=3),
+    st.lists(st.integers(0, 1000), max_size=6),
+)
 @quick
-def test_a_fault_behind_any_messages_has_its_code(fault: Any, before: list[Cut], cuts: list[int]) -> None:
+def test_a_fault_behind_any_messages_has_its_code(
+    fault: Any, before: list[Cut], cuts: list[int]
+) -> None:
     data, code = fault.values
     stream = b"".join(piece for message in before for piece in sent(message)[0]) + data
     events = [event for message in before for event in sent(message)[1]]
@@ -1480,7 +1788,10 @@ def joined(frames: list[Frame]) -> list[tuple[int, bytes]]:
     return events
 
 
-@given(st.lists(st.tuples(st.sampled_from([TEXT, BINARY, PING]), payload_texts), max_size=5), st.booleans())
+@given(
+    st.lists(st.tuples(st.sampled_from([TEXT, BINARY, PING]), payload_texts), max_size=5),
+    st.booleans(),
+)
 @quick
 def test_what_websockets_sends_is_read(what: list[tuple[int, str]], compressed: bool) -> None:
     other = Protocol(CLIENT)
@@ -1549,10 +1860,37 @@ class Peer:
         assert first == FIN | CLOSE
         return int.from_bytes(payload[:2], "big") if payload else None
 
+    async def is_failed(self, code: int) -> None:
+        """A Close with this code comes, and the server waits for ours where frames can be told apart."""
+        assert await self.close_code() == code
+        if code == 1002:
+            assert await self.rest() == b""
+        self.leave()
+        await eventually(lambda: not Connections.current().open)
+
+    async def goodbye(self) -> int | None:
+        """The code of the Close frame that comes next. It is answered, and behind it comes the end."""
+        code = await self.close_code()
+        self.send(close(code or 1000))
+        assert await self.rest() == b""
+        return code
+
     async def rest(self) -> bytes:
         """What comes until the end of the connection; raises ConnectionResetError if that is a reset."""
         async with asyncio.timeout(PATIENCE):
             return await self.reader.read()
+
+    def pause(self) -> None:
+        """Reads no more."""
+        cast(asyncio.Transport, self.writer.transport).pause_reading()
+
+    def resume(self) -> None:
+        cast(asyncio.Transport, self.writer.transport).resume_reading()
+
+    async def shut(self) -> None:
+        """Ends the sending side of TCP, below TLS, when all has been sent."""
+        await eventually(lambda: not self.writer.transport.get_write_buffer_size())
+        self.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
 
     def leave(self) -> None:
         """Ends TCP without a Close."""
@@ -1577,7 +1915,11 @@ class Host:
     """An application with our handler, and what connects to it."""
 
     def __init__(
-        self, app: Application, port: int, trust: ssl.SSLContext | None, errors: Callable[[], list[str]]
+        self,
+        app: Application,
+        port: int,
+        trust: ssl.SSLContext | None,
+        errors: Callable[[], list[str]],
     ) -> None:
         self.app, self.port, self.trust, self.errors = app, port, trust, errors
         self.peers: list[Peer] = []
@@ -1596,7 +1938,11 @@ class Host:
         sock.connect(("127.0.0.1", self.port))
         name = "localhost" if self.trust else None
         self.peers.append(
-            Peer(*await asyncio.open_connection(sock=sock, ssl=self.trust, server_hostname=name, limit=4096))
+            Peer(
+                *await asyncio.open_connection(
+                    sock=sock, ssl=self.trust, server_hostname=name, limit=4096
+                )
+            )
         )
         return self.peers[-1]
 
@@ -1606,12 +1952,15 @@ class Host:
         headers: Mapping[str, str] = NO_HEADERS,
         early: bytes = b"",
         receive_buffer: int = 0,
+        query: str = "",
         **initialize: Any,
     ) -> Peer:
         """A peer behind its handshake; `early` comes in one piece with it."""
         peer = await self.dial(receive_buffer)
-        line = f"GET {self.route(handler, **initialize)} HTTP/1.1"
-        peer.send(request(line, add="\r\n".join(f"{name}: {headers[name]}" for name in headers)), early)
+        line = f"GET {self.route(handler, **initialize)}{query} HTTP/1.1"
+        peer.send(
+            request(line, add="\r\n".join(f"{name}: {headers[name]}" for name in headers)), early
+        )
         async with asyncio.timeout(PATIENCE):
             peer.head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
         assert peer.head.startswith("HTTP/1.1 101 ")
@@ -1639,7 +1988,9 @@ def ssl_options(authority: trustme.CA) -> ssl.SSLContext:
 
 @pytest.fixture(scope="module")
 def client_context(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # without the authorities of the system, which take 20 ms to load
+    context = ssl.SSLContext(
+        ssl.PROTOCOL_TLS_CLIENT
+    )  # without the authorities of the system, which take 20 ms to load
     authority.configure_trust(context)
     return context
 
@@ -1659,7 +2010,9 @@ def host(
     seen: list[str] = []
 
     def errors() -> list[str]:
-        records = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
+        records = [
+            record for record in caplog.get_records("call") if record.levelno >= logging.ERROR
+        ]
         new = [record.name for record in records][len(seen) :]
         seen.extend(new)
         return new
@@ -1675,23 +2028,25 @@ DEFLATE = {"Sec-WebSocket-Extensions": "permessage-deflate"}
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize(("data", "code"), FAULTS)
-async def test_a_fault_is_answered_by_its_code_and_the_end(host: Host, data: bytes, code: int) -> None:
+async def test_a_fault_is_answered_by_its_code_and_the_end(
+    host: Host, data: bytes, code: int
+) -> None:
     host.app.settings["websocket_max_message_size"] = LIMIT
     peer = await host.connect(headers=DEFLATE)
     peer.send(text("before"), data)
     assert await peer.replies(b"ECHO:before")
-    assert await peer.close_code() == code
-    assert await peer.rest() == b""
+    await peer.is_failed(code)
 
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize(("data", "code"), SHORT_FAULTS)
-async def test_a_fault_that_comes_byte_by_byte_is_answered_too(host: Host, data: bytes, code: int) -> None:
+async def test_a_fault_that_comes_byte_by_byte_is_answered_too(
+    host: Host, data: bytes, code: int
+) -> None:
     host.app.settings["websocket_max_message_size"] = LIMIT
     peer = await host.connect(headers=DEFLATE)
     await peer.send_bytewise(data)
-    assert await peer.close_code() == code
-    assert await peer.rest() == b""
+    await peer.is_failed(code)
 
 
 @pytest.mark.gen_test
@@ -1699,8 +2054,7 @@ async def test_a_peer_can_read_why_it_was_failed_while_it_is_still_sending(host:
     peer = await host.connect()
     peer.send(b"\xff\xff", bytes(4 << 20))
     await asyncio.wait_for(peer.writer.drain(), PATIENCE)
-    assert await peer.close_code() == 1002
-    assert await peer.rest() == b""
+    assert await peer.goodbye() == 1002
 
 
 WORDS = [
@@ -1730,7 +2084,9 @@ async def test_text_and_binary_come_back_behind_the_prefix(host: Host, prefix: s
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("level", ["DEBUG", "WARNING"])
-async def test_replies_come_in_order(host: Host, level: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_replies_come_in_order(
+    host: Host, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(level, "echo_server")
     peer = await host.connect()
     words = [str(i) * (i % 99) for i in range(2000)]
@@ -1739,9 +2095,13 @@ async def test_replies_come_in_order(host: Host, level: str, caplog: pytest.LogC
 
 
 @pytest.mark.gen_test
-async def test_a_ping_stands_in_order_between_replies_and_at_once_between_fragments(host: Host) -> None:
+async def test_a_ping_stands_in_order_between_replies_and_at_once_between_fragments(
+    host: Host,
+) -> None:
     peer = await host.connect()
-    peer.send(text("a"), frame(FIN | PING, b"1"), text("b"), frame(TEXT, b"c"), frame(FIN | PING, b"2"))
+    peer.send(
+        text("a"), frame(FIN | PING, b"1"), text("b"), frame(TEXT, b"c"), frame(FIN | PING, b"2")
+    )
     assert await peer.replies(b"ECHO:a") and await peer.frame() == (FIN | PONG, b"1")
     assert await peer.replies(b"ECHO:b") and await peer.frame() == (FIN | PONG, b"2")
     peer.send(frame(FIN | PONG, b"not asked for"), frame(FIN, b"d"))
@@ -1762,8 +2122,7 @@ async def test_frames_in_one_packet_with_the_handshake_are_answered(host: Host, 
 async def test_a_close_in_one_packet_with_the_handshake_is_answered(host: Host) -> None:
     peer = await host.connect(early=text("hi") + close(4000))
     assert await peer.replies(b"ECHO:hi")
-    assert await peer.close_code() == 4000
-    assert await peer.rest() == b""
+    assert await peer.goodbye() == 4000
 
 
 @pytest.mark.gen_test
@@ -1772,15 +2131,16 @@ async def test_a_close_is_answered_with_the_code_of_the_peer(host: Host, code: i
     peer = await host.connect()
     peer.send(text("last"), close(code, "bye") if code else frame(FIN | CLOSE), text("too late"))
     assert await peer.replies(b"ECHO:last")
-    assert await peer.close_code() == code
-    assert await peer.rest() == b""
+    assert await peer.goodbye() == code
 
 
 # ---- Subprotocol and compression
 
 
 @pytest.mark.gen_test
-@pytest.mark.parametrize(("offered", "selected"), [("chat", "chat"), ("b, a", "b"), ("", ""), (" , x", "x")])
+@pytest.mark.parametrize(
+    ("offered", "selected"), [("chat", "chat"), ("b, a", "b"), ("", ""), (" , x", "x")]
+)
 async def test_the_first_subprotocol_is_selected(host: Host, offered: str, selected: str) -> None:
     peer = await host.connect(headers={"Sec-WebSocket-Protocol": offered} if offered else {})
     assert header_of(peer, "Sec-WebSocket-Protocol") == selected
@@ -1803,7 +2163,9 @@ class Picky(EchoHandler):
 @pytest.mark.parametrize(("offered", "selected"), [("a, b", "b"), ("a", "")])
 async def test_a_subclass_selects_the_subprotocol(host: Host, offered: str, selected: str) -> None:
     calls = Calls()
-    peer = await host.connect(PickyRecorder, headers={"Sec-WebSocket-Protocol": offered}, calls=calls)
+    peer = await host.connect(
+        PickyRecorder, headers={"Sec-WebSocket-Protocol": offered}, calls=calls
+    )
     assert header_of(peer, "Sec-WebSocket-Protocol") == selected
     await eventually(lambda: calls)
     assert calls.handler.selected_subprotocol == (selected or None)
@@ -1823,7 +2185,7 @@ async def test_a_subclass_decides_about_compression(host: Host, prefix: str) -> 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY])
 async def test_replies_from_1_kib_are_compressed_each_by_itself(host: Host, opcode: int) -> None:
     peer = await host.connect(headers=DEFLATE, prefix="")
-    assert "permessage-deflate; server_no_context_takeover; client_no_context_takeover" in peer.head
+    assert header_of(peer, "Sec-WebSocket-Extensions") == "permessage-deflate"
     for length in (0, 1, 125, 1023, 1024, 1024, 1 << 20):
         peer.send(frame(FIN | RSV1 | opcode, packed(b"z" * length)))
         first, payload = await peer.frame()
@@ -1833,7 +2195,9 @@ async def test_replies_from_1_kib_are_compressed_each_by_itself(host: Host, opco
 
 @pytest.mark.gen_test
 async def test_an_offered_window_is_kept_to(host: Host) -> None:
-    peer = await host.connect(headers={"Sec-WebSocket-Extensions": "permessage-deflate; server_max_window_bits=9"})
+    peer = await host.connect(
+        headers={"Sec-WebSocket-Extensions": "permessage-deflate; server_max_window_bits=9"}
+    )
     assert "server_max_window_bits=9" in peer.head
     data = noise(3000) * 9  # comes again outside of a window of 512 bytes
     peer.send(frame(FIN | BINARY, data))
@@ -1842,7 +2206,8 @@ async def test_an_offered_window_is_kept_to(host: Host) -> None:
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize(
-    "offer", ["", "permessage-deflate; server_max_window_bits=8", "permessage-deflate; x=1", "x, y;z"]
+    "offer",
+    ["", "permessage-deflate; server_max_window_bits=8", "permessage-deflate; x=1", "x, y;z"],
 )
 async def test_without_an_offer_that_suits_nothing_is_compressed(host: Host, offer: str) -> None:
     peer = await host.connect(headers={"Sec-WebSocket-Extensions": offer})
@@ -1860,7 +2225,9 @@ async def test_compression_can_be_turned_off(host: Host) -> None:
 
 @pytest.mark.gen_test
 async def test_several_headers_of_offers_are_one_list(host: Host) -> None:
-    peer = await host.connect(headers={"Sec-WebSocket-Extensions": "x\r\nSec-WebSocket-Extensions: permessage-deflate"})
+    peer = await host.connect(
+        headers={"Sec-WebSocket-Extensions": "x\r\nSec-WebSocket-Extensions: permessage-deflate"}
+    )
     assert header_of(peer, "Sec-WebSocket-Extensions").startswith("permessage-deflate")
 
 
@@ -1877,7 +2244,9 @@ async def test_the_client_of_tornado_gets_every_message_with_compression_on(host
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("compression", ["deflate", None])
-async def test_the_client_of_websockets_gets_every_message(host: Host, compression: str | None) -> None:
+async def test_the_client_of_websockets_gets_every_message(
+    host: Host, compression: str | None
+) -> None:
     url = host.url + host.route()
     async with websockets_connect_async(
         url, ssl=host.trust, compression=compression, proxy=None, max_size=None
@@ -1990,10 +2359,23 @@ class BrokenOpenCoroutine(Recorder):
 async def test_the_methods_of_a_handler_are_called_in_order(host: Host) -> None:
     calls = Calls()
     peer = await host.connect(Recorder, calls=calls)
-    peer.send(text("a"), frame(FIN | PING, b"p"), frame(FIN | BINARY, b"b"), frame(FIN | PONG, b"q"), close(4001, "é"))
+    peer.send(
+        text("a"),
+        frame(FIN | PING, b"p"),
+        frame(FIN | BINARY, b"b"),
+        frame(FIN | PONG, b"q"),
+        close(4001, "é"),
+    )
     assert await peer.rest()
     await eventually(lambda: calls.closes)
-    events = [("open",), ("message", "a"), ("ping", b"p"), ("message", b"b"), ("pong", b"q"), ("close", 4001, "é")]
+    events = [
+        ("open",),
+        ("message", "a"),
+        ("ping", b"p"),
+        ("message", b"b"),
+        ("pong", b"q"),
+        ("close", 4001, "é"),
+    ]
     assert calls == events
 
 
@@ -2036,30 +2418,45 @@ async def test_pings_are_answered_while_a_coroutine_is_pending(host: Host) -> No
 
 
 @pytest.mark.gen_test
-@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-async def test_a_disconnect_is_noticed_while_a_coroutine_is_pending(host: Host, end: Callable[[Peer], None]) -> None:
+@pytest.mark.parametrize("ending", [b"", close(4000, "bye")], ids=["nothing", "close"])
+async def test_what_came_before_the_end_is_delivered_one_after_the_other_and_on_close_is_last(
+    host: Host, ending: bytes
+) -> None:
     calls = Calls()
     calls.gate = asyncio.Event()
     peer = await host.connect(Waiting, calls=calls)
-    peer.send(text("a"), text("b"))
+    peer.send(*map(text, "abcde"), ending)
     await eventually(lambda: ("start", "a") in calls)
-    end(peer)
+    peer.leave()
+    await others_have_their_turn(host, 5)
+    assert calls == [("open",), ("start", "a")]
+    calls.gate.set()
     await eventually(lambda: calls.closes)
-    assert calls == [("open",), ("start", "a"), ("close", None, None)]
+    said = (4000, "bye") if ending else (None, None)
+    assert [call for call in calls if call[0] != "lost"] == [
+        ("open",),
+        *((name, word) for word in "abcde" for name in ("start", "end")),
+        ("close", *said),
+    ]
 
 
 @pytest.mark.gen_test
-async def test_a_pending_coroutine_that_writes_to_a_lost_peer_gets_websocket_closed_error(host: Host) -> None:
+async def test_a_pending_coroutine_that_writes_to_a_lost_peer_gets_websocket_closed_error(
+    host: Host,
+) -> None:
     calls = Calls()
     calls.gate = asyncio.Event()
     peer = await host.connect(Waiting, calls=calls)
     peer.send(text("a"))
     await eventually(lambda: ("start", "a") in calls)
     peer.reset()
-    await eventually(lambda: calls.closes)
+    await eventually(
+        lambda: calls.handler.ws_connection and calls.handler.ws_connection.is_closing()
+    )
+    assert not calls.closes
     calls.gate.set()
-    await eventually(lambda: calls[-1] == ("lost", "a"))
-    assert len(calls.closes) == 1
+    await eventually(lambda: calls.closes)
+    assert calls[-2:] == [("lost", "a"), ("close", None, None)]
 
 
 async def by_close(peer: Peer) -> None:
@@ -2143,7 +2540,9 @@ async def test_on_close_comes_once_with_what_the_peer_said(
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-async def test_a_peer_that_leaves_within_the_handshake_leaves_nothing(host: Host, end: Callable[[Peer], None]) -> None:
+async def test_a_peer_that_leaves_within_the_handshake_leaves_nothing(
+    host: Host, end: Callable[[Peer], None]
+) -> None:
     calls = Calls()
     peer = await host.dial()
     peer.send(request(f"GET {host.route(Recorder, calls=calls)} HTTP/1.1"), text("hi"))
@@ -2151,19 +2550,26 @@ async def test_a_peer_that_leaves_within_the_handshake_leaves_nothing(host: Host
     other = await host.connect()
     other.send(text("still there?"))
     assert await other.replies(b"ECHO:still there?")
-    await eventually(lambda: len(calls.closes) == len([call for call in calls if call == ("open",)]))
+    await eventually(
+        lambda: len(calls.closes) == len([call for call in calls if call == ("open",)])
+    )
 
 
 @pytest.mark.gen_test
-async def test_messages_behind_the_close_of_the_server_are_thrown_away(host: Host) -> None:
+async def test_messages_behind_our_close_are_delivered_until_the_peers_comes(host: Host) -> None:
+    class Listening(Recorder):
+        def on_message(self, message: str | bytes) -> None:
+            self.calls.append(("message", message))
+            self.close(4000, "bye")
+
     calls = Calls()
-    peer = await host.connect(Leaving, calls=calls)
-    peer.send(text("a"), text("b") * 100)
+    peer = await host.connect(Listening, calls=calls)
+    peer.send(text("a"), text("b"))
     assert await peer.frame() == (FIN | CLOSE, close_body(4000, "bye"))
-    peer.send(text("c") * 100, close(4000, "ok"))
+    peer.send(text("c"), close(4000, "ok"), text("d"))
     assert await peer.rest() == b""
     await eventually(lambda: calls.closes)
-    assert calls == [("open",), ("close", 4000, "ok")]
+    assert calls == [("open",), *(("message", word) for word in "abc"), ("close", 4000, "ok")]
 
 
 @pytest.mark.gen_test
@@ -2177,7 +2583,9 @@ async def test_a_fault_behind_our_close_does_not_bring_another(host: Host) -> No
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-async def test_a_peer_may_leave_without_an_answer_to_our_close(host: Host, end: Callable[[Peer], None]) -> None:
+async def test_a_peer_may_leave_without_an_answer_to_our_close(
+    host: Host, end: Callable[[Peer], None]
+) -> None:
     calls = Calls()
     peer = await host.connect(Leaving, calls=calls)
     peer.send(text("a"))
@@ -2209,15 +2617,16 @@ async def test_close_sends_its_code_and_reason(host: Host, args: Any, body: byte
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("handler", [Broken, BrokenCoroutine, BrokenOpen, BrokenOpenCoroutine])
-async def test_an_error_in_a_handler_is_1011_and_one_traceback(host: Host, handler: type[Recorder]) -> None:
+async def test_an_error_in_a_handler_is_1011_and_one_traceback(
+    host: Host, handler: type[Recorder]
+) -> None:
     calls = Calls()
     peer = await host.connect(handler, calls=calls)
     peer.send(text("a"), text("b"))
-    assert await peer.close_code() == 1011
-    assert await peer.rest() == b""
+    assert await peer.goodbye() == 1011
     peer.leave()
     await eventually(lambda: calls.closes)
-    assert calls == [("open",), ("close", None, None)] and host.errors() == ["tornado.application"]
+    assert calls == [("open",), ("close", 1011, "")] and host.errors() == ["tornado.application"]
 
 
 class WritesWhenItIsTooLate(Recorder):
@@ -2246,29 +2655,41 @@ class Plain(EchoHandler):
 @pytest.mark.gen_test
 async def test_a_reply_of_which_the_kernel_leaves_little_leaves_whole(host: Host) -> None:
     peer = await host.connect(Plain, receive_buffer=65536)
-    (connection,) = Connections.current().open
-    count = 0
-    while not connection._backlog and count < 200:
+    count = 100  # more than the kernel takes: each ends somewhere else in its buffer
+    for _ in range(count):
         peer.send(text("x" * 70_000))
-        count += 1
         await others_have_their_turn(host, 1)
     assert await peer.replies(*[b"ECHO:" + b"x" * 70_000] * count)
 
 
+@contextlib.asynccontextmanager
+async def little_memory(most: int) -> AsyncIterator[None]:
+    """What is done meanwhile leaves not more than so many bytes behind."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[0] < most
+    finally:
+        tracemalloc.stop()
+
+
+async def taken(peer: Peer, data: bytes) -> None:
+    """Sends it, and waits until the server has read it all."""
+    peer.send(data)
+    await eventually(lambda: not peer.writer.transport.get_write_buffer_size())
+
+
 @pytest.mark.gen_test
-async def test_pings_behind_a_pending_coroutine_take_no_memory(host: Host) -> None:
+async def test_pongs_behind_a_pending_coroutine_take_no_memory(host: Host) -> None:
     calls = Calls()
     calls.gate = asyncio.Event()
     peer = await host.connect(Waiting, calls=calls)
     peer.send(text("a"))
     await eventually(lambda: ("start", "a") in calls)
-    (connection,) = Connections.current().open
-    for _ in range(30):
-        peer.send(frame(FIN | PONG) * 20_000)
-        await others_have_their_turn(host, 1)
-    kept = len(connection._receiver.rest)
+    async with little_memory(1_000_000):
+        for _ in range(30):
+            await taken(peer, frame(FIN | PONG) * 20_000)
     calls.gate.set()
-    assert kept < 1_000_000
 
 
 @pytest.mark.gen_test
@@ -2285,10 +2706,9 @@ async def test_a_peer_that_left_behind_its_fault_is_closed_once(host: Host) -> N
 async def test_a_close_that_finds_nobody_is_the_end(host: Host) -> None:
     calls = Calls()
     peer = await host.connect(Recorder, calls=calls)
-    (connection,) = Connections.current().open
     peer.reset()
     await asyncio.sleep(0)  # it is reset, and nobody has looked
-    connection.close(4000)
+    calls.handler.close(4000)
     await eventually(lambda: calls.closes)
     assert len(calls.closes) == 1 and not Connections.current().open
 
@@ -2301,8 +2721,7 @@ async def test_a_message_that_stalls_is_1008_also_where_a_ping_was_not_answered(
     peer = await host.connect(stall_timeout=0.2)
     peer.send(frame(TEXT, b"unfini"))
     assert await peer.frame() == (FIN | PING, b"")
-    assert await peer.close_code() == 1008
-    assert await peer.rest() == b""
+    assert await peer.goodbye() == 1008
     assert "no answer to a ping" not in caplog.text
 
 
@@ -2318,10 +2737,17 @@ async def test_replies_and_close_come_to_a_peer_that_first_sends_on(host: Host) 
 async def test_all_of_a_record_is_seen_where_a_host_reads_less(
     app: Application, ssl_options: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
-    http, sockets = HTTPServer(app, ssl_options=ssl_options, chunk_size=1024), bind_sockets(0, "127.0.0.1")
+    http, sockets = (
+        HTTPServer(app, ssl_options=ssl_options, chunk_size=1024),
+        bind_sockets(0, "127.0.0.1"),
+    )
     http.add_sockets(sockets)
     port = sockets[0].getsockname()[1]
-    peer = Peer(*await asyncio.open_connection("127.0.0.1", port, ssl=client_context, server_hostname="localhost"))
+    peer = Peer(
+        *await asyncio.open_connection(
+            "127.0.0.1", port, ssl=client_context, server_hostname="localhost"
+        )
+    )
     peer.send(request("GET /echo HTTP/1.1"), text("x" * 100) * 100)
     async with asyncio.timeout(PATIENCE):
         await peer.reader.readuntil(b"\r\n\r\n")
@@ -2332,23 +2758,26 @@ async def test_all_of_a_record_is_seen_where_a_host_reads_less(
     await until_async(lambda: not Connections.current().open)
 
 
-class SaysTheLastWord(EchoHandler):
+class SaysTheLastWord(Recorder):
     def on_message(self, message: str | bytes) -> None:
-        self.reply(message)
-        if self.connection._backlog:
+        if not self.write_message("x" * 8_000_000).done():
             self.close(4000)
+
+    def on_pong(self, data: bytes) -> None:
+        pass
 
 
 @pytest.mark.gen_test
 async def test_frames_behind_our_close_take_no_memory_while_a_reply_waits(host: Host) -> None:
-    peer = await host.connect(SaysTheLastWord, receive_buffer=4096)
+    peer = await host.connect(SaysTheLastWord, receive_buffer=4096, calls=Calls())
     (connection,) = Connections.current().open
-    peer.send(text("x" * 1_000_000) * 20)
-    await eventually(lambda: connection.is_closing())
-    for _ in range(30):
-        peer.send(frame(FIN | PONG) * 20_000)
-        await others_have_their_turn(host, 1)
-    assert connection._backlog and len(connection._receiver.rest) < 1_000_000
+    peer.send(text("a"))
+    await eventually(connection.is_closing)
+    async with little_memory(1_000_000):
+        for _ in range(30):
+            await taken(peer, frame(FIN | PONG) * 20_000)
+    assert await peer.replies(b"x" * 8_000_000)
+    assert await peer.goodbye() == 4000
 
 
 @pytest.mark.gen_test
@@ -2356,21 +2785,24 @@ async def test_bombs_that_wait_for_a_coroutine_are_not_inflated_ahead(host: Host
     calls = Calls()
     calls.gate = asyncio.Event()
     host.app.settings["websocket_max_message_size"] = 100_000
-    peer = await host.connect(Waiting, headers=DEFLATE, calls=calls)
-    (connection,) = Connections.current().open
-    peer.send(frame(FIN | RSV1 | TEXT, packed(b"x" * 100_000)) * 500)
-    await others_have_their_turn(host)
-    for _ in range(20):
-        calls.gate.set()
-        calls.gate.clear()
-        await others_have_their_turn(host, 1)
-    assert connection._queue_size < 1_000_000 and len(calls) > 20
-    calls.gate.set()
+    peer, other = await host.connect(Waiting, headers=DEFLATE, calls=calls), await host.connect()
+    async with little_memory(5_000_000):
+        peer.send(frame(FIN | RSV1 | TEXT, packed(b"x" * 100_000)) * 500)
+        await have_turns(other, 100)
+        for _ in range(20):
+            calls.gate.set()
+            calls.gate.clear()
+            await have_turns(other, 1)
+        assert len(calls) > 20
+        calls.clear()
     peer.reset()
+    calls.gate.set()
 
 
 @pytest.mark.gen_test
-async def test_whole_messages_that_wait_are_not_taken_for_one_that_does_not_go_on(host: Host) -> None:
+async def test_whole_messages_that_wait_are_not_taken_for_one_that_does_not_go_on(
+    host: Host,
+) -> None:
     calls = Calls()
     calls.gate = asyncio.Event()
     peer = await host.connect(Waiting, stall_timeout=0.3, calls=calls)
@@ -2380,23 +2812,6 @@ async def test_whole_messages_that_wait_are_not_taken_for_one_that_does_not_go_o
         await others_have_their_turn(host, 1)
     calls.gate.set()
     assert await peer.replies(*[b"a"] * 1000)
-
-
-@pytest.mark.gen_test
-async def test_on_close_comes_also_when_the_prefix_cannot_be_encoded_any_more(host: Host) -> None:
-    class Spoilt(Recorder):
-        on_message = EchoHandler.on_message
-
-    calls = Calls()
-    peer = await host.connect(Spoilt, calls=calls)
-    peer.send(text("a"))
-    assert await peer.replies(b"ECHO:a")
-    calls.handler.prefix = "\ud800"
-    peer.send(text("b"))
-    assert await peer.close_code() == 1011
-    peer.leave()
-    await eventually(lambda: calls.closes)
-    assert host.errors() == ["tornado.application"]
 
 
 class SetsMethods(EchoHandler):
@@ -2426,12 +2841,18 @@ async def test_behind_an_error_in_a_handler_nothing_is_handled(
     calls = Calls()
     peer = await host.connect(handler, calls=calls)
     peer.send(
-        frame(FIN | (TEXT if handler is Broken else PING), b"1"), frame(FIN | PING, b"2"), frame(FIN | PONG), text("a")
+        frame(FIN | (TEXT if handler is Broken else PING), b"1"),
+        frame(FIN | PING, b"2"),
+        frame(FIN | PONG),
+        text("a"),
     )
-    assert (await peer.rest()).endswith(reply_frame(FIN | CLOSE, close_body(1011)))
-    peer.leave()
+    if seen:
+        assert await peer.frame() == (FIN | PONG, b"1")
+    assert await peer.goodbye() == 1011
     await eventually(lambda: calls.closes)
-    assert calls == [("open",), *seen, ("close", None, None)] and host.errors() == ["tornado.application"]
+    assert calls == [("open",), *seen, ("close", 1011, "")] and host.errors() == [
+        "tornado.application"
+    ]
 
 
 class ClosesAtPing(EchoHandler):
@@ -2446,29 +2867,16 @@ class BreaksAtPing(EchoHandler):
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize(("handler", "code"), [(ClosesAtPing, 4000), (BreaksAtPing, 1011)])
-async def test_nothing_is_sent_behind_our_close(host: Host, handler: type[EchoHandler], code: int) -> None:
-    peer = await host.connect(handler)
-    peer.send(text("a"), frame(FIN | PING), text("b"), text("c" * 2000), frame(FIN | PING), text("d"))
-    assert await peer.replies(b"ECHO:a") and await peer.frame() == (FIN | PONG, b"")
-    assert await peer.close_code() == code
-    peer.send(close(code))
-    assert await peer.rest() == b""
-    assert len(host.errors()) == (handler is BreaksAtPing)
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-async def test_on_close_knows_the_code_of_a_peer_that_left_while_a_coroutine_was_pending(
-    host: Host, end: Callable[[Peer], None]
+async def test_nothing_is_sent_behind_our_close(
+    host: Host, handler: type[EchoHandler], code: int
 ) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(Waiting, calls=calls)
-    peer.send(text("a"), close(4001, "bye"))
-    await eventually(lambda: ("start", "a") in calls)
-    end(peer)
-    await eventually(lambda: calls.closes)
-    assert calls.closes == [("close", 4001, "bye")]
+    peer = await host.connect(handler)
+    peer.send(
+        text("a"), frame(FIN | PING), text("b"), text("c" * 2000), frame(FIN | PING), text("d")
+    )
+    assert await peer.replies(b"ECHO:a") and await peer.frame() == (FIN | PONG, b"")
+    assert await peer.goodbye() == code
+    assert len(host.errors()) == (handler is BreaksAtPing)
 
 
 class Nonsense(Recorder):
@@ -2489,7 +2897,9 @@ class Generator(Recorder):
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("handler", [Nonsense, NonsenseOpen, Generator])
-async def test_a_result_that_cannot_be_awaited_is_1011_and_one_traceback(host: Host, handler: type[Recorder]) -> None:
+async def test_a_result_that_cannot_be_awaited_is_1011_and_one_traceback(
+    host: Host, handler: type[Recorder]
+) -> None:
     calls = Calls()
     peer = await host.connect(handler, calls=calls)
     peer.send(text("a"))
@@ -2515,7 +2925,9 @@ class Yielding(Recorder):
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("handler", [Returning, Yielding])
-async def test_whatever_tornado_can_await_may_be_returned(host: Host, handler: type[Recorder]) -> None:
+async def test_whatever_tornado_can_await_may_be_returned(
+    host: Host, handler: type[Recorder]
+) -> None:
     peer = await host.connect(handler, calls=Calls())
     words = [str(i) for i in range(500)]
     peer.send(*map(text, words))
@@ -2546,20 +2958,20 @@ class ClosesAndWaits(Recorder):
 
 
 @pytest.mark.gen_test
-async def test_messages_behind_our_close_are_not_kept_for_a_pending_coroutine(host: Host) -> None:
+async def test_messages_behind_our_close_are_not_kept_without_bound_for_a_pending_coroutine(
+    host: Host,
+) -> None:
     calls = Calls()
     calls.gate = asyncio.Event()
     peer = await host.connect(ClosesAndWaits, calls=calls)
     peer.send(text("a"))
     assert await peer.close_code() == 4000
-    tracemalloc.start()
-    for _ in range(20):
-        peer.send(text("x" * 1_000_000))
-        await eventually(lambda: not peer.writer.transport.get_write_buffer_size())
-    kept, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    words, other = text("x" * 1_000_000) * 20, await host.connect()
+    async with little_memory(len(words) + 3_000_000):
+        peer.send(words)
+        await have_turns(other, 100)
     calls.gate.set()
-    assert kept < 5_000_000
+    await eventually(lambda: not peer.writer.transport.get_write_buffer_size())
 
 
 class WritesAndWaits(Recorder):
@@ -2584,34 +2996,22 @@ async def test_a_message_waits_for_the_coroutine_though_the_peer_has_read_all(ho
     assert await peer.replies(b"x" * 8_000_000)
 
 
-class WritesLater(Recorder):
-    async def on_message(self, message: str | bytes) -> None:
-        self.calls.append(("start", message))
-        await asyncio.sleep(0)
-        self.write_message("x" * 200_000)
-
-
 async def others_have_their_turn(host: Host, turns: int = 100) -> None:
     """Long enough for the server to do what it wants to do for another peer."""
-    other = await host.connect()
+    await have_turns(await host.connect(), turns)
+
+
+async def have_turns(other: Peer, turns: int) -> None:
     for _ in range(turns):
         other.send(text("a"))
         assert await other.replies(b"ECHO:a")
 
 
 @pytest.mark.gen_test
-async def test_a_coroutine_that_does_not_await_its_writes_gets_no_more_messages_than_the_peer_reads(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(WritesLater, receive_buffer=4096, calls=calls)
-    peer.send(text("a") * 150)
-    await others_have_their_turn(host)
-    assert 2 <= len(calls) < 100  # what the kernel takes, and one
-    assert await peer.replies(*[b"x" * 200_000] * 150)
-
-
-@pytest.mark.gen_test
 @pytest.mark.parametrize("transport", ["tcp"])  # asyncio does not tell what its TLS has not sent
-async def test_while_a_coroutine_is_pending_no_more_than_a_message_is_read_ahead(host: Host) -> None:
+async def test_while_a_coroutine_is_pending_no_more_than_a_message_is_read_ahead(
+    host: Host,
+) -> None:
     host.app.settings["websocket_max_message_size"] = 100_000
     calls = Calls()
     calls.gate = asyncio.Event()
@@ -2639,7 +3039,9 @@ async def test_on_close_does_not_come_within_another_method(host: Host) -> None:
     peer.send(text("a"))
     peer.reset()
     await eventually(lambda: calls.closes)
-    assert calls in ([("open",), *end, ("close", None, None)] for end in ([], [("start", "a"), ("end", "a")]))
+    assert calls in (
+        [("open",), *end, ("close", None, None)] for end in ([], [("start", "a"), ("end", "a")])
+    )
 
 
 class WritesMuch(Recorder):
@@ -2658,18 +3060,21 @@ async def test_writes_that_nobody_awaits_leave_in_order(host: Host) -> None:
 
 
 @pytest.mark.gen_test
-@pytest.mark.parametrize(("end", "code"), [(close(4000), 4000), (b"\xff\xff", 1002)], ids=["close", "fault"])
+@pytest.mark.parametrize(
+    ("end", "code"), [(close(4000), 4000), (b"\xff\xff", 1002)], ids=["close", "fault"]
+)
 async def test_replies_that_wait_leave_before_our_close(host: Host, end: bytes, code: int) -> None:
     peer = await host.connect(receive_buffer=4096)
     peer.send(text("x" * 100_000) * 100, end)
     assert await peer.replies(*[b"ECHO:" + b"x" * 100_000] * 100)
-    assert await peer.close_code() == code
-    assert await peer.rest() == b""
+    assert await peer.goodbye() == code
 
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("end", [by_close, by_reset, by_fault])
-async def test_write_message_raises_on_a_closed_connection(host: Host, end: Callable[[Peer], Awaitable[None]]) -> None:
+async def test_write_message_raises_on_a_closed_connection(
+    host: Host, end: Callable[[Peer], Awaitable[None]]
+) -> None:
     calls = Calls()
     peer = await host.connect(Recorder, calls=calls)
     await eventually(lambda: calls)
@@ -2698,7 +3103,10 @@ async def test_a_write_is_pending_until_the_peer_reads(host: Host) -> None:
     calls = Calls()
     peer = await host.connect(Recorder, receive_buffer=4096, calls=calls)
     await eventually(lambda: calls)
-    sent = [calls.handler.write_message(bytes(16 << 20), binary=True), calls.handler.write_message("behind")]
+    sent = [
+        calls.handler.write_message(bytes(16 << 20), binary=True),
+        calls.handler.write_message("behind"),
+    ]
     await asyncio.sleep(0)
     assert not sent[0].done() and not sent[1].done()
     expected = reply_frame(FIN | BINARY, bytes(16 << 20)) + reply_frame(FIN | TEXT, b"behind")
@@ -2713,7 +3121,10 @@ async def test_a_pending_write_fails_when_the_peer_is_lost(host: Host) -> None:
     calls = Calls()
     peer = await host.connect(Recorder, receive_buffer=4096, calls=calls)
     await eventually(lambda: calls)
-    sent = [calls.handler.write_message(bytes(16 << 20), binary=True), calls.handler.write_message("behind")]
+    sent = [
+        calls.handler.write_message(bytes(16 << 20), binary=True),
+        calls.handler.write_message("behind"),
+    ]
     peer.reset()
     for future in sent:
         with pytest.raises(WebSocketClosedError):
@@ -2742,6 +3153,796 @@ async def test_a_handler_can_set_nodelay(host: Host) -> None:
     assert await peer.replies(b"ECHO:a")
 
 
+# ---- Everything that is owed arrives
+
+
+WORD = "x" * 100_000
+REPLY = b"ECHO:" + WORD.encode()
+# More than the kernels take at once, and than is read in the limits of time below.
+PILE = 30
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits of time for a closing peer, so that a second is far more than they are."""
+    monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 0.3)
+    monkeypatch.setattr(echo_server, "LINGER_TIMEOUT", 0.3)
+
+
+async def reads_slowly(peer: Peer, count: int = PILE) -> None:
+    """100 KB every 30 ms, as over a slow link; a Ping is answered when it is reached."""
+    for _ in range(count):
+        first, payload = await peer.frame()
+        while first == FIN | PING:
+            peer.send(frame(FIN | PONG, payload))
+            first, payload = await peer.frame()
+        assert payload == REPLY
+        await asyncio.sleep(0.03)
+
+
+ENDS = {
+    "our close": ("?close=4001&after=30", b"", 4001),
+    "their close": ("", close(4001), 4001),
+    "a wrong header": ("", b"\x81\x00", 1002),
+    "a wrong header and more": ("", b"\x81\x00" + bytes(1 << 20), 1002),
+    "text that is not UTF-8": ("", frame(FIN | TEXT, b"\xff"), 1007),
+    "a message that is too big": ("", header(FIN | BINARY, 1 << 30), 1009),
+}
+
+
+@pytest.mark.gen_test(timeout=20)
+@pytest.mark.parametrize(("query", "behind", "code"), ENDS.values(), ids=ENDS.keys())
+async def test_to_a_peer_that_reads_slowly_all_replies_come_and_then_our_close(
+    host: Host, hurried: None, query: str, behind: bytes, code: int
+) -> None:
+    peer = await host.connect(receive_buffer=4096, query=query, scenarios=True)
+    peer.send(text(WORD) * PILE, behind)
+    await reads_slowly(peer)
+    assert await peer.close_code() == code
+
+
+@pytest.mark.gen_test(timeout=20)
+async def test_go_away_waits_for_a_peer_that_reads_slowly(host: Host, hurried: None) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, receive_buffer=4096, calls=calls)
+    peer.send(text(WORD) * PILE)
+    await reads_slowly(peer, 1)
+    leaving = asyncio.create_task(Connections.current().go_away(host.app, 10))
+    count = 1
+    while (got := await peer.frame()) == (FIN | TEXT, REPLY):
+        count += 1
+        await asyncio.sleep(0.03)
+    assert got == (FIN | CLOSE, close_body(1001, "the server is stopping"))
+    assert count == len(calls) - 1 > 3
+    peer.leave()
+    await leaving
+
+
+@pytest.mark.gen_test(timeout=20)
+@pytest.mark.parametrize("after", [frame(FIN | PONG), frame(FIN | PING, b"p"), text("too late")])
+async def test_what_a_peer_sends_behind_its_close_costs_it_no_reply(
+    host: Host, hurried: None, after: bytes
+) -> None:
+    peer = await host.connect(receive_buffer=4096)
+    peer.send(text(WORD) * PILE, close(4001))
+    await reads_slowly(peer, 3)
+    peer.send(after)
+    frames: list[tuple[int, bytes]] = []
+    while not frames or frames[-1][0] != FIN | CLOSE:
+        frames.append(await peer.frame())
+        await asyncio.sleep(0.03)
+    assert [reply for reply in frames if reply[0] != FIN | PONG] == [
+        *[(FIN | TEXT, REPLY)] * (PILE - 3),
+        (FIN | CLOSE, close_body(4001)),
+    ]
+    assert await peer.rest() == b""
+
+
+@pytest.mark.gen_test
+async def test_a_ping_behind_a_close_that_waits_is_answered(host: Host) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(Waiting, calls=calls)
+    peer.send(text("a"), close(4001), frame(FIN | PING, b"p"))
+    assert await peer.frame() == (FIN | PONG, b"p")
+    calls.gate.set()
+    assert await peer.replies(b"a")
+    assert await peer.goodbye() == 4001
+
+
+@pytest.mark.gen_test(timeout=20)
+@pytest.mark.parametrize("ending", [b"", close(4001)], ids=["nothing", "close"])
+@pytest.mark.parametrize("query", ["", "?delay=0.3"])
+@pytest.mark.parametrize("transport", ["tcp"])  # asyncio's TLS wants to answer close_notify
+async def test_a_peer_that_shuts_its_side_and_reads_on_gets_all_replies_and_our_close(
+    host: Host, hurried: None, ending: bytes, query: str
+) -> None:
+    count = 3 if query else PILE
+    peer = await host.connect(receive_buffer=4096, query=query, scenarios=True)
+    peer.send(text(WORD) * count, ending)
+    await peer.shut()
+    await reads_slowly(peer, count)
+    assert await peer.rest() == (reply_frame(FIN | CLOSE, close_body(4001)) if ending else b"")
+    assert Connections.current().closed == ({4001: 1} if ending else {1006: 1})
+
+
+@pytest.mark.gen_test(timeout=20)
+async def test_a_slow_link_is_no_dead_peer(host: Host) -> None:
+    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.4)
+    peer = await host.connect(receive_buffer=4096, stall_timeout=0.4)
+    peer.send(text(WORD) * PILE)
+    await reads_slowly(peer)
+    peer.send(text("still here"))
+    while (got := await peer.frame())[0] == FIN | PING:
+        peer.send(frame(FIN | PONG))
+    assert got == (FIN | TEXT, b"ECHO:still here")
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("code", [1007, 1009])
+async def test_our_fin_waits_for_the_close_of_a_peer_that_was_failed(host: Host, code: int) -> None:
+    host.app.settings["websocket_max_message_size"] = LIMIT
+    peer, other = await host.connect(), await host.connect()
+    bad = {1007: frame(FIN | TEXT, b"\xff"), 1009: frame(FIN | BINARY, noise(4 << 20))}
+    peer.send(bad[code], text("behind") * 1000)
+    assert await peer.close_code() == code
+    await have_turns(other, 20)
+    assert not peer.reader.at_eof()
+    peer.send(close(code))
+    assert await peer.rest() == b""
+
+
+# ---- One connection, and the others
+
+
+class Streaming(EchoHandler):
+    async def on_message(self, message: str | bytes) -> None:
+        while True:
+            await self.write_message("y" * 100)
+
+
+@pytest.mark.gen_test
+async def test_a_coroutine_that_awaits_its_writes_lets_others_live(host: Host) -> None:
+    """Also where the kernel takes whatever it writes, since a thread reads it."""
+    other, streaming = await host.connect(), await host.connect(Streaming)
+    with socket.socket(fileno=os.dup(streaming.writer.get_extra_info("socket").fileno())) as sock:
+        streaming.pause()
+        streaming.send(text("go"))
+        reader = threading.Thread(target=read_all, args=(sock,))
+        reader.start()
+        for _ in range(20):
+            began = time.monotonic()
+            await have_turns(other, 1)
+            assert time.monotonic() - began < 0.5
+        sock.shutdown(socket.SHUT_RDWR)
+        reader.join(PATIENCE)
+
+
+def read_all(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while select.select([sock], [], [], PATIENCE)[0] and sock.recv(1 << 20):
+            pass
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize(
+    "sent", [frame(TEXT, b"unfini"), frame(FIN | PONG) * 9, text("hi"), b"\x81", close()], ids=len
+)
+async def test_a_reset_right_behind_anything_leaves_no_zombie(host: Host, sent: bytes) -> None:
+    calls = Calls()
+    peers = [await host.connect(Recorder, calls=calls) for _ in range(20)]
+    for peer in peers:
+        peer.send(sent)
+        peer.reset()
+    await eventually(lambda: len(calls.closes) == 20 and not Connections.current().open)
+
+
+class Hopeless(Recorder):
+    """Whatever can raise does."""
+
+    def on_message(self, message: str | bytes) -> None:
+        raise ZeroDivisionError
+
+    def on_ping(self, data: bytes) -> None:
+        raise ZeroDivisionError
+
+    def log_exception(self, *args: Any) -> None:
+        raise RuntimeError
+
+    def on_close(self) -> None:
+        super().on_close()
+        raise RuntimeError
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("sent", [text("a"), frame(FIN | PING), close(), b"\xff\xff"])
+async def test_whatever_a_connection_raises_stays_with_it(host: Host, sent: bytes) -> None:
+    calls = Calls()
+    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
+    other = await host.connect()
+    peers = [await host.connect(Hopeless, calls=calls) for _ in range(3)]
+    for peer in peers:
+        peer.send(sent)
+    await have_turns(other, 5)
+    for peer in peers:
+        peer.leave()
+    await eventually(lambda: len(calls.closes) == 3 and len(Connections.current().open) == 1)
+    await have_turns(other, 5)
+    assert set(host.errors()) == {"echo_server"}
+
+
+class Broadcasting(Recorder):
+    everybody: ClassVar[set[Broadcasting]] = set()
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        self.everybody.add(self)
+
+    def on_message(self, message: str | bytes) -> None:
+        for handler in self.everybody:
+            handler.write_message(message)
+
+    def on_close(self) -> None:
+        super().on_close()
+        self.everybody.remove(self)
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("end", [Peer.reset, Peer.leave, lambda peer: peer.send(close())])
+async def test_who_writes_to_all_is_not_failed_for_those_who_leave(
+    host: Host, end: Callable[[Peer], None]
+) -> None:
+    calls = Calls()
+    lost, innocent = (
+        [await host.connect(Broadcasting, calls=calls) for _ in range(5)],
+        await host.connect(Broadcasting, calls=calls),
+    )
+    for peer in lost:
+        end(peer)
+    for _ in range(20):
+        innocent.send(text("to all"))
+        assert await innocent.replies(b"to all")
+    await eventually(lambda: len(calls.closes) == 5)
+
+
+class SlowToPrepare(Recorder):
+    async def prepare(self) -> None:
+        self.calls.append(("prepare",))
+        assert self.calls.gate
+        await self.calls.gate.wait()
+        self.calls.append(("prepared",))
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
+async def test_a_client_that_leaves_during_prepare_is_neither_opened_nor_closed(
+    host: Host, end: Callable[[Peer], None]
+) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer, other = await host.dial(), await host.connect()
+    peer.send(request(f"GET {host.route(SlowToPrepare, calls=calls)} HTTP/1.1"))
+    await eventually(lambda: calls)
+    end(peer)
+    await have_turns(other, 5)
+    calls.gate.set()
+    await have_turns(other, 5)
+    assert calls == [("prepare",), ("prepared",)]
+    assert len(Connections.current().open) == 1
+
+
+DESCRIPTORS = Path("/dev/fd")
+
+
+async def one_connection(client: socket.socket) -> list[str]:
+    """Serves one, which is open when the event loop ends."""
+    calls: list[str] = []
+
+    class Handler(EchoHandler):
+        def on_close(self) -> None:
+            calls.append("close")
+
+    http, sockets = HTTPServer(Application([("/", Handler)])), bind_sockets(0, "127.0.0.1")
+    http.add_sockets(sockets)
+    client.connect(sockets[0].getsockname())
+    client.sendall(request())
+    await eventually(lambda: Connections.current().open)
+    http.stop()
+    return calls
+
+
+def test_the_end_of_an_event_loop_is_the_end_of_its_connections() -> None:
+    counts = []
+    for _ in range(60):
+        with socket.socket() as client:
+            assert asyncio.run(one_connection(client)) == ["close"]
+            assert client.recv(999).startswith(b"HTTP/1.1 101") and client.recv(1) == b""
+        gc.collect()
+        counts.append(len(os.listdir(DESCRIPTORS)))
+    assert counts[-1] <= counts[1]
+
+
+@pytest.mark.gen_test
+async def test_memory_behind_a_delay_is_that_of_a_message_in_bytes(host: Host) -> None:
+    message = text("x" * ((1 << 20) - 4) + "\U0001f600")
+    peer, other = await host.connect(query="?delay=60", scenarios=True), await host.connect()
+    async with little_memory(len(message) * 3 + (1 << 21)):  # two of them wait in the client
+        peer.send(message * 3)
+        await have_turns(other, 100)
+    peer.reset()
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("first", [close(4001), b"\x81\x00", frame(FIN | TEXT, b"\xff")])
+async def test_data_behind_the_end_is_not_kept_while_a_coroutine_runs(
+    host: Host, first: bytes
+) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(Waiting, calls=calls)
+    peer.send(text("a"), first)
+    await eventually(lambda: ("start", "a") in calls)
+    async with little_memory(1_500_000):
+        for _ in range(30):
+            await taken(peer, text("x" * 1_000_000))
+    calls.gate.set()
+    assert await peer.replies(b"a")
+    assert await peer.close_code() in (4001, 1002, 1007)
+
+
+@pytest.mark.parametrize("transport", ["tcp"])  # what asyncio's TLS holds counts, too
+@pytest.mark.gen_test
+async def test_data_behind_a_close_is_not_kept_while_others_keep_the_event_loop_busy(
+    host: Host,
+) -> None:
+    host.app.settings["websocket_max_message_size"] = 1 << 20
+    bombers = [await host.connect(headers=DEFLATE) for _ in range(4)]
+    bombs = frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20), 9)) * 30
+    async with little_memory(15_000_000):
+        for peer in bombers:
+            peer.send(bombs, close(4001))
+            await taken(peer, text("x" * 1_000_000) * 10)
+    for peer in bombers:
+        peer.reset()
+
+
+@pytest.mark.parametrize("ending", [b"", masked(close_body(4001), CLOSE)], ids=["nothing", "close"])
+def test_a_peer_that_shuts_its_side_below_tls_gets_all_replies_and_our_close(
+    tls: Process, trust: ssl.SSLContext, ending: bytes
+) -> None:
+    with shaken(tls, "GET /?delay=0.1 HTTP/1.1", trust) as sock, sock.makefile("rb") as file:
+        sock.sendall(masked(b"x" * 100_000) * 3 + ending)
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        for _ in range(3):
+            assert read_frame(file) == (TEXT, REPLY)
+        if ending:
+            assert read_frame(file) == (CLOSE, close_body(4001))
+        assert read_frame(file) == (-1, b"")
+
+
+def test_the_end_of_the_drain_timeout_is_no_error_of_a_coroutine_that_runs(serve: Serve) -> None:
+    server = serve("--drain-timeout=0.3")
+    with server.connect("?delay=60") as client:
+        client.send("a")
+        assert client.ping().wait(PATIENCE)
+        assert server.stop() == 0
+    server.line(r"close\(\) 1006 .* 1 messages")
+
+
+def listens(server: Process) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", server.port)) == 0
+
+
+def test_a_second_signal_is_no_error_of_a_coroutine_that_runs(serve: Serve) -> None:
+    server = serve()
+    with server.connect("?delay=60") as client:
+        client.send("a")
+        assert client.ping().wait(PATIENCE)
+        server.signal(signal.SIGTERM)
+        until(lambda: not listens(server))
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 128 + signal.SIGTERM
+    server.line(r"close\(\) 1006 .* 1 messages")
+
+
+def test_the_time_in_which_the_server_was_stopped_is_not_held_against_a_peer(serve: Serve) -> None:
+    server = serve("--ping-interval=0.4", "--ping-timeout=0.6")
+    with shaken(server) as sock, sock.makefile("rb") as file:
+        assert read_frame(file) == (PING, b"")
+        sock.sendall(masked(b"", PONG))
+        time.sleep(0.25)  # it has seen the answer, and looked at its deadlines since
+        server.signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        server.signal(signal.SIGCONT)
+        assert read_frame(file) == (PING, b"")
+        time.sleep(0.4)  # which is less than the time for an answer
+        sock.sendall(masked(b"", PONG) + masked(b"hi"))
+        assert read_frame(file) == (TEXT, b"ECHO:hi")
+
+
+# ---- In somebody's application: as a WebSocketHandler
+
+
+user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
+
+
+class Personal(Recorder):
+    """Says whose context each of its methods runs in."""
+
+    def prepare(self) -> None:
+        user.set(self.get_argument("user"))
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        self.calls.append((user.get(), "open"))
+
+    async def on_message(self, message: str | bytes) -> None:
+        self.calls.append((user.get(), "on_message"))
+        await asyncio.sleep(0)
+        self.calls.append((user.get(), "later"))
+        if message == "break":
+            raise ZeroDivisionError
+
+    def on_ping(self, data: bytes) -> None:
+        self.calls.append((user.get(), "on_ping"))
+
+    def on_pong(self, data: bytes) -> None:
+        self.calls.append((user.get(), "on_pong"))
+
+    def log_exception(self, *args: Any) -> None:
+        self.calls.append((user.get(), "log_exception"))
+
+    def on_close(self) -> None:
+        self.calls.append((user.get(), "on_close"))
+
+
+@pytest.mark.gen_test
+async def test_each_connection_has_the_context_of_its_handler(host: Host) -> None:
+    names = [f"user {n}" for n in range(5)]
+    calls = [Calls() for _ in names]
+    peers = [
+        await host.connect(Personal, query=f"?user=user%20{n}", calls=calls[n]) for n in range(5)
+    ]
+    user.set("the test")
+    for peer in peers:
+        peer.send(text("a"), frame(FIN | PING), frame(FIN | PONG), text("break"))
+    for peer in reversed(peers):
+        while (await peer.frame())[0] != FIN | CLOSE:
+            pass
+        peer.leave()
+    await eventually(lambda: not Connections.current().open)
+    for name, made in zip(names, calls, strict=True):
+        assert {call[0] for call in made} == {name}
+        methods = [call[1] for call in made]
+        assert methods[0] == "open" and methods[-1] == "on_close" and "log_exception" in methods
+
+
+class Plainly(EchoHandler):
+    """A host's own `initialize` does not call ours, since Tornado's is empty."""
+
+    def initialize(self, database: str) -> None:
+        self.database = database
+
+    def on_message(self, message: str | bytes) -> None:
+        self.write_message(f"{self.prefix}{self.database}")
+
+
+class Mixin:
+    """Somebody's class with names that are usual in applications."""
+
+    __slots__ = ("server", "stall_timeout")
+
+    @property
+    def connection(self) -> str:
+        return "to a database"
+
+    @property
+    def origins(self) -> str:
+        return "of species"
+
+    compression = scenario = scenarios = peer = None
+
+
+class WithNames(Mixin, EchoHandler):
+    def initialize(self, **options: Any) -> None:
+        super().initialize(**options)
+        self.server = self.stall_timeout = "mine"
+
+
+@pytest.mark.gen_test
+async def test_a_host_may_have_an_initialize_and_names_of_its_own(host: Host) -> None:
+    peer = await host.connect(Plainly, database="tables")
+    peer.send(text("a"))
+    assert await peer.replies(b"ECHO:tables")
+    peer = await host.connect(WithNames, origins=["*"], stall_timeout=5.0)
+    peer.send(text("a"), close())
+    assert await peer.replies(b"ECHO:a")
+    assert await peer.close_code() == 1000
+
+
+class AfterOpen(Recorder):
+    def open(self, *args: str, **kwargs: str) -> None:
+        super().open()
+        connection: Any = self.request.connection
+        self.calls.append(("address", connection.context.address[0]))
+        protocol: Any = self.ws_connection
+        self.calls.append(("socket", protocol.stream.socket.getpeername()[0]))
+        self.calls.append(("terminated", protocol.client_terminated, protocol.server_terminated))
+        for forbidden in (
+            lambda: self.write("a"),
+            lambda: self.redirect("/"),
+            lambda: self.set_header("A", "b"),
+            lambda: self.set_cookie("a", "b"),
+            lambda: self.set_status(200),
+            self.flush,
+            self.finish,
+        ):
+            with pytest.raises(RuntimeError):
+                forbidden()
+
+    def on_message(self, message: str | bytes) -> None:
+        self.close(4000)
+
+    def on_close(self) -> None:
+        super().on_close()
+        protocol: Any = self.protocol
+        self.calls.append(("terminated", protocol.client_terminated, protocol.server_terminated))
+        self.calls.append(("socket", protocol.stream.socket))
+
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        self.protocol = super().get_websocket_protocol()
+        return self.protocol
+
+
+@pytest.mark.gen_test
+async def test_after_open_there_is_what_tornado_has(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(AfterOpen, calls=calls)
+    peer.send(text("a"))
+    assert await peer.close_code() == 4000
+    await eventually(lambda: calls)
+    protocol = cast(AfterOpen, calls.handler).protocol
+    assert protocol and protocol.server_terminated and not protocol.client_terminated
+    peer.send(close(4000))
+    assert await peer.rest() == b""
+    await eventually(lambda: calls.closes)
+    assert calls == [
+        ("open",),
+        ("address", "127.0.0.1"),
+        ("socket", "127.0.0.1"),
+        ("terminated", False, False),
+        ("close", 4000, ""),
+        ("terminated", True, True),
+        ("socket", None),
+    ]
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("method", ["_abort", "on_connection_close"])
+async def test_a_host_can_be_rid_of_a_connection_at_once(host: Host, method: str) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    await eventually(lambda: calls)
+    getattr(calls.handler.ws_connection, method)()
+    await eventually(lambda: calls.closes)
+    assert await peer.rest() == b""
+
+
+@pytest.mark.gen_test
+async def test_a_host_may_close_the_stream(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    await eventually(lambda: calls)
+    calls.handler.ws_connection.stream.close()  # type: ignore[union-attr]  # as Tornado's
+    await eventually(lambda: calls.closes and not Connections.current().open)
+    assert await peer.rest() == b""
+
+
+class Certified(EchoHandler):
+    def open(self, *args: str, **kwargs: str) -> None:
+        protocol: Any = self.ws_connection
+        subject = protocol.stream.socket.getpeercert()["subjectAltName"]
+        self.write_message(f"{subject}")
+
+
+@pytest.mark.gen_test
+async def test_the_certificate_of_a_client_can_be_had(authority: trustme.CA) -> None:
+    ours, theirs = (
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH),
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+    )
+    ours.verify_mode = ssl.CERT_REQUIRED
+    for context, name in ((ours, "localhost"), (theirs, "client.example")):
+        authority.issue_cert(name).configure_cert(context)
+        authority.configure_trust(context)
+    http, sockets = (
+        HTTPServer(Application([("/", Certified)]), ssl_options=ours),
+        bind_sockets(0, "127.0.0.1"),
+    )
+    http.add_sockets(sockets)
+    reader, writer = await asyncio.open_connection(
+        *sockets[0].getsockname(), ssl=theirs, server_hostname="localhost"
+    )
+    peer = Peer(reader, writer)
+    peer.send(request())
+    await reader.readuntil(b"\r\n\r\n")
+    assert b"client.example" in (await peer.frame())[1]
+    peer.leave()
+    http.stop()
+    await eventually(lambda: not Connections.current().open)
+
+
+class PushesMuch(Recorder):
+    async def open(self, *args: str, **kwargs: str) -> None:
+        asyncio.get_running_loop().call_soon(self.push)
+
+    def push(self) -> None:
+        for _ in range(240):
+            self.write_message("y" * 100_000)
+
+    def on_message(self, message: str | bytes) -> None:
+        self.calls.append(len(message))
+
+
+@pytest.mark.gen_test(timeout=20)
+async def test_both_sides_may_send_24_mb_before_they_read(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(PushesMuch, receive_buffer=4096, calls=calls, stall_timeout=1.0)
+    peer.pause()
+    for _ in range(240):
+        peer.send(text("x" * 100_000))
+        await peer.writer.drain()
+    peer.resume()
+    assert await peer.replies(*[b"y" * 100_000] * 240)
+    await eventually(lambda: calls == [100_000] * 240)
+
+
+class WithDatabase(Recorder):
+    async def get(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append(("database", "open"))
+        await super().get(*args, **kwargs)
+        self.calls.append(("database", "closed"))
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
+async def test_a_get_of_the_hosts_own_goes_on_when_the_connection_has_ended(
+    host: Host, end: Callable[[Peer], None]
+) -> None:
+    calls = Calls()
+    peer = await host.connect(WithDatabase, calls=calls)
+    peer.send(text("a"))
+    assert await peer.replies(b"ECHO:a")
+    end(peer)
+    await eventually(lambda: ("database", "closed") in calls)
+    assert calls == [
+        ("database", "open"),
+        ("open",),
+        ("message", "a"),
+        ("close", None, None),
+        ("database", "closed"),
+    ]
+
+
+@pytest.mark.gen_test
+async def test_a_get_of_the_hosts_own_goes_on_when_the_handshake_is_refused(host: Host) -> None:
+    calls = Calls()
+    peer = await host.dial()
+    peer.send(
+        request(f"GET {host.route(WithDatabase, calls=calls)} HTTP/1.1", Sec_WebSocket_Key="x")
+    )
+    assert (await peer.reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 400")
+    assert calls == [("database", "open"), ("database", "closed")]
+
+
+@pytest.mark.gen_test
+async def test_go_away_closes_the_clients_of_one_application_and_is_over_when_it_is_over(
+    host: Host,
+) -> None:
+    http, sockets = HTTPServer(Application([("/", EchoHandler)])), bind_sockets(0, "127.0.0.1")
+    http.add_sockets(sockets)
+    other = Peer(*await asyncio.open_connection(*sockets[0].getsockname()))
+    other.send(request())
+    await other.reader.readuntil(b"\r\n\r\n")
+    peer = await host.connect()
+    leaving = asyncio.create_task(Connections.current().go_away(host.app, 5))
+    assert await peer.goodbye() == 1001
+    await leaving
+    later = await host.connect()
+    for still_here in (other, later):
+        still_here.send(text("a"))
+        assert await still_here.replies(b"ECHO:a")
+    other.leave()
+    http.stop()
+
+
+class OwnErrors(EchoHandler):
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        self.finish("an error page")
+
+
+@pytest.mark.gen_test
+async def test_426_has_its_headers_also_where_a_host_has_error_pages(host: Host) -> None:
+    peer = await host.dial()
+    peer.send(f"GET {host.route(OwnErrors)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
+    assert head.startswith("HTTP/1.1 426") and "Upgrade: websocket" in head
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("method", ["HEAD", "POST", "PUT"])
+async def test_any_method_but_get_is_405_as_in_tornado(host: Host, method: str) -> None:
+    peer = await host.dial()
+    peer.send(f"{method} {host.route()} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert (await peer.reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 405")
+
+
+class Overrides(EchoHandler):
+    """Every override that the type of WebSocketHandler allows: it is mypy that looks at it."""
+
+    def initialize(self, database: dict[str, str]) -> None:
+        self.database = database
+
+    async def prepare(self) -> None:
+        pass
+
+    def open(self, room: str) -> None:
+        self.room = room
+
+    async def on_message(self, message: str | bytes) -> None:
+        await self.write_message({"room": self.room})
+
+    def on_close(self) -> None:
+        pass
+
+    def check_origin(self, origin: str) -> bool:
+        return True
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return None
+
+    def get_compression_options(self) -> dict[str, Any] | None:
+        return None
+
+
+class OpensSlowly(EchoHandler):
+    async def open(self, *, room: str = "lobby") -> None:
+        await asyncio.sleep(0)
+
+
+WITHOUT_UNIX = r"""
+import asyncio, select, socket, sys
+for name in ("fcntl", "termios", "resource"):
+    sys.modules[name] = None
+del select.epoll, select.poll
+asyncio.ProactorEventLoop = asyncio.SelectorEventLoop  # so that Tornado polls in its own thread
+
+from tornado.web import Application
+from tornado.websocket import websocket_connect
+unix = socket.AF_UNIX
+del socket.AF_UNIX
+import echo_server
+socket.AF_UNIX = unix  # the event loop itself needs it here
+
+async def main():
+    server = Application([("/", echo_server.EchoHandler)]).listen(0, "127.0.0.1")
+    (sock,) = server._sockets.values()
+    client = await websocket_connect(f"ws://127.0.0.1:{sock.getsockname()[1]}/")
+    for message in ("Hello!", "x" * 1_000_000, "y" * 3_000_000):
+        client.write_message(message)
+        assert await client.read_message() == "ECHO:" + message
+    client.close(1000)
+    assert await client.read_message() is None
+    server.stop()
+
+asyncio.run(main())
+print("echoed", echo_server.main(["--port=0"]))
+"""
+
+
+def test_without_what_windows_lacks_it_can_be_embedded_and_says_what_the_server_needs() -> None:
+    assert python(WITHOUT_UNIX) == "echoed 1\necho_server: the server needs Linux or macOS\n"
+
+
 # ---- Deadlines and flow control
 
 
@@ -2762,8 +3963,9 @@ async def test_an_idle_peer_that_does_not_answer_is_dropped(host: Host) -> None:
     calls = Calls()
     peer = await host.connect(Recorder, calls=calls)
     assert await peer.frame() == (FIN | PING, b"")
-    with pytest.raises(ConnectionResetError):
-        await peer.rest()
+    assert await peer.frame() == (FIN | CLOSE, close_body(1008, "no answer to a ping"))
+    assert await peer.rest() == b""
+    peer.leave()
     await eventually(lambda: calls.closes)
     assert calls == [("open",), ("close", None, None)]
 
@@ -2794,8 +3996,7 @@ async def test_an_unfinished_message_that_does_not_go_on_is_1008(host: Host, sta
     peer = await host.connect(stall_timeout=0.1)
     peer.send(text("before"), start)
     assert await peer.replies(b"ECHO:before")
-    assert await peer.close_code() == 1008
-    assert await peer.rest() == b""
+    await peer.is_failed(1008)
 
 
 @pytest.mark.gen_test
@@ -2815,7 +4016,7 @@ async def test_a_peer_that_takes_nothing_is_reset(host: Host) -> None:
     peer = await host.connect(Recorder, receive_buffer=4096, calls=calls, stall_timeout=0.3)
     peer.send(text("x" * 100_000) * 200)
     await eventually(lambda: calls.closes)
-    assert calls.handler.connection.outcome == 1008 and len(calls.closes) == 1
+    assert Connections.current().closed[1008] == len(calls.closes) == 1
     with pytest.raises(ConnectionResetError):
         await peer.rest()
 
@@ -2832,17 +4033,24 @@ async def test_a_peer_that_reads_slowly_stays(host: Host) -> None:
     assert await peer.receive(len(expected) - 2_000_000) == expected[2_000_000:]
 
 
-@pytest.mark.gen_test
-async def test_pings_of_a_peer_that_does_not_read_wait_for_it_in_the_kernel(host: Host) -> None:
+@pytest.mark.gen_test(timeout=20)
+async def test_of_pings_that_are_not_read_only_the_latest_is_answered(host: Host) -> None:
+    """Once more waits than is good for anybody (RFC 6455 section 5.5.3); and all of them are read."""
     peer = await host.connect(receive_buffer=4096)
-    (connection,) = Connections.current().open
     count = 80_000
-    peer.send(*(frame(FIN | PING, b"%0125d" % i) for i in range(count)))
-    await eventually(lambda: connection._backlog)
-    await others_have_their_turn(host)
-    assert len(connection._backlog or b"") < 150_000
-    for i in range(count):
-        assert await peer.frame() == (FIN | PONG, b"%0125d" % i)
+    async with little_memory(1_000_000):
+        for start in range(0, count, 1000):
+            await taken(
+                peer, b"".join(frame(FIN | PING, b"%0125d" % i) for i in range(start, start + 1000))
+            )
+    answered = [-1]
+    while answered[-1] < count - 1:
+        first, payload = await peer.frame()
+        assert first == FIN | PONG and int(payload) > answered[-1]
+        answered.append(int(payload))
+    assert 1000 < len(answered) < count
+    peer.send(text("and on"))
+    assert await peer.replies(b"ECHO:and on")
 
 
 @pytest.mark.gen_test
@@ -2853,9 +4061,13 @@ async def test_metrics_do_not_count_backwards_when_a_connection_ends(host: Host)
     assert await peer.replies(*[b"ECHO:a"] * 100)
     peer.leave()
     while not connections.closed:
-        counted.add(re.findall(r'messages_total{direction="received",type="text"} (\d+)', metrics(connections))[0])
+        counted.add(
+            re.findall(
+                r'messages_total{direction="received",type="text"} (\d+)', metrics(connections)
+            )[0]
+        )
         await asyncio.sleep(0)  # one round of the event loop
-    counted.add(str(connections.traffic[0]))
+    counted.add(str(connections.traffic.texts_received))
     assert counted == {"100"}
 
 
@@ -2894,9 +4106,13 @@ async def test_a_peer_that_was_failed_and_stays_is_dropped(host: Host) -> None:
     assert len(calls.closes) == 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see the memory of a process")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs /proc to see the memory of a process"
+)
 @pytest.mark.parametrize("size", [5, 100_000])
-def test_a_peer_that_never_reads_costs_little_memory(serve: Callable[..., Process], size: int) -> None:
+def test_a_peer_that_never_reads_costs_little_memory(
+    serve: Callable[..., Process], size: int
+) -> None:
     server = serve()
     with server.connect() as client, server.dial() as greedy:
         client.send("Hello!")
@@ -2928,16 +4144,23 @@ def test_a_browser_gets_the_page_at_any_path(server: Process, path: str, accept:
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
 
 
-@pytest.mark.parametrize("path", ["/", "/healthz", "/test"])
-@pytest.mark.parametrize("accept", ["text/html", "text/plain"])
+@pytest.mark.parametrize(
+    ("path", "accept"), [("/healthz", "text/plain"), ("/", "text/html"), ("/test", "text/html")]
+)
 def test_head_is_get_without_a_body(server: Process, path: str, accept: str) -> None:
     status, headers, _ = get(server, path, Accept=accept)
     bare = get(server, path, method="HEAD", Accept=accept)
     same = ["Content-Type", "Content-Security-Policy", "Vary", "Cache-Control", "Upgrade"]
-    assert (bare[0], [bare[1][name] for name in same], bare[2]) == (status, [headers[name] for name in same], "")
+    assert (bare[0], [bare[1][name] for name in same], bare[2]) == (
+        status,
+        [headers[name] for name in same],
+        "",
+    )
 
 
-@pytest.mark.parametrize(("path", "accept"), [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*")])
+@pytest.mark.parametrize(
+    ("path", "accept"), [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*")]
+)
 def test_no_answer_is_stored_or_sniffed(server: Process, path: str, accept: str) -> None:
     headers = get(server, path, Accept=accept)[1]
     assert [headers["Vary"], headers["Cache-Control"], headers["X-Content-Type-Options"]] == [
@@ -2947,21 +4170,31 @@ def test_no_answer_is_stored_or_sniffed(server: Process, path: str, accept: str)
     ]
 
 
-def test_the_policy_of_the_page_allows_its_own_script_and_style_and_nothing_else(server: Process) -> None:
+def test_the_policy_of_the_page_allows_its_own_script_and_style_and_nothing_else(
+    server: Process,
+) -> None:
     _, headers, page = get(server, Accept="text/html")
-    policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+    policy = dict(
+        part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";")
+    )
     for tag in ("script", "style"):
         texts = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", page, re.DOTALL)
-        hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        hashes = [
+            base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts
+        ]
         assert policy[f"{tag}-src"].split() == [f"'sha256-{digest}'" for digest in hashes]
-    assert {policy[name] for name in ("default-src", "base-uri", "form-action", "frame-ancestors")} == {"'none'"}
+    assert {
+        policy[name] for name in ("default-src", "base-uri", "form-action", "frame-ancestors")
+    } == {"'none'"}
     assert policy["connect-src"] == "'self'"
 
 
 def test_the_page_needs_nothing_from_elsewhere(server: Process) -> None:
     page = get(server, Accept="text/html")[2]
     assert not re.search(r"//\w+\.|@import|url\(|\bsrc=|\bon\w+=\"|\bstyle=\"", page)
-    assert {link for link in re.findall(r'href="([^"]*)"', page) if not link.startswith("#")} <= {"data:,"}
+    assert {link for link in re.findall(r'href="([^"]*)"', page) if not link.startswith("#")} <= {
+        "data:,"
+    }
 
 
 SEEN = {
@@ -2983,12 +4216,16 @@ def test_the_page_and_the_text_list_what_the_server_saw(server: Process, accept:
 
 
 @pytest.mark.parametrize("accept", ["text/html", "text/plain"])
-@pytest.mark.parametrize("name", ["Cookie", "Authorization", "Proxy-Authorization", "cookie", "User-Agent"])
+@pytest.mark.parametrize(
+    "name", ["Cookie", "Authorization", "Proxy-Authorization", "cookie", "User-Agent"]
+)
 def test_credentials_are_not_shown(server: Process, accept: str, name: str) -> None:
     assert "hunter2" not in get(server, "/?hunter2", Accept=accept, **{name: "hunter2"})[2]
 
 
-@pytest.mark.parametrize("value", ["<script>alert(1)</script>", "\"'><b>", "<!--handshake-->", "<!--scenarios-->"])
+@pytest.mark.parametrize(
+    "value", ["<script>alert(1)</script>", "\"'><b>", "<!--handshake-->", "<!--scenarios-->"]
+)
 def test_what_the_page_shows_of_a_header_is_not_html(server: Process, value: str) -> None:
     page = get(server, Accept="text/html", X_Forwarded_Host=value)[2]
     assert value not in page.split('id="handshake"')[1]
@@ -3030,17 +4267,37 @@ REFUSED = {
     "no key": (request(without="Sec-WebSocket-Key"), 400, "Sec-WebSocket-Key"),
     "an empty key": (request(Sec_WebSocket_Key=""), 400, "Sec-WebSocket-Key"),
     "two keys": (request(add=f"Sec-WebSocket-Key: {NONCE}"), 400, "Sec-WebSocket-Key"),
-    "a key of 15 bytes": (request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25j"), 400, "Sec-WebSocket-Key"),
-    "a key of 17 bytes": (request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZTE="), 400, "Sec-WebSocket-Key"),
+    "a key of 15 bytes": (
+        request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25j"),
+        400,
+        "Sec-WebSocket-Key",
+    ),
+    "a key of 17 bytes": (
+        request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZTE="),
+        400,
+        "Sec-WebSocket-Key",
+    ),
     "a key that is not base64": (request(Sec_WebSocket_Key="!" * 24), 400, "Sec-WebSocket-Key"),
-    "a key with a space": (request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZ = ="), 400, "Sec-WebSocket-Key"),
-    "a key without its padding": (request(Sec_WebSocket_Key=NONCE.rstrip("=")), 400, "Sec-WebSocket-Key"),
+    "a key with a space": (
+        request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZ = ="),
+        400,
+        "Sec-WebSocket-Key",
+    ),
+    "a key without its padding": (
+        request(Sec_WebSocket_Key=NONCE.rstrip("=")),
+        400,
+        "Sec-WebSocket-Key",
+    ),
     "a key that is not ASCII": (request(Sec_WebSocket_Key="\xe9" * 24), 400, "Sec-WebSocket-Key"),
     "HTTP/1.0": (request("GET / HTTP/1.0"), 400, "HTTP/1.1"),
     "two Hosts": (request(add="Host: other"), 400, ""),
     "no Host": (request(without="Host"), 400, ""),
     "a body": (request(add="Content-Length: 5").replace(b"\r\n\r\n", b"\r\n\r\nhello"), 400, ""),
-    "a chunked body": (request(add="Transfer-Encoding: chunked").replace(b"\r\n\r\n", b"\r\n\r\n0\r\n\r\n"), 400, ""),
+    "a chunked body": (
+        request(add="Transfer-Encoding: chunked").replace(b"\r\n\r\n", b"\r\n\r\n0\r\n\r\n"),
+        400,
+        "",
+    ),
     "two lengths": (request(add="Content-Length: 0\r\nContent-Length: 5"), 400, ""),
     "a negative length": (request(add="Content-Length: -1"), 400, ""),
     "an Origin that is not a URL": (request(Origin="http://[::1"), 403, "Origin"),
@@ -3112,7 +4369,9 @@ def test_an_odd_but_valid_handshake_is_taken(server: Process, data: bytes) -> No
     ],
     ids=["60 KB of path", "70 KB of header", "5,000 headers", "zeros", "TLS"],
 )
-def test_above_the_limit_of_the_header_the_connection_is_closed(server: Process, data: bytes) -> None:
+def test_above_the_limit_of_the_header_the_connection_is_closed(
+    server: Process, data: bytes
+) -> None:
     with server.dial() as sock, contextlib.suppress(ConnectionError):
         sock.sendall(data)
         assert not re.match(rb"HTTP/1.1 (101|5)", sock.recv(99))
@@ -3135,13 +4394,20 @@ def test_a_bad_handshake_is_one_warning_that_says_why(serve: Callable[..., Proce
 
 def test_a_plain_get_is_not_worth_a_line(serve: Callable[..., Process]) -> None:
     process = serve()
-    for path, accept in [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*"), ("/nothing", "*/*")]:
+    for path, accept in [
+        ("/", "text/html"),
+        ("/", "*/*"),
+        ("/healthz", "*/*"),
+        ("/nothing", "*/*"),
+    ]:
         get(process, path, Accept=accept)
     assert process.stop() == 0
     assert not [line for line in process.lines if "listening" not in line and "stopped" not in line]
 
 
-def test_the_log_has_the_path_of_an_absolute_target_without_its_query(serve: Callable[..., Process]) -> None:
+def test_the_log_has_the_path_of_an_absolute_target_without_its_query(
+    serve: Callable[..., Process],
+) -> None:
     process = serve()
     with process.dial() as sock:
         answer(sock, request("GET ws://localhost:4000/ws/chat?token=secret HTTP/1.1"))
@@ -3159,7 +4425,10 @@ def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Proc
 
 # ---- The page in a real browser
 
-CHROMIUM, CHROMEDRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+CHROMIUM, CHROMEDRIVER = (
+    shutil.which("chromium") or shutil.which("google-chrome"),
+    shutil.which("chromedriver"),
+)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage"
@@ -3171,14 +4440,26 @@ class Browser:
 
     def __init__(self, driver: str, profile: Path) -> None:
         options = {"binary": CHROMIUM, "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        wanted = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
         self.url = driver
-        self.url += "/session/" + self.call("/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        self.url += (
+            "/session/"
+            + self.call("/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        )
 
     def call(self, path: str, body: object = None, method: str = "POST") -> Any:
-        data, headers = None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"}
+        data, headers = (
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
         call = urllib.request.Request(self.url + path, data, headers, method=method)  # noqa: S310  # it is http
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(call, timeout=30) as reply:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            call, timeout=30
+        ) as reply:
             return json.load(reply)["value"]
 
     def open(self, url: str) -> None:
@@ -3202,7 +4483,10 @@ class Browser:
         return str(self.call("/execute/sync", {"script": script, "args": []}))
 
     def shows(self, name: str, pattern: str) -> None:
-        until(lambda: re.search(pattern, self.text(name)), lambda: f"{pattern!r} is not in {self.text(name)!r}")
+        until(
+            lambda: re.search(pattern, self.text(name)),
+            lambda: f"{pattern!r} is not in {self.text(name)!r}",
+        )
 
     def errors(self) -> list[str]:
         return [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
@@ -3216,7 +4500,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with start(CHROMEDRIVER, "--port=0", stdout=subprocess.PIPE) as driver:
         try:
             assert driver.stdout
-            started = (re.search(r"started successfully on port (\d+)", line) for line in driver.stdout)
+            started = (
+                re.search(r"started successfully on port (\d+)", line) for line in driver.stdout
+            )
             port = next(found[1] for found in started if found)
             browser = Browser(f"http://127.0.0.1:{port}", profile)
             yield browser
@@ -3254,7 +4540,9 @@ def test_the_page_sends_bytes_and_connects_again(server: Process, browser: Brows
     assert browser.errors() == []
 
 
-def test_the_page_says_when_the_server_has_gone(serve: Callable[..., Process], browser: Browser) -> None:
+def test_the_page_says_when_the_server_has_gone(
+    serve: Callable[..., Process], browser: Browser
+) -> None:
     process = serve()
     browser.open(process.url.replace("ws", "http", 1))
     browser.shows("state", "Connected")
@@ -3284,7 +4572,14 @@ def test_ws_of_node_gets_its_echo(server: Process) -> None:
 
 
 def test_the_command_line_of_websockets_gets_its_echo(server: Process) -> None:
-    with start(sys.executable, "-m", "websockets", server.url, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+    with start(
+        sys.executable,
+        "-m",
+        "websockets",
+        server.url,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as client:
         assert client.stdin and client.stdout
         print("Hello!", file=client.stdin, flush=True)
         assert any("ECHO:Hello!" in line for line in client.stdout)
@@ -3295,7 +4590,9 @@ def test_the_command_line_of_websockets_gets_its_echo(server: Process) -> None:
 def test_curl_gets_its_answers_in_absolute_form(server: Process) -> None:
     curl = shutil.which("curl") or pytest.skip("there is no curl")
     url = server.url.replace("ws", "http", 1)
-    assert ended(curl, "-s", "--noproxy", "", "--proxy", url, url + "healthz").stdout.strip() == "ok"
+    assert (
+        ended(curl, "-s", "--noproxy", "", "--proxy", url, url + "healthz").stdout.strip() == "ok"
+    )
 
 
 # --------------------------------------------------------------- Options, Server, Client, Command line
@@ -3321,9 +4618,15 @@ def test_every_option_has_a_flag_of_its_name_and_the_default_of_the_dataclass() 
 
 
 def test_the_readme_lists_the_options_of_help_and_no_other() -> None:
-    rows = [line for line in (MODULE.parent / "README.md").read_text().splitlines() if line.startswith("|")]
+    rows = [
+        line
+        for line in (MODULE.parent / "README.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
     options = {flag for row in rows for flag in re.findall(r"--[a-z][a-z-]*", row.split("|")[1])}
-    assert options - {"--help"} == set(re.findall(r"--[a-z][a-z-]*", run("--help").stdout)) - {"--help"}
+    assert options - {"--help"} == set(re.findall(r"--[a-z][a-z-]*", run("--help").stdout)) - {
+        "--help"
+    }
 
 
 def test_help_is_readable_at_80_columns() -> None:
@@ -3340,7 +4643,9 @@ def test_a_value_stands_behind_an_equals_sign_or_a_space() -> None:
     assert parse_args(["--port=5", "--prefix", "x", "--no-compression"]) == Options(
         port=5, prefix="x", compression=False
     )
-    assert parse_args(["--prefix=", "--send=a", "--send", "b"]) == Options(prefix="", send=("a", "b"))
+    assert parse_args(["--prefix=", "--send=a", "--send", "b"]) == Options(
+        prefix="", send=("a", "b")
+    )
 
 
 USAGE = [
@@ -3376,14 +4681,18 @@ USAGE = [
 
 
 @pytest.mark.parametrize("argument", USAGE)
-def test_a_wrong_option_is_a_usage_error_that_names_it(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_option_is_a_usage_error_that_names_it(
+    argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as refusal:
         parse_args([argument])
     assert refusal.value.code == 2
     assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("arguments", [["--port"], ["--nonsense"], ["4000"], ["--port=0", "--certfile"]])
+@pytest.mark.parametrize(
+    "arguments", [["--port"], ["--nonsense"], ["4000"], ["--port=0", "--certfile"]]
+)
 def test_the_program_ends_with_2_after_a_usage_error(arguments: list[str]) -> None:
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
@@ -3391,10 +4700,15 @@ def test_the_program_ends_with_2_after_a_usage_error(arguments: list[str]) -> No
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_have_the_range_of_the_dataclass(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_have_the_range_of_the_dataclass(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     metadata, kind = FIELDS[name].metadata, int if FIELDS[name].type == "int" else float
     least, most = kind(metadata["least"]), kind(metadata["most"])
-    assert [getattr(parse_args([f"{flag(name)}={value}"]), name) for value in (least, most)] == [least, most]
+    assert [getattr(parse_args([f"{flag(name)}={value}"]), name) for value in (least, most)] == [
+        least,
+        most,
+    ]
     for value in (least - 1, most * 2):
         with pytest.raises(SystemExit):
             parse_args([f"{flag(name)}={value}"])
@@ -3403,10 +4717,17 @@ def test_numbers_have_the_range_of_the_dataclass(name: str, capsys: pytest.Captu
 
 def test_the_file_has_the_same_names_and_the_command_line_wins(tmp_path: Path) -> None:
     config = tmp_path / "ws-echo.toml"
-    config.write_text('port = 1\nmax-message-size = 125\nping_timeout = 3\nprefix = "f"\ncompression = false\n')
+    config.write_text(
+        'port = 1\nmax-message-size = 125\nping_timeout = 3\nprefix = "f"\ncompression = false\n'
+    )
     options = parse_args([f"--config={config}", "--port=2", "--ping-timeout=4"])
     expected = Options(
-        config=str(config), port=2, max_message_size=125, ping_timeout=4.0, prefix="f", compression=False
+        config=str(config),
+        port=2,
+        max_message_size=125,
+        ping_timeout=4.0,
+        prefix="f",
+        compression=False,
     )
     assert options == expected
 
@@ -3414,7 +4735,9 @@ def test_the_file_has_the_same_names_and_the_command_line_wins(tmp_path: Path) -
 def test_the_command_line_wins_also_with_a_default(tmp_path: Path) -> None:
     config = tmp_path / "ws-echo.toml"
     config.write_text("port = 1\ncompression = false\n")
-    assert parse_args([f"--config={config}", "--port=4000", "--compression"]) == Options(config=str(config))
+    assert parse_args([f"--config={config}", "--port=4000", "--compression"]) == Options(
+        config=str(config)
+    )
 
 
 @pytest.mark.parametrize(
@@ -3452,7 +4775,11 @@ def test_a_wrong_file_is_an_error_of_one_line_that_names_the_option(
     config.write_bytes(text.encode("latin-1"))
     assert main([f"--config={config}", "--address=192.0.2.1"]) == 2
     said = capsys.readouterr().err
-    assert (said.count("\n"), str(config) in said, name in said.replace(str(config), "")) == (1, True, True)
+    assert (said.count("\n"), str(config) in said, name in said.replace(str(config), "")) == (
+        1,
+        True,
+        True,
+    )
 
 
 def test_the_program_ends_with_2_after_a_wrong_file(tmp_path: Path) -> None:
@@ -3483,7 +4810,9 @@ def test_a_file_that_cannot_be_read_ends_the_program_with_1(name: str, tmp_path:
         (["--reuse-port"], r"ws://localhost:\d+/"),
     ],
 )
-def test_it_says_in_clickable_form_where_it_listens(serve: Serve, arguments: list[str], pattern: str) -> None:
+def test_it_says_in_clickable_form_where_it_listens(
+    serve: Serve, arguments: list[str], pattern: str
+) -> None:
     process = serve(*arguments)
     assert re.fullmatch(r".*\[SERVER\] listening on " + pattern, process.line("listening").string)
     with connect(process.url) as client:
@@ -3491,7 +4820,9 @@ def test_it_says_in_clickable_form_where_it_listens(serve: Serve, arguments: lis
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-def test_without_an_address_it_listens_on_ipv4_and_ipv6(server: Process, family: socket.AddressFamily) -> None:
+def test_without_an_address_it_listens_on_ipv4_and_ipv6(
+    server: Process, family: socket.AddressFamily
+) -> None:
     with socket.socket(family) as sock:
         sock.settimeout(PATIENCE)
         sock.connect(("127.0.0.1" if family == socket.AF_INET else "::1", server.port))
@@ -3510,7 +4841,9 @@ def test_two_servers_share_a_port_when_both_ask_for_it(serve: Serve) -> None:
         assert second.port == port
 
 
-def test_a_unix_socket_is_for_the_group_and_goes_with_the_server(serve: Serve, tmp_path: Path) -> None:
+def test_a_unix_socket_is_for_the_group_and_goes_with_the_server(
+    serve: Serve, tmp_path: Path
+) -> None:
     path = tmp_path / "s"
     process = serve(f"--unix-socket={path}")
     assert process.line(r"listening on (\S+)")[1].endswith(str(path))
@@ -3635,9 +4968,13 @@ def test_a_client_with_a_certificate_that_is_asked_for_is_let_in(
 
 
 @pytest.mark.parametrize("last", [masked(b"\x03\xe8", 8), b"\x00\x00"], ids=["close", "fault"])
-def test_tls_ends_with_close_notify(serve: Serve, certificate: Path, trust: ssl.SSLContext, last: bytes) -> None:
+def test_tls_ends_with_close_notify(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, last: bytes
+) -> None:
     process = serve(f"--certfile={certificate}")
-    sock = trust.wrap_socket(process.dial(), suppress_ragged_eofs=False, server_hostname="localhost")
+    sock = trust.wrap_socket(
+        process.dial(), suppress_ragged_eofs=False, server_hostname="localhost"
+    )
     with sock, sock.makefile("rb") as file:
         assert answer(sock, request())[0] == 101
         sock.sendall(last)
@@ -3656,11 +4993,18 @@ OPENSSL = ctypes.CDLL(_ssl.__file__)  # what Python itself calls
 
 def request_key_update(sock: ssl.SSLSocket) -> None:
     """SSL_key_update(3), past Python, whose object has the SSL* behind its header and a pointer."""
-    assert OPENSSL.SSL_key_update(ctypes.c_void_p.from_address(id(cast(Any, sock)._sslobj) + 24), 1) == 1
+    assert (
+        OPENSSL.SSL_key_update(ctypes.c_void_p.from_address(id(cast(Any, sock)._sslobj) + 24), 1)
+        == 1
+    )
 
 
-@pytest.mark.skipif(not hasattr(OPENSSL, "SSL_key_update"), reason="OpenSSL cannot be called past Python")
-def test_a_key_update_harms_no_replies_that_wait(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+@pytest.mark.skipif(
+    not hasattr(OPENSSL, "SSL_key_update"), reason="OpenSSL cannot be called past Python"
+)
+def test_a_key_update_harms_no_replies_that_wait(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
     process, sent, got, out = serve(f"--certfile={certificate}"), 0, 0, b""
     plain = socket.socket()
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -3676,7 +5020,9 @@ def test_a_key_update_harms_no_replies_that_wait(serve: Serve, certificate: Path
                     out = masked(bytes(1000), BINARY)
                     sock.send(out)
                     out, sent = b"", sent + 1
-            if sent == 6000 or not select.select([], [sock], [], 0.3)[1]:  # the server has stopped reading
+            if (
+                sent == 6000 or not select.select([], [sock], [], 0.3)[1]
+            ):  # the server has stopped reading
                 assert select.select([sock], [], [], PATIENCE)[0]
                 with contextlib.suppress(ssl.SSLWantReadError):
                     got += len(sock.recv(16384))
@@ -3688,7 +5034,9 @@ def test_what_has_come_before_sigterm_is_answered(
 ) -> None:
     process = serve(*[f"--certfile={certificate}"] if secure else [])
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(shaken(process, trust=trust if secure else None)) for _ in range(10)]
+        clients = [
+            stack.enter_context(shaken(process, trust=trust if secure else None)) for _ in range(10)
+        ]
         for _ in range(40):
             for client in clients:
                 client.sendall(masked(b"x" * 1000))
@@ -3702,13 +5050,21 @@ def test_what_has_come_before_sigterm_is_answered(
 
 @pytest.mark.parametrize("has_one", [False, True])
 def test_a_client_without_a_certificate_of_that_authority_is_not_let_in(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext, client_authority: tuple[trustme.CA, str], has_one: bool
+    serve: Serve,
+    certificate: Path,
+    trust: ssl.SSLContext,
+    client_authority: tuple[trustme.CA, str],
+    has_one: bool,
 ) -> None:
     if has_one:
         trustme.CA().issue_cert("me@example.com").configure_cert(trust)
     process = serve(f"--certfile={certificate}", client_authority[1])
     refusal = pytest.raises((ssl.SSLError, ConnectionError))
-    with process.dial() as sock, refusal, trust.wrap_socket(sock, server_hostname="localhost") as tls:
+    with (
+        process.dial() as sock,
+        refusal,
+        trust.wrap_socket(sock, server_hostname="localhost") as tls,
+    ):
         answer(tls, request())
 
 
@@ -3741,7 +5097,9 @@ def files(authority: trustme.CA, tmp_path: Path) -> Path:
         ("certfile=cert keyfile=key client-cafile=empty", "empty"),
     ],
 )
-def test_a_file_that_tls_cannot_use_is_named_before_listening(files: Path, arguments: str, named: str) -> None:
+def test_a_file_that_tls_cannot_use_is_named_before_listening(
+    files: Path, arguments: str, named: str
+) -> None:
     flags = [f"--{argument.replace('=', f'={files}/')}" for argument in arguments.split()]
     assert_cannot_serve(["--port=0", *flags], f"{files}/{named}")
 
@@ -3749,8 +5107,21 @@ def test_a_file_that_tls_cannot_use_is_named_before_listening(files: Path, argum
 def test_a_key_with_a_password_is_not_asked_for_at_the_terminal(files: Path) -> None:
     openssl = shutil.which("openssl") or pytest.skip("there is no openssl")
     locked = files / "locked"
-    ended(openssl, "pkey", "-in", f"{files}/key", "-aes256", "-passout", "pass:x", "-out", str(locked), check=True)
-    assert_cannot_serve(["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={locked}"], str(locked))
+    ended(
+        openssl,
+        "pkey",
+        "-in",
+        f"{files}/key",
+        "-aes256",
+        "-passout",
+        "pass:x",
+        "-out",
+        str(locked),
+        check=True,
+    )
+    assert_cannot_serve(
+        ["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={locked}"], str(locked)
+    )
 
 
 @pytest.mark.parametrize("option", ["keyfile", "client-cafile"])
@@ -3763,7 +5134,9 @@ def test_tls_options_without_a_certificate_are_refused(files: Path, option: str)
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
 def test_a_key_that_may_not_be_read_is_named(files: Path) -> None:
     (files / "key").chmod(0)
-    assert_cannot_serve(["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={files / 'key'}"], f"{files}/key")
+    assert_cannot_serve(
+        ["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={files / 'key'}"], f"{files}/key"
+    )
 
 
 # ---- SIGHUP
@@ -3780,7 +5153,9 @@ def test_sighup_takes_a_renewed_certificate_and_keeps_connections(
     process = serve(f"--certfile={certificate}")
     with shaken(process, trust=trust) as client:
         before = serial(process, trust)
-        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(certificate))
+        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(
+            str(certificate)
+        )
         process.signal(signal.SIGHUP)
         until(lambda: serial(process, trust) != before)
         assert raw_echo(client) == "ECHO:Hello!"
@@ -3813,7 +5188,9 @@ def test_sighup_takes_the_log_level_from_the_file(serve: Serve, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("text", ["log-level = 'loud'", "nonsense = 1", "=", None])
-def test_sighup_with_a_broken_file_changes_nothing_and_says_so(serve: Serve, tmp_path: Path, text: str | None) -> None:
+def test_sighup_with_a_broken_file_changes_nothing_and_says_so(
+    serve: Serve, tmp_path: Path, text: str | None
+) -> None:
     config = tmp_path / "ws-echo.toml"
     config.touch()
     process = serve(f"--config={config}")
@@ -3826,7 +5203,9 @@ def test_sighup_with_a_broken_file_changes_nothing_and_says_so(serve: Serve, tmp
     assert len(process.matching("error:")) == 1
 
 
-def test_the_log_level_of_the_command_line_wins_over_the_file_also_at_sighup(serve: Serve, tmp_path: Path) -> None:
+def test_the_log_level_of_the_command_line_wins_over_the_file_also_at_sighup(
+    serve: Serve, tmp_path: Path
+) -> None:
     config = tmp_path / "ws-echo.toml"
     config.write_text('log-level = "info"\n')
     process = serve(f"--config={config}", "--log-level=debug")
@@ -3841,7 +5220,9 @@ def test_the_log_level_of_the_command_line_wins_over_the_file_also_at_sighup(ser
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_stop_closes_everybody_with_1001_and_ends_with_0(serve: Serve, number: int) -> None:
+def test_a_signal_to_stop_closes_everybody_with_1001_and_ends_with_0(
+    serve: Serve, number: int
+) -> None:
     process = serve()
     with process.connect() as one, process.connect() as two:
         process.signal(number)
@@ -3853,7 +5234,9 @@ def test_a_signal_to_stop_closes_everybody_with_1001_and_ends_with_0(serve: Serv
     assert len(process.matching(r"close\(\) 1001 from")) == 2
 
 
-def test_over_tls_everybody_is_closed_with_1001(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+def test_over_tls_everybody_is_closed_with_1001(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
     process = serve(f"--certfile={certificate}")
     with shaken(process, trust=trust) as client, client.makefile("rb") as file:
         process.signal(signal.SIGTERM)
@@ -3959,7 +5342,9 @@ def test_above_max_connections_a_handshake_gets_503_and_the_health_check_200(ser
         assert echoed(client) == "ECHO:Hello!"
 
 
-def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_again(serve: Serve) -> None:
+def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_again(
+    serve: Serve,
+) -> None:
     process = serve(before=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
     with process.connect() as client, contextlib.ExitStack() as stack:
         for _ in range(100):
@@ -3973,11 +5358,18 @@ def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_
     assert len(process.matching("error:")) <= 3
 
 
-SLOW = [b"", b"GET / HT", request()[:-2], b"\x16\x03\x01\x02"]  # nothing, half a line, half a header, half of TLS
+SLOW = [
+    b"",
+    b"GET / HT",
+    request()[:-2],
+    b"\x16\x03\x01\x02",
+]  # nothing, half a line, half a header, half of TLS
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_a_handshake_that_does_not_go_on_is_given_up(serve: Serve, certificate: Path, tls: bool) -> None:
+def test_a_handshake_that_does_not_go_on_is_given_up(
+    serve: Serve, certificate: Path, tls: bool
+) -> None:
     process = serve("--handshake-timeout=0.3", *([f"--certfile={certificate}"] if tls else []))
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(process.dial()) for _ in SLOW]
@@ -4003,7 +5395,11 @@ def test_a_handshake_byte_by_byte_is_given_up_as_well(
 ) -> None:
     process = serve("--handshake-timeout=0.3", *([f"--certfile={certificate}"] if tls else []))
     with process.dial() as plain, contextlib.ExitStack() as stack:
-        sock = stack.enter_context(trust.wrap_socket(plain, server_hostname="localhost")) if tls else plain
+        sock = (
+            stack.enter_context(trust.wrap_socket(plain, server_hostname="localhost"))
+            if tls
+            else plain
+        )
         sock.settimeout(0.02)
         assert any(not still_open_after(sock, byte) for byte in request(X_Filler="x" * 100))
 
@@ -4039,7 +5435,9 @@ def test_a_websocket_outlives_the_handshake_timeout(serve: Serve) -> None:
 def test_a_request_with_a_body_is_refused_without_reading_it(server: Process, body: str) -> None:
     with server.dial() as sock, contextlib.suppress(ConnectionError):
         began = time.monotonic()
-        sock.sendall(f"POST / HTTP/1.1\r\nHost: x\r\n{body}\r\nContent-Type: text/plain\r\n\r\nfffff\r\n".encode())
+        sock.sendall(
+            f"POST / HTTP/1.1\r\nHost: x\r\n{body}\r\nContent-Type: text/plain\r\n\r\nfffff\r\n".encode()
+        )
         sock.sendall(b"x" * 100_000)
         assert not re.search(rb"HTTP/1.1 [235]", everything(sock))
         assert time.monotonic() - began < 5
@@ -4077,7 +5475,9 @@ def test_systemd_is_told_of_start_reload_and_stop(serve: Serve, systemd: socket.
     assert process.exit_code() == 0
 
 
-def test_systemd_is_told_ready_only_when_it_can_be_connected_to(serve: Serve, systemd: socket.socket) -> None:
+def test_systemd_is_told_ready_only_when_it_can_be_connected_to(
+    serve: Serve, systemd: socket.socket
+) -> None:
     process = serve(env={"NOTIFY_SOCKET": systemd.getsockname()})
     assert "READY=1" in told(systemd, "READY=1")[0]
     with process.connect() as client:
@@ -4131,7 +5531,9 @@ def inheriting(serve: Serve) -> Iterator[Callable[..., tuple[Process, int]]]:
         yield start
 
 
-def test_the_socket_that_systemd_has_opened_is_served(inheriting: Callable[..., tuple[Process, int]]) -> None:
+def test_the_socket_that_systemd_has_opened_is_served(
+    inheriting: Callable[..., tuple[Process, int]],
+) -> None:
     process, port = inheriting()
     process.line(r"systemd.*--port")
     assert process.port == port
@@ -4139,7 +5541,9 @@ def test_the_socket_that_systemd_has_opened_is_served(inheriting: Callable[..., 
         assert echoed(client) == "ECHO:Hello!"
 
 
-def test_sockets_for_another_process_are_left_alone(inheriting: Callable[..., tuple[Process, int]]) -> None:
+def test_sockets_for_another_process_are_left_alone(
+    inheriting: Callable[..., tuple[Process, int]],
+) -> None:
     process, port = inheriting(1)
     assert process.port != port
     with process.connect() as client:
@@ -4147,7 +5551,9 @@ def test_sockets_for_another_process_are_left_alone(inheriting: Callable[..., tu
 
 
 def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
-    activate = shutil.which("systemd-socket-activate") or pytest.skip("there is no systemd-socket-activate")
+    activate = shutil.which("systemd-socket-activate") or pytest.skip(
+        "there is no systemd-socket-activate"
+    )
     path = str(tmp_path / "s")
     with Process(before=[activate, f"--listen={path}"]) as process:
         until(lambda: os.path.exists(path))
@@ -4182,7 +5588,9 @@ def behind_proxies() -> Iterator[Process]:
         ("", "127.0.0.1:PORT"),
     ],
 )
-def test_a_trusted_proxy_says_who_the_peer_is(behind_proxies: Process, forwarded: str, peer: str) -> None:
+def test_a_trusted_proxy_says_who_the_peer_is(
+    behind_proxies: Process, forwarded: str, peer: str
+) -> None:
     path = f"/{forwarded.encode().hex()}"
     with shaken(behind_proxies, f"GET {path} HTTP/1.1", X_Forwarded_For=forwarded) as sock:
         found = behind_proxies.line(rf"connection\(\) from (.*) {path}$")
@@ -4193,7 +5601,9 @@ def test_a_trusted_proxy_says_who_the_peer_is(behind_proxies: Process, forwarded
 def test_nobody_else_says_who_the_peer_is(serve: Serve, arguments: list[str]) -> None:
     process = serve(*arguments)
     with shaken(process, X_Forwarded_For="203.0.113.7") as sock:
-        assert process.line(r"connection\(\) from (.*) /$")[1] == f"127.0.0.1:{sock.getsockname()[1]}"
+        assert (
+            process.line(r"connection\(\) from (.*) /$")[1] == f"127.0.0.1:{sock.getsockname()[1]}"
+        )
 
 
 # ---- The log
@@ -4201,7 +5611,11 @@ def test_nobody_else_says_who_the_peer_is(serve: Serve, arguments: list[str]) ->
 
 def test_a_log_that_nobody_reads_does_not_stop_the_service() -> None:
     read_end, write_end = os.pipe()
-    with open(read_end, "rb", buffering=0) as log, open(write_end, "wb", buffering=0) as full, running(full) as popen:
+    with (
+        open(read_end, "rb", buffering=0) as log,
+        open(write_end, "wb", buffering=0) as full,
+        running(full) as popen,
+    ):
         url = re.search(rb"listening on (\S+)", log.read(4096))
         os.set_blocking(write_end, False)
         while full.write(b"x" * 4096):
@@ -4232,7 +5646,9 @@ def test_lines_of_a_kind_are_limited_and_none_is_left_out_uncounted(serve: Serve
             assert answer(sock, request(Sec_WebSocket_Key="x"))[0] == 400
             sent += 1
     assert process.stop() == 0
-    left_out = sum(int(found[1].replace(",", "")) for found in process.matching("and ([0-9,]+) more"))
+    left_out = sum(
+        int(found[1].replace(",", "")) for found in process.matching("and ([0-9,]+) more")
+    )
     written = len(process.matching(r"error:400 .* 127\.0\.0\.1:\d+"))
     assert written + left_out == sent
     assert written < 200
@@ -4244,7 +5660,9 @@ def test_in_the_journal_lines_have_a_priority_and_no_time(tmp_path: Path) -> Non
         status = os.fstat(journal.fileno())
         with running(journal, JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}") as popen:
             until(lambda: "listening" in path.read_text())
-            with socket.create_connection(("127.0.0.1", int(path.read_text().rsplit(":", 1)[1][:-2]))) as sock:
+            with socket.create_connection(
+                ("127.0.0.1", int(path.read_text().rsplit(":", 1)[1][:-2]))
+            ) as sock:
                 assert answer(sock, request(without="Sec-WebSocket-Key"))[0] == 400
                 assert answer(sock, request(Sec_WebSocket_Key="x"))[0] == 400
             popen.terminate()
@@ -4268,25 +5686,40 @@ def test_the_client_prints_what_the_original_sample_printed(server: Process) -> 
     assert client(server.url + "test", "--send=Hello!") == (0, printed, "")
 
 
-@pytest.mark.parametrize("texts", [["a"], ["a", "b", "a"], [""], ["Zoë \U0001f600"], ["x" * 100_000]])
-def test_the_client_sends_each_text_and_prints_each_answer(server: Process, texts: list[str]) -> None:
+@pytest.mark.parametrize(
+    "texts", [["a"], ["a", "b", "a"], [""], ["Zoë \U0001f600"], ["x" * 100_000]]
+)
+def test_the_client_sends_each_text_and_prints_each_answer(
+    server: Process, texts: list[str]
+) -> None:
     code, lines, _ = client(server.url, *(f"--send={text}" for text in texts))
     assert (code, lines[1:]) == (0, [f"[CLIENT] Received: ECHO:{text}" for text in texts])
 
 
-@pytest.mark.parametrize("texts", [[], ["a"], ["a", "", "b"], [str(number) for number in range(1000)]])
-def test_without_texts_the_client_sends_the_lines_of_its_input(server: Process, texts: list[str]) -> None:
+@pytest.mark.parametrize(
+    "texts", [[], ["a"], ["a", "", "b"], [str(number) for number in range(1000)]]
+)
+def test_without_texts_the_client_sends_the_lines_of_its_input(
+    server: Process, texts: list[str]
+) -> None:
     code, lines, _ = client(server.url, stdin="".join(f"{text}\n" for text in texts))
     assert (code, lines[1:]) == (0, [f"[CLIENT] Received: ECHO:{text}" for text in texts])
 
 
 def test_the_last_line_of_input_needs_no_end(server: Process) -> None:
-    assert client(server.url, stdin="a\nb")[1][1:] == ["[CLIENT] Received: ECHO:a", "[CLIENT] Received: ECHO:b"]
+    assert client(server.url, stdin="a\nb")[1][1:] == [
+        "[CLIENT] Received: ECHO:a",
+        "[CLIENT] Received: ECHO:b",
+    ]
 
 
 def test_the_client_answers_line_by_line_as_they_are_typed(server: Process) -> None:
     with start(
-        sys.executable, str(MODULE), f"--connect={server.url}", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        sys.executable,
+        str(MODULE),
+        f"--connect={server.url}",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as popen:
         assert popen.stdin and popen.stdout
         assert popen.stdout.readline() == "[CLIENT] open()\n"
@@ -4330,12 +5763,16 @@ def test_the_client_ends_with_1_when_the_handshake_is_refused(serve: Serve) -> N
 def test_the_client_ends_with_1_when_nobody_answers_the_handshake() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         began = time.monotonic()
-        assert_client_fails(f"ws://127.0.0.1:{listener.getsockname()[1]}/", "--send=a", "--timeout=0.2")
+        assert_client_fails(
+            f"ws://127.0.0.1:{listener.getsockname()[1]}/", "--send=a", "--timeout=0.2"
+        )
         assert time.monotonic() - began < 3
 
 
 def test_the_client_ends_with_1_when_fewer_answers_come_than_were_sent(serve: Serve) -> None:
-    assert_client_fails(serve("--max-message-size=125").url, "--send=a", f"--send={'x' * 126}", word="1009")
+    assert_client_fails(
+        serve("--max-message-size=125").url, "--send=a", f"--send={'x' * 126}", word="1009"
+    )
 
 
 def test_the_client_ends_with_1_when_an_answer_does_not_come_in_time(serve: Serve) -> None:
@@ -4369,17 +5806,26 @@ def test_the_client_checks_the_certificate_against_cafile(
     assert client(process.url, f"--cafile={cafile}", "--send=a")[0] == 0
     assert client(process.url, "--insecure", "--send=a")[0] == 0
     assert_client_fails(process.url, "--send=a", word="CERTIFICATE")
-    assert_client_fails(process.url.replace("localhost", "127.0.0.1"), f"--cafile={cafile}", "--send=a")
+    assert_client_fails(
+        process.url.replace("localhost", "127.0.0.1"), f"--cafile={cafile}", "--send=a"
+    )
 
 
 def test_a_cafile_that_is_missing_is_named(server: Process) -> None:
-    assert_client_fails(server.url.replace("ws", "wss"), "--cafile=/nowhere/ca.pem", "--send=a", word="/nowhere/ca.pem")
+    assert_client_fails(
+        server.url.replace("ws", "wss"),
+        "--cafile=/nowhere/ca.pem",
+        "--send=a",
+        word="/nowhere/ca.pem",
+    )
 
 
 def test_server_and_client_say_what_the_readme_shows(serve: Serve) -> None:
     shown = re.findall(r"^ *(\[(?:SERVER|CLIENT)\] .*?)(?:   .*)?$", README, re.MULTILINE)
     process = serve("--log-level=debug")
-    said = run("--connect", f"ws://localhost:{process.port}/test", "--send", "Hello!").stdout.splitlines()
+    said = run(
+        "--connect", f"ws://localhost:{process.port}/test", "--send", "Hello!"
+    ).stdout.splitlines()
     process.line(r"close\(\)")
     said += [line[line.index("[SERVER]") :] for line in process.lines if "[SERVER]" in line]
     for line in shown:
@@ -4429,7 +5875,10 @@ def bystander(server: Process, trust: ssl.SSLContext | None = None) -> Iterator[
             ended.set()
             thread.join(PATIENCE)
     assert sorted(times)[len(times) * 99 // 100] < 0.25
-    until(lambda: descriptors(server) <= before, lambda: f"{descriptors(server)} descriptors rather than {before}")
+    until(
+        lambda: descriptors(server) <= before,
+        lambda: f"{descriptors(server)} descriptors rather than {before}",
+    )
 
 
 def keep_echoing(sock: socket.socket, times: list[float], ended: threading.Event) -> None:
@@ -4486,11 +5935,15 @@ def close_code_of(sock: socket.socket) -> int:
     return int.from_bytes(frame[1][:2], "big")
 
 
-with_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc to look into a process")
+with_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs /proc to look into a process"
+)
 
 
 @pytest.mark.parametrize(
-    "sent", [b"\x01\x81\0\0\0\0a", b"\x81\x85\0\0\0", b"\x8a\x80\0\0\0\0"], ids=["fragment", "header", "pong"]
+    "sent",
+    [b"\x01\x81\0\0\0\0a", b"\x81\x85\0\0\0", b"\x8a\x80\0\0\0\0"],
+    ids=["fragment", "header", "pong"],
 )
 def test_a_reset_right_behind_what_needs_no_reply_is_noticed(serve: Serve, sent: bytes) -> None:
     server = serve("--ping-interval=0")
@@ -4505,12 +5958,17 @@ def test_a_reset_right_behind_what_needs_no_reply_is_noticed(serve: Serve, sent:
 # ---- Handshakes that come to nothing
 
 
-@pytest.mark.parametrize("data", [b"", b"GET / HT", request()[:-2]], ids=["nothing", "half a line", "half a header"])
+@pytest.mark.parametrize(
+    "data", [b"", b"GET / HT", request()[:-2]], ids=["nothing", "half a line", "half a header"]
+)
 def test_who_falls_silent_behind_the_handshake_of_tls_is_cut_off(
     serve: Serve, certificate: Path, trust: ssl.SSLContext, data: bytes
 ) -> None:
     server = serve(f"--certfile={certificate}", "--handshake-timeout=0.2")
-    with bystander(server, trust), trust.wrap_socket(server.dial(), server_hostname="localhost") as sock:
+    with (
+        bystander(server, trust),
+        trust.wrap_socket(server.dial(), server_hostname="localhost") as sock,
+    ):
         began = time.monotonic()
         sock.sendall(data)
         with contextlib.suppress(ConnectionError, ssl.SSLError):
@@ -4575,7 +6033,9 @@ def test_a_reset_leaves_nothing_behind(server: Process, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", MOMENTS.values(), ids=MOMENTS.keys())
-def test_over_tls_a_reset_leaves_nothing_behind(tls: Process, trust: ssl.SSLContext, data: bytes) -> None:
+def test_over_tls_a_reset_leaves_nothing_behind(
+    tls: Process, trust: ssl.SSLContext, data: bytes
+) -> None:
     with bystander(tls, trust):
         for hello in (True, False):
             sock = tls.dial()
@@ -4602,7 +6062,13 @@ def client_hello() -> bytes:
     return outgoing.read()
 
 
-SCANS = {"a port scan": b"", "HTTP": request(), "TLS": client_hello(), "SSH": b"SSH-2.0-x\r\n", "zeros": bytes(99)}
+SCANS = {
+    "a port scan": b"",
+    "HTTP": request(),
+    "TLS": client_hello(),
+    "SSH": b"SSH-2.0-x\r\n",
+    "zeros": bytes(99),
+}
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
@@ -4611,7 +6077,11 @@ def test_who_speaks_another_protocol_is_worth_one_line(
     serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool, name: str
 ) -> None:
     server = serve("--handshake-timeout=0.2", *([f"--certfile={certificate}"] if secure else []))
-    with bystander(server, trust if secure else None), server.dial() as sock, contextlib.suppress(ConnectionError):
+    with (
+        bystander(server, trust if secure else None),
+        server.dial() as sock,
+        contextlib.suppress(ConnectionError),
+    ):
         sock.sendall(SCANS[name])
         if name == "a port scan" or (name == "HTTP" and not secure):
             sock.close()
@@ -4619,7 +6089,9 @@ def test_who_speaks_another_protocol_is_worth_one_line(
             assert b" 101 " not in sock.recv(999)
             assert sock.recv(999) == b""
     assert server.stop() == 0
-    assert len(server.lines) - len(server.matching(r"listening|connection\(\)|close\(\)|stopped")) <= 1
+    assert (
+        len(server.lines) - len(server.matching(r"listening|connection\(\)|close\(\)|stopped")) <= 1
+    )
 
 
 # ---- The log
@@ -4668,7 +6140,9 @@ STRANGE_MESSAGES = [
 
 
 @pytest.mark.parametrize("level", ["debug", "info"])
-@pytest.mark.parametrize(("data", "seen"), STRANGE_MESSAGES, ids=["text", "binary", "reason", "not UTF-8"])
+@pytest.mark.parametrize(
+    ("data", "seen"), STRANGE_MESSAGES, ids=["text", "binary", "reason", "not UTF-8"]
+)
 def test_no_message_reaches_the_log_other_than_short_and_in_ascii(
     serve: Serve, level: str, data: bytes, seen: str
 ) -> None:
@@ -4707,14 +6181,20 @@ def send_until_refused(sock: socket.socket, data: bytes) -> None:
 ENDLESS = {
     "without a byte": (frame(TEXT), frame(CONTINUATION) * 100, {1008}),
     "of one byte": (frame(TEXT), frame(CONTINUATION, b"x") * 1000, {1008, 1009}),
-    "of one compressed byte": (frame(RSV1 | TEXT, b"\0"), frame(CONTINUATION, b"\0") * 1000, {1007, 1008, 1009}),
+    "of one compressed byte": (
+        frame(RSV1 | TEXT, b"\0"),
+        frame(CONTINUATION, b"\0") * 1000,
+        {1007, 1008, 1009},
+    ),
     "of half a character": (frame(TEXT, b"\xf0"), frame(CONTINUATION) * 100, {1008}),
 }
 
 
 @with_proc
 @pytest.mark.parametrize(("start", "more", "codes"), ENDLESS.values(), ids=ENDLESS.keys())
-def test_endless_fragments_are_stopped(server: Process, start: bytes, more: bytes, codes: set[int]) -> None:
+def test_endless_fragments_are_stopped(
+    server: Process, start: bytes, more: bytes, codes: set[int]
+) -> None:
     before = forget_peak(server)
     with bystander(server), upgraded(server, Sec_WebSocket_Extensions="permessage-deflate") as sock:
         sock.sendall(start)
@@ -4739,7 +6219,9 @@ FLOODS = {
 @with_proc
 @pytest.mark.parametrize("reads", [True, False], ids=["read", "not read"])
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS.keys())
-def test_a_flood_neither_keeps_others_waiting_nor_takes_memory(server: Process, flood: bytes, reads: bool) -> None:
+def test_a_flood_neither_keeps_others_waiting_nor_takes_memory(
+    server: Process, flood: bytes, reads: bool
+) -> None:
     before = forget_peak(server)
     with bystander(server), upgraded(server, Sec_WebSocket_Extensions="permessage-deflate") as sock:
         reader = threading.Thread(target=read_on, args=[sock] if reads else [])
@@ -4768,7 +6250,9 @@ def test_many_bombs_below_the_limit_take_little_memory(serve: Serve) -> None:
     with bystander(server), contextlib.ExitStack() as stack:
         before = forget_peak(server)
         for _ in range(20):
-            sock = stack.enter_context(upgraded(server, Sec_WebSocket_Extensions="permessage-deflate"))
+            sock = stack.enter_context(
+                upgraded(server, Sec_WebSocket_Extensions="permessage-deflate")
+            )
             sock.sendall(bomb * 20)  # 20 MiB, and 20 MiB of replies, which nobody reads
         until(lambda: quiet(server))
         assert memory(server, "VmHWM") - before < 20 * (1 << 20) + 8_000_000
@@ -4808,7 +6292,10 @@ def test_unfinished_messages_take_what_has_come_of_them_and_give_it_back(serve: 
             sock.sendall(almost)
         assert {close_code_of(sock) for sock in socks} == {1008}
         assert memory(server, "VmHWM") - before < 60 * 1.5 * (1 << 20)
-    until(lambda: memory(server) - before < 16_000_000, lambda: f"{memory(server) - before} bytes are not given back")
+    until(
+        lambda: memory(server) - before < 16_000_000,
+        lambda: f"{memory(server) - before} bytes are not given back",
+    )
 
 
 def test_turns_that_are_put_off_lose_nothing(serve: Serve) -> None:
@@ -4837,7 +6324,9 @@ class Pipeliner:
 
     async def run(self, port: int, context: ssl.SSLContext | None = None) -> None:
         name = "localhost" if context else None
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=name)
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", port, ssl=context, server_hostname=name
+        )
         self.port = writer.get_extra_info("sockname")[1]
         writer.write(request())
         await reader.readuntil(b"\r\n\r\n")
@@ -4863,7 +6352,9 @@ class Pipeliner:
             await writer.drain()
 
 
-async def pipelining(clients: list[Pipeliner], port: int, then: Callable[[], Awaitable[None]], *tls: Any) -> None:
+async def pipelining(
+    clients: list[Pipeliner], port: int, then: Callable[[], Awaitable[None]], *tls: Any
+) -> None:
     """Lets the clients run, and then something happens; ends when they have."""
     async with asyncio.timeout(2 * PATIENCE), asyncio.TaskGroup() as group:
         for client in clients:
@@ -4886,7 +6377,9 @@ def test_at_sigterm_everybody_who_reads_gets_the_replies_and_then_1001(
 
     with contextlib.ExitStack() as stack:
         for _ in range(3):  # they never read
-            send_until_refused(stack.enter_context(upgraded(server, context)), masked(b"x" * 100_000))
+            send_until_refused(
+                stack.enter_context(upgraded(server, context)), masked(b"x" * 100_000)
+            )
         asyncio.run(pipelining(clients, server.port, stop, context))
         began = time.monotonic()
         assert server.exit_code() == 0 and time.monotonic() - began < 2
@@ -4895,7 +6388,9 @@ def test_at_sigterm_everybody_who_reads_gets_the_replies_and_then_1001(
         assert (client.code, client.replies) == (1001, int(line[1]))
 
 
-def test_at_sigterm_500_clients_that_pipeline_get_1001_and_the_exit_is_in_time(serve: Serve) -> None:
+def test_at_sigterm_500_clients_that_pipeline_get_1001_and_the_exit_is_in_time(
+    serve: Serve,
+) -> None:
     server = serve("--drain-timeout=2")
     clients = [Pipeliner() for _ in range(500)]
 
@@ -4908,7 +6403,9 @@ def test_at_sigterm_500_clients_that_pipeline_get_1001_and_the_exit_is_in_time(s
         asyncio.run(pipelining(clients, server.port, stop))
         began = time.monotonic()
         assert server.exit_code() == 0 and time.monotonic() - began < 3
-    assert {client.code for client in clients} == {1001} and min(client.replies for client in clients) > 0
+    assert {client.code for client in clients} == {1001} and min(
+        client.replies for client in clients
+    ) > 0
 
 
 def test_at_sigterm_a_handshake_of_tls_that_does_not_go_on_is_not_waited_for(
@@ -4924,7 +6421,9 @@ def test_at_sigterm_a_handshake_of_tls_that_does_not_go_on_is_not_waited_for(
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
-def test_sighup_under_load_loses_nothing(serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool) -> None:
+def test_sighup_under_load_loses_nothing(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
+) -> None:
     server = serve(*([f"--certfile={certificate}"] if secure else []))
     clients = [Pipeliner() for _ in range(10)]
 
@@ -4932,7 +6431,9 @@ def test_sighup_under_load_loses_nothing(serve: Serve, certificate: Path, trust:
         for number in range(1, 11):
             server.signal(signal.SIGHUP)
             seen = [client.replies for client in clients]
-            while len(server.matching("reloaded")) < number or any(map(lambda c, n: c.replies <= n, clients, seen)):  # noqa: ASYNC110  # there is no event for it
+            while len(server.matching("reloaded")) < number or any(
+                map(lambda c, n: c.replies <= n, clients, seen)
+            ):  # noqa: ASYNC110  # there is no event for it
                 await asyncio.sleep(0.001)
         server.signal(signal.SIGTERM)
 
@@ -4947,7 +6448,9 @@ NAMESPACES = ("unshare", "--user", "--map-root-user", "--kill-child", "--mount",
 
 
 def can_unshare() -> bool:
-    return bool(shutil.which("unshare")) and ended(*NAMESPACES, "sh", "-c", READ_ONLY).returncode == 0
+    return (
+        bool(shutil.which("unshare")) and ended(*NAMESPACES, "sh", "-c", READ_ONLY).returncode == 0
+    )
 
 
 SURROUNDINGS = {
@@ -4965,8 +6468,17 @@ SURROUNDINGS = {
     "an unknown locale": ["env", "LC_ALL=xx_YY.nothing", "TZ=Nowhere/Nothing"],
     "no room for files": ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"],
     "no input or output": ["sh", "-c", 'exec "$@" <&- >&-', "sh"],
-    "a folder that is gone": ["sh", "-c", 'd=$(mktemp -d) && cd "$d" && rmdir "$d" && exec "$@"', "sh"],
-    "optimised, without files of bytecode": ["env", "PYTHONOPTIMIZE=2", "PYTHONDONTWRITEBYTECODE=1"],
+    "a folder that is gone": [
+        "sh",
+        "-c",
+        'd=$(mktemp -d) && cd "$d" && rmdir "$d" && exec "$@"',
+        "sh",
+    ],
+    "optimised, without files of bytecode": [
+        "env",
+        "PYTHONOPTIMIZE=2",
+        "PYTHONDONTWRITEBYTECODE=1",
+    ],
 }
 
 
@@ -5032,7 +6544,7 @@ def test_a_peer_whose_packets_vanish_is_given_up() -> None:
     script = HALF_OPEN.replace("REQUEST", repr(request()))
     server = [sys.executable, str(MODULE), "--port=0", "--ping-interval=0.3", "--ping-timeout=0.3"]
     output = ended(*NAMESPACES, sys.executable, "-c", script, *server).stdout
-    assert re.search(r"close\(\) 1006 from \S+ after (0\.[6-9]|1\.\d) s", output)
+    assert re.search(r"close\(\) 1008 from \S+ after [23]\.\d s", output)
 
 
 # ---- Errors on our side
@@ -5041,7 +6553,7 @@ def test_a_peer_whose_packets_vanish_is_given_up() -> None:
 class Failing(EchoHandler):
     """One of its methods has a bug, at once or in a coroutine."""
 
-    def initialize(self, where: str, later: bool, closes: list[str]) -> None:  # type: ignore[override]  # the options of this route
+    def initialize(self, where: str, later: bool, closes: list[str]) -> None:
         super().initialize()
         self.where, self.later, self.closes = where, later, closes
 
@@ -5126,22 +6638,27 @@ def may_become_text(data: bytes) -> bool:
     return False
 
 
-def inflated_whole(data: bytes) -> tuple[bytes, Any]:
-    content, stream = b"", zlib.decompressobj(-15)
-    while data and len(content) <= LIMIT:
+def inflated_whole(data: bytes, window: bytes) -> tuple[bytes, Any]:
+    """The content, and the stream that could go on; None when the last one has ended."""
+    content = b""
+    while len(content) <= LIMIT:
+        stream = zlib.decompressobj(-15, zdict=(window + content)[-32768:])
         content += stream.decompress(data, LIMIT + 1 - len(content))
         if not stream.eof:
-            break
-        data, stream = stream.unused_data, zlib.decompressobj(-15, zdict=content[-32768:])
-    return content, stream
+            return content, stream
+        data = stream.unused_data
+        if not data:
+            return content, None
+    return content, None
 
 
-def inflated_so_far(data: bytes, last: bool) -> bytes:
+def inflated_so_far(data: bytes, last: bool, window: bytes) -> bytes:
     try:
-        content, _ = inflated_whole(data)
-        if last and len(content) <= LIMIT:
-            again, stream = inflated_whole(data + TAIL)
-            require(again == content and not stream.decompress(b"\x03\0") and stream.eof, 1007)
+        content, stream = inflated_whole(data, window)
+        if last and stream and len(content) <= LIMIT:
+            again, stream = inflated_whole(data + TAIL, window)
+            require(again == content, 1007)
+            require(not stream or (not stream.decompress(b"\x03\0") and stream.eof), 1007)
     except zlib.error:
         raise Failed(1007) from None
     return content
@@ -5150,7 +6667,9 @@ def inflated_so_far(data: bytes, last: bool) -> bytes:
 class Model:
     """What the contract says that a server has to answer to these bytes, seen as a whole."""
 
-    def __init__(self, data: bytes, deflate: bool) -> None:
+    def __init__(self, data: bytes, deflate: bool, window: bytes | None = None) -> None:
+        """`window`: what came compressed before, if that may be referred to."""
+        self.window = window
         self.replies: list[tuple[int, bytes]] = []
         self.messages: Counter[int] = Counter()  # by opcode
         self.code: int | None = None  # of the Close that is the last reply; 1005: it has none
@@ -5172,7 +6691,12 @@ class Model:
         require(data[1] & 0x80 and not data[0] & (RSV2 | RSV3), 1002)
         require(opcode in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG), 1002)
         require(not data[0] & RSV1 or (self.deflate and opcode in (TEXT, BINARY)), 1002)
-        require((data[0] & FIN and length < 126) if opcode >= CLOSE else bool(self.opcode) == (opcode == 0), 1002)
+        require(
+            (data[0] & FIN and length < 126)
+            if opcode >= CLOSE
+            else bool(self.opcode) == (opcode == 0),
+            1002,
+        )
         if length > 125:
             size = 2 if length == 126 else 8
             if len(data) < 2 + size:
@@ -5208,16 +6732,25 @@ class Model:
 
     def data(self, first: int, payload: bytes, length: int, whole: bool) -> None:
         if first & 15:
-            self.opcode, self.compressed, self.content, self.empty = first & 15, bool(first & RSV1), b"", 0
+            self.opcode, self.compressed, self.content, self.empty = (
+                first & 15,
+                bool(first & RSV1),
+                b"",
+                0,
+            )
         self.content += payload
         self.empty += not length
         require(self.empty <= 1024, 1008)
         last = whole and bool(first & FIN)
-        content = inflated_so_far(self.content, last) if self.compressed else self.content
+        content = self.content
+        if self.compressed:
+            content = inflated_so_far(content, last, self.window or b"")
         require(self.opcode == BINARY or may_become_text(content), 1007)
         require(len(content) <= LIMIT, 1009)
         if last:
             require(self.opcode == BINARY or is_text(content), 1007)
+            if self.compressed and self.window is not None:
+                self.window = (self.window + content)[-32768:]
             self.messages[self.opcode] += 1
             self.replies.append((self.opcode, b"ECHO:" + content))
             self.opcode = 0
@@ -5244,19 +6777,30 @@ def answer_of(file: BinaryIO) -> tuple[int, bytes]:
 
 
 sizes = st.sampled_from([0, 1, 125, 126, 127, 1018, 1019, 1024, LIMIT - 1, LIMIT, LIMIT + 1])
-contents = st.binary(max_size=200) | st.text(max_size=99).map(str.encode) | sizes.map(lambda size: b"x" * size)
+contents = (
+    st.binary(max_size=200)
+    | st.text(max_size=99).map(str.encode)
+    | sizes.map(lambda size: b"x" * size)
+)
 pauses = st.lists(st.tuples(st.integers(1, 400), st.booleans()), max_size=4)
 opcodes = st.sampled_from([TEXT, BINARY])
 flags = st.sampled_from([FIN, FIN, FIN, 0, 0, 0, FIN | RSV1, RSV1])
-bad_frames = st.sampled_from([data for frames in BAD.values() for data in frames.values() if len(data) < 3 * LIMIT])
+bad_frames = st.sampled_from(
+    [data for frames in BAD.values() for data in frames.values() if len(data) < 3 * LIMIT]
+)
 
 
-Pauses = list[tuple[int, bool]]  # after how many bytes, and whether to wait until the server has seen them
+Pauses = list[
+    tuple[int, bool]
+]  # after how many bytes, and whether to wait until the server has seen them
 
 
 def fitting(opcode: int, content: bytes) -> bytes:
     """Text that is not UTF-8 is only sent on purpose."""
     return content if opcode == BINARY or is_text(content) else content.decode("latin-1").encode()
+
+
+OFFERS = ["", "permessage-deflate", "permessage-deflate; client_no_context_takeover"]
 
 
 class Conversation(RuleBasedStateMachine):
@@ -5278,13 +6822,19 @@ class Conversation(RuleBasedStateMachine):
             self.end(1006)
 
     @precondition(lambda self: not self.open)
-    @rule(deflate=st.booleans())
-    def connect(self, deflate: bool) -> None:
-        offer = {"Sec_WebSocket_Extensions": "permessage-deflate"} if deflate else {}
-        self.sock = upgraded(self.server, self.trust, **offer)
+    @rule(offer=st.sampled_from(OFFERS))
+    def connect(self, offer: str) -> None:
+        self.sock = upgraded(
+            self.server, self.trust, **({"Sec_WebSocket_Extensions": offer} if offer else {})
+        )
         self.file = self.sock.makefile("rb")
-        self.open, self.deflate, self.sent, self.left = True, deflate, b"", 0
-        self.model = Model(b"", deflate)
+        self.open, self.deflate = True, bool(offer)
+        # What came compressed before `sent`, where it may be referred to.
+        self.begin(b"" if offer == "permessage-deflate" else None)
+
+    def begin(self, window: bytes | None) -> None:
+        self.window, self.sent, self.left = window, b"", 0
+        self.model = Model(b"", self.deflate, window)
 
     def send(self, data: bytes, pauses: Pauses) -> None:
         """In pieces, up to where the connection is over; at some of the cuts the server has its turn."""
@@ -5295,7 +6845,7 @@ class Conversation(RuleBasedStateMachine):
                 self.sent += piece
                 self.totals["pieces"] += 1
                 self.totals["bytes"] += len(piece)
-                self.model = Model(self.sent, self.deflate)
+                self.model = Model(self.sent, self.deflate, self.window)
                 if pause:
                     self.pause()
         if self.open and self.model.code is not None:
@@ -5319,11 +6869,14 @@ class Conversation(RuleBasedStateMachine):
         ]
         self.left = len(self.model.replies)
         if self.model.code is not None:
+            if self.model.code in (1007, 1008, 1009):
+                # The server waits for a Close, for which there may be no place.
+                socket.socket.shutdown(self.sock, socket.SHUT_WR)
             assert answer_of(self.file) == (-1, b"")
             self.end(self.model.code)
         elif not self.model.opcode and not self.model.rest:
             self.count_messages()
-            self.sent, self.left, self.model = b"", 0, Model(b"", self.deflate)
+            self.begin(self.model.window)
 
     def count_messages(self) -> None:
         self.totals.update({str(opcode): count for opcode, count in self.model.messages.items()})
@@ -5341,9 +6894,17 @@ class Conversation(RuleBasedStateMachine):
     def send_message(self, opcode: int, content: bytes, squeeze: bool, pauses: Pauses) -> None:
         content = fitting(opcode, content)
         if squeeze and self.deflate:
-            self.send(frame(FIN | RSV1 | opcode, packed(content)), pauses)
+            self.send(frame(FIN | RSV1 | opcode, self.squeezed(content)), pauses)
         else:
             self.send(frame(FIN | opcode, content), pauses)
+
+    def squeezed(self, content: bytes) -> bytes:
+        """It refers back where it may; and now and then it ends with BFINAL."""
+        compressor = zlib.compressobj(wbits=-15, zdict=self.model.window or b"")
+        data = compressor.compress(content)
+        if len(content) % 5 == 0:
+            return data + compressor.flush() + b"\0" * (len(content) % 2)
+        return (data + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
     @precondition(lambda self: self.open)
     @rule(opcode=opcodes, content=contents, flag=flags, pauses=pauses)
@@ -5353,10 +6914,17 @@ class Conversation(RuleBasedStateMachine):
         self.send(frame(flag | opcode, fitting(TEXT, content)), pauses)
 
     @precondition(lambda self: self.open)
-    @rule(opcode=opcodes, content=contents, cuts=st.lists(st.integers(0, 300), max_size=4), ping=st.booleans())
+    @rule(
+        opcode=opcodes,
+        content=contents,
+        cuts=st.lists(st.integers(0, 300), max_size=4),
+        ping=st.booleans(),
+    )
     def send_fragments(self, opcode: int, content: bytes, cuts: list[int], ping: bool) -> None:
         edges = [0, *sorted(cuts), len(content)]
-        parts = [fitting(opcode, content)[start:end] for start, end in itertools.pairwise(edges[:-1])]
+        parts = [
+            fitting(opcode, content)[start:end] for start, end in itertools.pairwise(edges[:-1])
+        ]
         data = fragments(opcode, *parts, fitting(opcode, content)[edges[-2] :])
         self.send(frame(FIN | PING, b"!") + data if ping else data, [(len(data) // 2 + 1, ping)])
 
@@ -5378,7 +6946,11 @@ class Conversation(RuleBasedStateMachine):
         self.send(frame(FIN | RSV1 | opcode, bytes(data)), [])
 
     @precondition(lambda self: self.open)
-    @rule(code=st.sampled_from([1000, 1001, 3000, 4999, 1005, 0]), reason=st.text(max_size=30), pauses=pauses)
+    @rule(
+        code=st.sampled_from([1000, 1001, 3000, 4999, 1005, 0]),
+        reason=st.text(max_size=30),
+        pauses=pauses,
+    )
     def say_goodbye(self, code: int, reason: str, pauses: Pauses) -> None:
         if code:
             self.send(close(code, reason), pauses)
@@ -5393,7 +6965,9 @@ class Conversation(RuleBasedStateMachine):
             self.half_close()
 
     def half_close(self) -> None:
-        socket.socket.shutdown(self.sock, socket.SHUT_WR)  # not SSLSocket's, which would end TLS as well
+        socket.socket.shutdown(
+            self.sock, socket.SHUT_WR
+        )  # not SSLSocket's, which would end TLS as well
         self.receive()
         if self.open:
             with contextlib.suppress(ssl.SSLError):  # an alert: TLS does not like it
@@ -5407,7 +6981,11 @@ def test_whatever_is_sent_is_answered_as_the_contract_says(
 ) -> None:
     options = [f"--certfile={certificate}"] if secure else []
     server = serve("--metrics", f"--max-message-size={LIMIT}", *options)
-    Conversation.server, Conversation.trust, Conversation.totals = server, trust if secure else None, Counter()
+    Conversation.server, Conversation.trust, Conversation.totals = (
+        server,
+        trust if secure else None,
+        Counter(),
+    )
     with upgraded(server, Conversation.trust) as Conversation.neighbour:
         run_state_machine_as_test(Conversation, settings=budget)
         expected = expected_measures()
@@ -5435,7 +7013,9 @@ def measured(server: Process, trust: ssl.SSLContext | None) -> dict[str, int]:
             _, _, text = answer(sock, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
     closed = re.findall(r'closed_total{code="(\d+)"} (\d+)', text)
     received = re.findall(r'messages_total{direction="received",type="(text|binary)"} (\d+)', text)
-    return {f"closed {code}": int(count) for code, count in closed} | {name: int(count) for name, count in received}
+    return {f"closed {code}": int(count) for code, count in closed} | {
+        name: int(count) for name, count in received
+    }
 
 
 def expected_measures() -> dict[str, int]:

@@ -42,7 +42,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="rounds per load (default: %(default)s)")
     add("--seconds", type=float, default=2.0, help="length of a measurement (default: %(default)s)")
     add("--warm-up", type=float, default=0.3, help="seconds before it (default: %(default)s)")
-    add("--idle", type=int, default=10_000, help="connections that are held open (default: %(default)s)")
+    add(
+        "--idle",
+        type=int,
+        default=10_000,
+        help="connections that are held open (default: %(default)s)",
+    )
     add(
         "--server",
         action="append",
@@ -55,7 +60,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--subject",
         help="the server that the others are compared with (default: the first --server, or ws-echo)",
     )
-    add("--ws-echo", type=Path, default=HERE.parent, metavar="DIR", help="the folder of echo_server.py")
+    add(
+        "--ws-echo",
+        type=Path,
+        default=HERE.parent,
+        metavar="DIR",
+        help="the folder of echo_server.py",
+    )
     add("--node-modules", metavar="DIR", help="where ws and bun are installed")
     add("--server-core", type=int, default=0)
     add("--client-core", type=int, default=1)
@@ -103,7 +114,10 @@ def say(text: str) -> None:
 
 def cores(options: argparse.Namespace) -> tuple[int | None, int | None]:
     here = os.sched_getaffinity(0)
-    if {options.server_core, options.client_core} <= here and options.server_core != options.client_core:
+    if {
+        options.server_core,
+        options.client_core,
+    } <= here and options.server_core != options.client_core:
         return options.server_core, options.client_core
     say("warning: the server and the load generator do not have a core each")
     return None, None
@@ -112,7 +126,9 @@ def cores(options: argparse.Namespace) -> tuple[int | None, int | None]:
 class Run:
     """All loads, rounds and servers of one invocation."""
 
-    def __init__(self, options: argparse.Namespace, candidates: list[Candidate], loads: list[Load]) -> None:
+    def __init__(
+        self, options: argparse.Namespace, candidates: list[Candidate], loads: list[Load]
+    ) -> None:
         self.board = Board([candidate.name for candidate in candidates], loads)
         self._candidates = candidates
         self._rounds = options.rounds
@@ -172,7 +188,10 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.machine()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.machine())
+    return next(
+        (x.partition(":")[2].strip() for x in lines if x.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def machine() -> dict[str, object]:
@@ -214,13 +233,19 @@ def write(options: argparse.Namespace, board: Board, candidates: list[Candidate]
     if options.json:
         data = {
             "machine": machine(),
-            "settings": {"rounds": options.rounds, "seconds": options.seconds, "idle": options.idle},
+            "settings": {
+                "rounds": options.rounds,
+                "seconds": options.seconds,
+                "idle": options.idle,
+            },
             "versions": {c.name: c.version for c in candidates},
             "results": report.as_json(board, subject_of(options, board)),
         }
         options.json.write_text(json.dumps(data, indent=1) + "\n")
     if options.svg:
-        options.svg.write_text(report.svg(board, "WebSocket echo servers, one core", footer(options)))
+        options.svg.write_text(
+            report.svg(board, "WebSocket echo servers, one core", footer(options))
+        )
 
 
 def stop(number: int, frame: FrameType | None) -> None:

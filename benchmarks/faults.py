@@ -73,7 +73,9 @@ class Figure:
         return self.value <= self.bound
 
     def __str__(self) -> str:
-        text = f"{self.title} {self.value:,.4g} {self.unit}".rstrip() + f" (at most {self.bound:,.4g})"
+        text = (
+            f"{self.title} {self.value:,.4g} {self.unit}".rstrip() + f" (at most {self.bound:,.4g})"
+        )
         return text if self.kept else f"{text} EXCEEDED"
 
 
@@ -101,15 +103,26 @@ class Subject(Process):
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *options: str, before: Sequence[str] = (), core: int | None = None) -> Iterator[Subject]:
+def serving(
+    folder: Path, *options: str, before: Sequence[str] = (), core: int | None = None
+) -> Iterator[Subject]:
     port = free_port()
-    command = [*before, sys.executable, str(folder / "echo_server.py"), f"--port={port}", *OPTIONS, *options]
+    command = [
+        *before,
+        sys.executable,
+        str(folder / "echo_server.py"),
+        f"--port={port}",
+        *OPTIONS,
+        *options,
+    ]
     with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "log"
         here = os.sched_getaffinity(0)
         pin(core)
         with log.open("wb") as output:
-            popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=output, start_new_session=True)
+            popen = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stderr=output, start_new_session=True
+            )
         os.sched_setaffinity(0, here)
         server = Subject(popen, port, log)
         try:
@@ -153,7 +166,9 @@ class Bystander:
 
     def __init__(self, server: Subject) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.Process(target=_keep_echoing, args=(server.address, theirs), daemon=True)
+        self._process = multiprocessing.Process(
+            target=_keep_echoing, args=(server.address, theirs), daemon=True
+        )
         self._process.start()
         self._receive()
 
@@ -342,7 +357,9 @@ def hostile(server: Subject, seconds: float) -> list[Figure]:
     """31 MB of headers that nobody wants, and of messages."""
     strange = "GET /\x9b\x85?secret HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nOrigin: {}\r\nCookie: secret\r\n\r\n"
     head = strange.format("\x1b\x9b" * 7000).encode("latin-1")
-    plain = handshake(server.address[1]).replace(b"Host:", b"Origin: http://\x9b\x85" + b"x" * 15_000 + b"\r\nHost:")
+    plain = handshake(server.address[1]).replace(
+        b"Host:", b"Origin: http://\x9b\x85" + b"x" * 15_000 + b"\r\nHost:"
+    )
     words = client_frame(TEXT, "\x1b[2J\x9b".encode() * 2500, MASKS[2])
     start, total = time.perf_counter(), 0
     while total < 31_000_000:
@@ -355,7 +372,11 @@ def hostile(server: Subject, seconds: float) -> list[Figure]:
     return [
         Figure("time for 31 MB", time.perf_counter() - start, 30, "s"),
         Figure("secrets in it", text.count(b"secret"), 0),
-        Figure("bytes in it that are not ASCII", sum(byte > 127 for byte in text.replace("…".encode(), b"")), 0),
+        Figure(
+            "bytes in it that are not ASCII",
+            sum(byte > 127 for byte in text.replace("…".encode(), b"")),
+            0,
+        ),
     ]
 
 
@@ -376,11 +397,20 @@ BYTES = client_frame(TEXT, b"x", MASKS[1])
 FEW = ("sh", "-c", 'ulimit -n 64; exec "$@"', "sh")
 
 FAULTS = (
-    Fault("unfinished", "500 peers with an almost finished message of 1 MiB", unfinished, ("--stall-timeout=3",)),
+    Fault(
+        "unfinished",
+        "500 peers with an almost finished message of 1 MiB",
+        unfinished,
+        ("--stall-timeout=3",),
+    ),
     Fault("churn", "20,000 connections, half of them ended by a reset", churn),
     Fault("pings", "pings from 50 peers that read the pongs", _flooding(PINGS, read=True)),
     # Of each 64 KiB of pongs that wait, and what is left of the last read, which is 256 KiB.
-    Fault("pings-unread", "pings from 50 peers that do not", _flooding(PINGS, read=False, taken=50 * 0.4)),
+    Fault(
+        "pings-unread",
+        "pings from 50 peers that do not",
+        _flooding(PINGS, read=False, taken=50 * 0.4),
+    ),
     Fault("bytes", "messages of 1 byte from 50 peers", _flooding(BYTES, read=True)),
     Fault(
         "bytes-unread",
@@ -396,7 +426,9 @@ FAULTS = (
 
 
 def measure(fault: Fault, options: argparse.Namespace) -> list[Figure]:
-    with serving(options.ws_echo.resolve(), *fault.options, before=fault.before, core=options.server_core) as server:
+    with serving(
+        options.ws_echo.resolve(), *fault.options, before=fault.before, core=options.server_core
+    ) as server:
         with connections(server, 20 if fault.before else 200, echo(TEXT, message(1), MASKS[1])):
             pass  # what the first connections cost is not what a fault costs
         time.sleep(0.3)
@@ -421,7 +453,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", metavar="A,B", help=f"of {', '.join(fault.name for fault in FAULTS)}")
     add("--seconds", type=float, default=3.0, help="length of a flood (default: %(default)s)")
-    add("--ws-echo", type=Path, default=HERE.parent, metavar="DIR", help="the folder of echo_server.py")
+    add(
+        "--ws-echo",
+        type=Path,
+        default=HERE.parent,
+        metavar="DIR",
+        help="the folder of echo_server.py",
+    )
     add("--server-core", type=int, help="where the server runs (default: anywhere)")
     return parser.parse_args(arguments)
 
@@ -431,7 +469,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = {fault.name: fault for fault in FAULTS}
     names = options.only.split(",") if options.only else list(known)
     if unknown := [name for name in names if name not in known]:
-        print(f"faults.py: unknown: {', '.join(unknown)}; here are {', '.join(known)}", file=sys.stderr)
+        print(
+            f"faults.py: unknown: {', '.join(unknown)}; here are {', '.join(known)}",
+            file=sys.stderr,
+        )
         return 2
     raise_file_limit()
     exceeded = 0

@@ -97,7 +97,9 @@ class Caller:
         while self._calls and (count is not None or time.perf_counter() < until):
             events = self._poll.poll(STALL)
             if not events or time.perf_counter() > limit:
-                raise StalledError(f"{len(self._calls)} connections wait for an answer, {self.finished} had it")
+                raise StalledError(
+                    f"{len(self._calls)} connections wait for an answer, {self.finished} had it"
+                )
             for fd, event in events:
                 self._advance(fd, event)
             self._fill(count)
@@ -432,7 +434,9 @@ class Streams:
         return count
 
 
-def _stream(server: Process, settings: Settings, streams: list[Stream], window: int, batch: int) -> Result:
+def _stream(
+    server: Process, settings: Settings, streams: list[Stream], window: int, batch: int
+) -> Result:
     with contextlib.closing(Streams(streams, window)) as running:
         running.run(settings.warm_up)
         meter = Meter(server)
@@ -541,7 +545,9 @@ def _huge_run(big: Streams, beside: Beside, seconds: float) -> int:
                 if last >= until:
                     return count
         if time.perf_counter() > last + 2 * STALL:
-            raise StalledError(f"a message of {HUGE_SIZE} bytes was not answered in {2 * STALL:.0f} s")
+            raise StalledError(
+                f"a message of {HUGE_SIZE} bytes was not answered in {2 * STALL:.0f} s"
+            )
 
 
 def huge(server: Process, settings: Settings) -> Result:
@@ -597,7 +603,9 @@ def idle_memory_deflate(server: Process, settings: Settings) -> Result:
     negotiated = _negotiated(server, request)
     long = b"".join(b'{"number": %d, "name": "name %d"}' % (n, n * n) for n in range(100))[:2048]
     first = client_frame(TEXT, message(1), MASKS[1])
-    second = client_frame(TEXT, deflated(long) if negotiated else long, MASKS[2], compressed=negotiated)
+    second = client_frame(
+        TEXT, deflated(long) if negotiated else long, MASKS[2], compressed=negotiated
+    )
     check = inflating(((TEXT, PREFIX + message(1)), (TEXT, PREFIX + long)))
     steps: list[Step] = [(request, upgraded), (first + second, check)]
     return _memory(server, settings.idle, steps) | {"deflate": float(negotiated)}

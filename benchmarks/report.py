@@ -92,7 +92,10 @@ def _markdown(header: list[str], rows: list[Row]) -> str:
 
 def medians(board: Board) -> str:
     rows = [
-        (f"{load.name}: {metric.title}", [_cell(board, load, metric, server) for server in board.servers])
+        (
+            f"{load.name}: {metric.title}",
+            [_cell(board, load, metric, server) for server in board.servers],
+        )
         for load in board.loads
         for metric in load.metrics
     ]
@@ -102,7 +105,10 @@ def medians(board: Board) -> str:
 def ratios(board: Board, subject: str) -> str:
     peers = [server for server in board.servers if server != subject]
     rows = [
-        (f"{load.name}: {metric.title}", [_times(board, load, metric, subject, peer) for peer in peers])
+        (
+            f"{load.name}: {metric.title}",
+            [_times(board, load, metric, subject, peer) for peer in peers],
+        )
         for load in board.loads
         for metric in load.metrics
         if metric.compared
@@ -120,13 +126,17 @@ def errors(board: Board) -> list[str]:
 
 
 def as_json(board: Board, subject: str | None) -> list[dict[str, object]]:
-    return [_entry(board, load, server, subject) for load in board.loads for server in board.servers]
+    return [
+        _entry(board, load, server, subject) for load in board.loads for server in board.servers
+    ]
 
 
 def _entry(board: Board, load: Load, server: str, subject: str | None) -> dict[str, object]:
     outcome = board.outcome(load, server)
     keys = [metric.key for metric in load.metrics]
-    compared = [metric for metric in load.metrics if metric.compared and subject not in (None, server)]
+    compared = [
+        metric for metric in load.metrics if metric.compared and subject not in (None, server)
+    ]
     return {
         "load": load.name,
         "server": server,
@@ -172,7 +182,9 @@ def _svg_head(server: str, right: float) -> list[str]:
     ]
 
 
-def _svg_cell(board: Board, load: Load, metric: Metric, server: str, x: float, y: float) -> list[str]:
+def _svg_cell(
+    board: Board, load: Load, metric: Metric, server: str, x: float, y: float
+) -> list[str]:
     outcome = board.outcome(load, server)
     value, best = outcome.median(metric.key), board.best(load, metric)
     right = x + COLUMN - 10
@@ -206,4 +218,6 @@ def svg(board: Board, title: str, note: str) -> str:
     parts.append(_text(8, height - 10, note, "note"))
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     body = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n{body}\n</svg>\n'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n{body}\n</svg>\n'
+    )

@@ -31,7 +31,12 @@ WITHOUT_UVLOOP = (
     "import sys; sys.modules['uvloop'] = None; sys.path.insert(0, {folder!r}); "
     "import echo_server; sys.exit(echo_server.main(sys.argv[1:]))"
 )
-OPTIONS = ("--address=127.0.0.1", "--port={port}", "--max-message-size=16777216", "--log-level=warning")
+OPTIONS = (
+    "--address=127.0.0.1",
+    "--port={port}",
+    "--max-message-size=16777216",
+    "--log-level=warning",
+)
 
 
 class EndedError(MeasurementError):
@@ -263,7 +268,9 @@ def _private_memory(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def running(candidate: Candidate, deflate: bool, server_core: int | None, client_core: int | None) -> Iterator[Process]:
+def running(
+    candidate: Candidate, deflate: bool, server_core: int | None, client_core: int | None
+) -> Iterator[Process]:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "output"

@@ -18,7 +18,17 @@ from pathlib import Path
 
 from faults import Subject, serving, settled
 from servers import HERE, raise_file_limit
-from wire import BINARY, CLOSE, MASKS, TEXT, client_frame, deflated, handshake, reply_frame, server_frame
+from wire import (
+    BINARY,
+    CLOSE,
+    MASKS,
+    TEXT,
+    client_frame,
+    deflated,
+    handshake,
+    reply_frame,
+    server_frame,
+)
 
 PATIENCE = 30.0
 MIB = 1 << 20
@@ -119,14 +129,19 @@ class Soak:
                     await kind()
             except (LostError, OSError, EOFError, TimeoutError) as error:
                 self.counts["lost"] += 1
-                print(f"{kind.__name__}: {type(error).__name__} {error}", file=sys.stderr, flush=True)
+                print(
+                    f"{kind.__name__}: {type(error).__name__} {error}", file=sys.stderr, flush=True
+                )
             self.counts["connections"] += 1
 
     async def _some(self, client: Client, largest: int, pause: float = 0.0) -> None:
         """Send a few messages at once, of which the replies come in order."""
         sent, expected = [], []
         for _ in range(random.randint(1, 8)):
-            opcode, size = random.choice((TEXT, BINARY)), random.choice((0, 5, 32, 125, 126, 500, largest))
+            opcode, size = (
+                random.choice((TEXT, BINARY)),
+                random.choice((0, 5, 32, 125, 126, 500, largest)),
+            )
             payload = bytes(random.choices(b"abcdefgh", k=min(size, 99))) * (size // 99 + 1)
             sent.append(client_frame(opcode, payload, random.choice(MASKS)))
             expected.append(reply_frame(opcode, payload))
@@ -177,7 +192,9 @@ class Soak:
 
     async def bomb(self) -> None:
         client = await Client.connect(self._address, deflate=True)
-        client.writer.write(client_frame(BINARY, deflated(bytes(2 * MIB)), MASKS[0], compressed=True))
+        client.writer.write(
+            client_frame(BINARY, deflated(bytes(2 * MIB)), MASKS[0], compressed=True)
+        )
         head = await client.reader.readexactly(4)
         if int.from_bytes(head[2:], "big") != 1009:
             raise LostError(f"{head!r} rather than 1009")
@@ -188,8 +205,16 @@ class Soak:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Let mixed clients loose on ws-echo.")
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
-    parser.add_argument("--ws-echo", type=Path, default=HERE.parent, metavar="DIR", help="the folder of echo_server.py")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="how long (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ws-echo",
+        type=Path,
+        default=HERE.parent,
+        metavar="DIR",
+        help="the folder of echo_server.py",
+    )
     return parser.parse_args(arguments)
 
 
@@ -204,7 +229,10 @@ def soak(server: Subject, minutes: float) -> int:
     for number in range(slices):
         asyncio.run(runner.run((last - time.monotonic()) / (slices - number)))
         gc.collect()
-        print(f"{number + 1}/{slices}: {dict(runner.counts)}, {server.memory() / MIB:.1f} MiB", flush=True)
+        print(
+            f"{number + 1}/{slices}: {dict(runner.counts)}, {server.memory() / MIB:.1f} MiB",
+            flush=True,
+        )
     time.sleep(1.0)
     grown = settled(server.memory, memory + GROWTH) - memory
     more = settled(server.descriptors, descriptors) - descriptors
@@ -221,7 +249,10 @@ def soak(server: Subject, minutes: float) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     raise_file_limit()
-    with contextlib.suppress(KeyboardInterrupt), serving(options.ws_echo.resolve(), *OPTIONS) as server:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        serving(options.ws_echo.resolve(), *OPTIONS) as server,
+    ):
         return soak(server, options.minutes)
     return 130
 

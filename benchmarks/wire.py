@@ -89,7 +89,9 @@ def difference(expected: bytes, received: bytes) -> str:
     pairs = zip(expected, received, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(received)))
     start = max(0, at - 8)
-    return f"byte {at}: expected {expected[start : at + 24]!r}, received {received[start : at + 24]!r}"
+    return (
+        f"byte {at}: expected {expected[start : at + 24]!r}, received {received[start : at + 24]!r}"
+    )
 
 
 def upgraded(data: bytes) -> bool:
@@ -102,7 +104,9 @@ def upgraded(data: bytes) -> bool:
 
 def accepts_deflate(response: bytes) -> bool:
     lines = response.lower().split(b"\r\n")
-    return any(x.startswith(b"sec-websocket-extensions:") and b"permessage-deflate" in x for x in lines)
+    return any(
+        x.startswith(b"sec-websocket-extensions:") and b"permessage-deflate" in x for x in lines
+    )
 
 
 def exactly(expected: bytes) -> Check:

@@ -30,7 +30,9 @@ def listener(request: WSUpgradeRequest) -> WSListener:
 
 
 async def main() -> None:
-    server = await ws_create_server(listener, "127.0.0.1", int(sys.argv[1]), max_frame_size=MAX_SIZE)
+    server = await ws_create_server(
+        listener, "127.0.0.1", int(sys.argv[1]), max_frame_size=MAX_SIZE
+    )
     print("ready", flush=True)
     await server.serve_forever()
 
