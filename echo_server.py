@@ -10,12 +10,10 @@ Embed it:  from echo_server import EchoHandler
            app = tornado.web.Application([(r"/echo", EchoHandler)])
            app.listen(8888)
 
-Importing this does nothing: it defines names and gets the logger "echo_server".
+Importing this does nothing: it defines names and gets the logger "echo_server". The bands of this
+file: Handler, Frames (RFC 6455 without I/O), Connection (frames on a socket), HTTP, Options,
+Server, Client, Command line, Page. The way of a message in, and of its reply out:
 
-The bands of this file: Handler (what the server does), Frames (RFC 6455 without I/O), Connection
-(frames on a socket), HTTP, Options, Server, Client, Command line, Page.
-
-The way of a message in, and of its reply out:
   Connections.poll > Connection.ready > Receiver.feed > on_message, or echo_texts > Wire.put
   Connection.settle > Wire.flush > the kernel; what it does not take: Wire.backlog > Wire.drain
 """
@@ -24,84 +22,90 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import codecs
 import contextlib
 import contextvars
 import dataclasses
 import functools
-import gc
-import hashlib
-import html
 import ipaddress
 import itertools
 import logging
 import os
 import re
 import select
-import signal
 import socket
 import ssl
 import struct
 import sys
-import threading
 import time
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
-from pathlib import Path
-from types import MethodType
 from typing import Any, ClassVar, NamedTuple, cast
 from urllib.parse import urlsplit
 
-from tornado import gen, netutil, websocket
+from tornado import (
+    gen,
+    httpclient,
+    httpserver,
+    httputil,
+    iostream,
+    netutil,
+    routing,
+    web,
+    websocket,
+)
 from tornado.concurrent import future_set_result_unless_cancelled
-from tornado.escape import json_encode, utf8
-from tornado.httpclient import HTTPRequest
-from tornado.httpserver import HTTPServer
-from tornado.httputil import HTTPHeaders, HTTPServerRequest
+from tornado.escape import json_encode, utf8, xhtml_escape
 from tornado.ioloop import IOLoop
-from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
-from tornado.routing import Matcher, Rule
 
-# The one private name: masking in C. In Python it takes 300 times as long, and there is no
-# public way to it.
+# The one private name: masking in C. In Python it takes 300 times as long.
 from tornado.util import _websocket_mask as unmask
-from tornado.web import Application, RequestHandler
-from tornado.websocket import WebSocketClosedError, WebSocketHandler, WebSocketProtocol
+from tornado.websocket import WebSocketClosedError
 
-__version__ = "1.0.0"
 log = logging.getLogger("echo_server")
 
 # ------------------------------------------------------------------------------------------ Handler
 
 
-def until_open(name: str) -> Any:
-    """A method of Tornado's that makes no sense behind the handshake."""
+class EchoHandler(websocket.WebSocketHandler):
+    """Answers text X with text ECHO:X, and binary X with binary ECHO:X. A subclass overrides what
+    it likes; a route passes options to `initialize`: (r"/mirror", EchoHandler, {"prefix": ""})."""
 
-    def method(self: EchoHandler, *args: Any, **kwargs: Any) -> Any:
-        if self._is_open():
-            raise RuntimeError("Method not supported for Web Sockets")
-        return getattr(super(EchoHandler, self), name)(*args, **kwargs)
+    def open(self, *args: Any, **kwargs: Any) -> Awaitable[None] | None:
+        log.info("[SERVER] connection() from %s %s", self.__peer, printable(path_of(self.request)))
+        if self.__scenario and self.__connection:
+            self.__scenario.begin(self, self.__connection)
+        return None
 
-    return functools.update_wrapper(method, getattr(WebSocketHandler, name))
+    def on_message(self, message: str | bytes) -> Awaitable[None] | None:
+        """Returns the future of a reply that cannot leave at once: later messages wait for it."""
+        log.debug(RECEIVED, printable(message))
+        if self.__scenario:
+            return self.__scenario.reply(self, message)
+        if isinstance(message, str):
+            sent = self.write_message(self.prefix + message)
+        else:
+            sent = self.write_message(utf8(self.prefix) + message, binary=True)
+        if not sent.done() or sent.exception():
+            sent.add_done_callback(self.on_sent)
+            return sent
+        return None
 
+    def on_sent(self, sent: asyncio.Future[None]) -> None:
+        if not sent.cancelled() and sent.exception():
+            log.warning("[SERVER] error:%s, %s", sent.exception(), self.__peer)
 
-class EchoHandler(WebSocketHandler):
-    """Answers text X with text ECHO:X, and binary X with binary ECHO:X.
+    def on_close(self) -> None:
+        log.info("[SERVER] close() %s", self.__connection)
 
-    A route passes options to `initialize`, as in (r"/mirror", EchoHandler, {"prefix": ""}). A
-    subclass overrides `on_message`, `open` or `on_close`. Tornado's settings and methods do what
-    Tornado says.
-    """
-
-    # The defaults hold where a host's `initialize` does not call ours. All but the prefix are
-    # private to this class, so that they are in nobody's way.
+    # These hold where a host's `initialize` does not call ours. All but the prefix are private to
+    # this class, so that they are in nobody's way.
     prefix = "ECHO:"
     __compression = True
     __origins: Collection[str] = ()
     __stall_timeout = 60.0
-    __offers_scenarios = False
+    __takes_scenarios = False
     __scenario: Scenario | None = None
     __connection: Connection | None = None
     __peer = ""
@@ -120,76 +124,55 @@ class EchoHandler(WebSocketHandler):
         `scenarios`: the URL may ask for trouble, see Scenario."""
         self.prefix = prefix
         self.__compression = compression
-        self.__origins = listed(origins) if isinstance(origins, str) else origins
+        self.__origins = parse_origins(origins if isinstance(origins, str) else ",".join(origins))
         self.__stall_timeout = stall_timeout
-        self.__offers_scenarios = scenarios
+        self.__takes_scenarios = scenarios
 
     # With Tornado's type, which lets a subclass take parameters of its own.
     initialize: Callable[..., None] = __take_options
 
-    def open(self, *args: Any, **kwargs: Any) -> Awaitable[None] | None:
-        if log.isEnabledFor(logging.INFO):
-            path = printable(path_of(self.request))
-            log.info("[SERVER] connection() from %s %s", self.__peer, path)
-        if self.__scenario and self.__connection:
-            self.__scenario.begin(self, self.__connection)
-        return None
-
-    def on_message(self, message: str | bytes) -> Awaitable[None] | None:
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("[SERVER] Received:%s", printable(message))
-        if self.__scenario:
-            return self.__scenario.reply(self, utf8(message), isinstance(message, bytes))
-        return self.reply(message)
-
-    def reply(self, message: str | bytes) -> asyncio.Future[None] | None:
-        """Returns the future of a reply that cannot leave at once: the next message waits for
-        it. Behind a Close, nobody is answered."""
-        if self.ws_connection is None or self.ws_connection.is_closing():
-            return None
-        if isinstance(message, str):
-            sent = self.write_message(self.prefix + message)
-        else:
-            sent = self.write_message(utf8(self.prefix) + message, binary=True)
-        if sent.done() and not sent.exception():
-            return None
-        sent.add_done_callback(self.on_sent)
-        return sent
-
-    def on_sent(self, sent: asyncio.Future[None]) -> None:
-        if not sent.cancelled() and sent.exception():
-            log.warning("[SERVER] error:%s, %s", sent.exception(), self.__peer)
-
-    def on_close(self) -> None:
-        if self.__connection and log.isEnabledFor(logging.INFO):
-            log.info("[SERVER] close() %s", self.__connection.summary())
-        if self.__scenario:
-            self.__scenario.end()
-
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """The handshake. What is wrong with it is said in the answer."""
-        self.__peer = self._find_peer()
+        self.open_args, self.open_kwargs = args, kwargs
         try:
             self._check_handshake()
-            if self.__offers_scenarios:
-                self.__scenario = Scenario.of(self.request)
         except Refusal as refusal:
             refusal.answer(self, self.__peer)
+            return
+        self.ws_connection = self.get_websocket_protocol()
+        if self.ws_connection:
+            await self.ws_connection.accept_connection(self)
         else:
-            await super().get(*args, **kwargs)
+            Refusal(426, "this handler speaks no WebSocket").answer(self, self.__peer)
+
+    def _check_handshake(self) -> None:
+        """Raises Refusal."""
+        self.__peer = self._find_peer()
+        check_handshake(self.request)
+        self.__check_page()
+        if self.__takes_scenarios:
+            self.__scenario = Scenario.of(self.request)
 
     def _find_peer(self) -> str:
         return peer_of(self.request)
 
-    def _check_handshake(self) -> None:
-        check_handshake(self.request)
+    def __check_page(self) -> None:
+        """Whether the page that connects may, as Tornado decides it: 6.6 looks at Sec-Fetch-Site,
+        and does not ask `check_origin` about pages of this host. Only browsers send these."""
+        headers, modern = self.request.headers, hasattr(self, "check_trusted_origin")
+        site, origin = headers.get("Sec-Fetch-Site") if modern else None, headers.get("Origin")
+        if "*" in self.__origins or site in ("same-origin", "none"):
+            return
+        if site is None and (origin is None or (modern and is_host(origin, headers))):
+            return
+        if origin is None or not self.check_origin(origin):
+            raise Refusal(403, "this page may not connect", printable(origin or f"it is {site}"))
 
     def check_origin(self, origin: str) -> bool:
-        allowed = "*" in self.__origins or origin in self.__origins
-        if allowed or super().check_origin(origin):
-            return True
-        log.warning("[SERVER] error:origin %s refused, %s", printable(origin), self.__peer)
-        return False
+        with contextlib.suppress(ValueError):
+            if normal_origin(origin) in self.__origins:
+                return True
+        return super().check_origin(origin)
 
     def select_subprotocol(self, subprotocols: list[str]) -> str | None:
         """The first one: a browser fails the handshake when none is selected."""
@@ -198,16 +181,29 @@ class EchoHandler(WebSocketHandler):
     def get_compression_options(self) -> dict[str, Any] | None:
         return {} if self.__compression else None
 
-    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+    def get_websocket_protocol(self) -> websocket.WebSocketProtocol | None:
         self.__connection = Connection(self, self.__peer, self.__stall_timeout)
         return self.__connection
 
-    def only_echoes(self) -> bool:
-        """Whether nobody can tell that `on_message` is not called: it is the one above, what it
-        calls is the one above, and it would do nothing but reply."""
-        if self.__scenario or log.isEnabledFor(logging.DEBUG):
-            return False
-        return all(getattr(self, method.__name__) == MethodType(method, self) for method in OWN)
+    async def _switch_protocols(self, answer: dict[str, str]) -> iostream.IOStream:
+        """Sends the answer to a handshake that is right. Returns what the connection runs on."""
+        self.clear_header("Content-Type")
+        self.set_status(101)
+        for name, value in answer.items():
+            self.set_header(name, value)
+        sent, stream = self.finish(), self.detach()
+        with contextlib.suppress(iostream.StreamClosedError):
+            await sent
+        return stream
+
+    def _only_echoes(self) -> bool:
+        """Whether nobody can tell that `on_message` is not called, since it is the one above, and
+        would do nothing but reply."""
+        methods = EchoHandler.on_message, EchoHandler.on_sent, EchoHandler.write_message
+        return self.__scenario is None and all(
+            getattr(getattr(self, method.__name__), "__func__", None) is method
+            for method in methods
+        )
 
     def write_message(
         self, message: str | bytes | dict[str, Any], binary: bool = False
@@ -228,59 +224,71 @@ class EchoHandler(WebSocketHandler):
         self.__connection = None
         self.ui = None  # type: ignore[assignment]  # as Tornado does it
 
-    # Behind the handshake they are a RuntimeError, as in Tornado.
-    write = until_open("write")
-    redirect = until_open("redirect")
-    set_header = until_open("set_header")
-    set_cookie = until_open("set_cookie")
-    set_status = until_open("set_status")
-    flush = until_open("flush")
-    finish = until_open("finish")
-
-    def _is_open(self) -> bool:
+    def _has_opened(self) -> bool:
         return self.__connection is not None and self.__connection.opened > 0
 
 
-OWN = EchoHandler.on_message, EchoHandler.reply, EchoHandler.on_sent, EchoHandler.write_message
+def until_open(name: str) -> Any:
+    """A method of Tornado's that makes no sense behind the handshake, and fails there as its own
+    does."""
+
+    def method(self: EchoHandler, *args: Any, **kwargs: Any) -> Any:
+        if self._has_opened():
+            raise RuntimeError("Method not supported for Web Sockets")
+        return getattr(super(EchoHandler, self), name)(*args, **kwargs)
+
+    return functools.update_wrapper(method, getattr(websocket.WebSocketHandler, name))
+
+
+for name in "write", "redirect", "set_header", "set_cookie", "set_status", "flush", "finish":
+    setattr(EchoHandler, name, until_open(name))
+
+# Its own kind of line in the log, of which not all are shown.
+RECEIVED = "[SERVER] Received:%s"
 
 
 class Scenario:
     """What the query of the URL asks for, so that people see how their client takes it. Other names
     are ignored."""
 
-    names: ClassVar[dict[str, str]] = {
-        "delay": "seconds before each reply, at most 60",
-        "close": "close with this code ...",
-        "reason": "... and this reason, at most 123 bytes",
-        "drop": "1: reset the connection instead",
-        "after": "how many messages come first; default 0: at once",
-        "push": "1: also send PUSH:1, PUSH:2 ... by itself, one a second",
+    # Of each parameter: its type, the values that it may have, and what they are in words.
+    rules: ClassVar[dict[str, tuple[Any, Callable[[Any], bool], str]]] = {
+        "delay": (float, lambda value: 0 <= value <= 60, "seconds, at most 60"),
+        "close": (int, lambda value: value in CLOSE_CODES, "1000-1003, 1007-1014 or 3000-4999"),
+        "reason": (str, lambda value: len(utf8(value)) <= 123, "a text of at most 123 bytes"),
+        "after": (int, lambda value: value >= 0, "a number of messages"),
+        "drop": (int, lambda value: value in (0, 1), "0 or 1"),
+        "push": (int, lambda value: value in (0, 1), "0 or 1"),
     }
-    _connection: Connection
-    _pushing: asyncio.Task[None] | None = None
 
-    def __init__(self, query: dict[str, str]) -> None:
-        """Raises ValueError."""
-        self.delay = float(query.get("delay", 0))
-        self.after = int(query.get("after", 0))
-        self.code = int(query.get("close", 0))
-        self.reason = query.get("reason", "")
-        self.drop, self.push = (["0", "1"].index(query.get(name, "0")) for name in ("drop", "push"))
-        code = self.code in CLOSE_CODES or "close" not in query
-        reason = len(utf8(self.reason)) <= 123
-        if not (code and reason and 0 <= self.delay <= 60 and self.after >= 0):
-            raise ValueError
+    def __init__(self, asked: dict[str, Any]) -> None:
+        self.delay: float = asked.get("delay", 0.0)
+        self.code: int = asked.get("close", 0)
+        self.reason: str = asked.get("reason", "")
+        self.drop: int = asked.get("drop", 0)
+        self.after: int = asked.get("after", 0)
+        self.push: int = asked.get("push", 0)
+        self._pushing: asyncio.Task[None] | None = None
 
     @classmethod
-    def of(cls, request: HTTPServerRequest) -> Scenario | None:
-        asked = request.query_arguments.items()
-        given = {name: values for name, values in asked if name in cls.names}
-        try:
-            query = {name: value.decode() for name, (value,) in given.items()}
-            return cls(query) if given else None
-        except ValueError:
-            known = "".join(f"\n  {name}={text}" for name, text in cls.names.items())
-            raise Refusal(400, f"the query has a bad value; it may ask for:{known}") from None
+    def of(cls, request: httputil.HTTPServerRequest) -> Scenario | None:
+        """Raises Refusal."""
+        asked = {
+            name: cls._value(name, values)
+            for name, values in request.query_arguments.items()
+            if name in cls.rules
+        }
+        return cls(asked) if asked else None
+
+    @classmethod
+    def _value(cls, name: str, values: list[bytes]) -> Any:
+        kind, allowed, words = cls.rules[name]
+        with contextlib.suppress(ValueError):
+            (value,) = (kind(value.decode()) for value in values)
+            if allowed(value):
+                return value
+        given = printable(b", ".join(values), 40)
+        raise Refusal(400, "the query asks for what cannot be", f"{name}={given} is not {words}")
 
     def begin(self, handler: EchoHandler, connection: Connection) -> None:
         self._connection = connection
@@ -289,22 +297,23 @@ class Scenario:
         if self.after == 0:
             self._strike(handler)
 
-    def end(self) -> None:
-        if self._pushing:
-            self._pushing.cancel()
-
     async def _push(self, handler: EchoHandler) -> None:
         with contextlib.suppress(WebSocketClosedError):
             for number in itertools.count(1):
-                await asyncio.sleep(1)
+                await self._connection.sleep(1)
                 await handler.write_message(f"PUSH:{number}")
 
-    async def reply(self, handler: EchoHandler, message: bytes, binary: bool) -> None:
-        """Takes bytes, since Python keeps some text in four bytes a character for all the delay."""
+    def reply(self, handler: EchoHandler, message: str | bytes) -> Awaitable[None]:
+        """Keeps bytes, since Python keeps some text in four bytes a character for all the delay."""
+        return self._reply(
+            handler, utf8(handler.prefix) + utf8(message), isinstance(message, bytes)
+        )
+
+    async def _reply(self, handler: EchoHandler, payload: bytes, binary: bool) -> None:
         await self._connection.sleep(self.delay)
         with contextlib.suppress(WebSocketClosedError):
-            await handler.write_message(utf8(handler.prefix) + message, binary)
-            if self._connection.received()[0] >= self.after:
+            await handler.write_message(payload, binary)
+            if self._connection.traffic.received()[0] >= self.after:
                 self._strike(handler)
 
     def _strike(self, handler: EchoHandler) -> None:
@@ -314,25 +323,20 @@ class Scenario:
             handler.close(self.code, self.reason)
 
 
-def make_app(server: Server) -> Application:
+def make_app(server: Server) -> web.Application:
     """The stand-alone application: WebSocket on every path, and what answers a plain GET."""
     options = server.options
     paths = ["/healthz", "/metrics"] if options.metrics else ["/healthz"]
-    echo = {
-        "server": server,
-        "prefix": options.prefix,
-        "compression": options.compression,
-        "origins": options.origins,
-        "stall_timeout": options.stall_timeout,
-        "scenarios": options.scenarios,
-    }
-    return Application(
-        [Rule(PlainGet(paths), PlainHandler, {"server": server}), (r".*", ServedHandler, echo)],
+    return web.Application(
+        [
+            routing.Rule(PlainGet(paths), PlainHandler, {"server": server}),
+            (r".*", ServedHandler, {"server": server}),
+        ],
         websocket_ping_interval=options.ping_interval,
         websocket_ping_timeout=options.ping_timeout,
         websocket_max_message_size=options.max_message_size,
-        # Instead of Tornado's line: our own say more, and have no query.
-        log_function=server.on_request,
+        # Instead of a line of Tornado's: our own say more, and have no query.
+        log_function=lambda handler: server.lobby.on_answer(handler),
     )
 
 
@@ -345,7 +349,9 @@ FIN, RSV1, MASK = 0x80, 0x40, 0x80
 # First bytes of the frames that stand for themselves: whole messages and control frames.
 WHOLE = {FIN | TEXT, FIN | BINARY, FIN | CLOSE, FIN | PING, FIN | PONG}
 # Section 7.4, and IANA's registry.
-CLOSE_CODES = {1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)}
+CLOSE_CODES: frozenset[int] = frozenset(
+    (*range(1000, 1004), *range(1007, 1015), *range(3000, 5000))
+)
 
 # Opcode and payload of a whole message or a control frame, both valid.
 Event = tuple[int, bytes | bytearray]
@@ -391,8 +397,11 @@ def check_text(data: bytes | bytearray, final: bool) -> bytes:
 def check_close(payload: bytes) -> None:
     """Section 5.5.1: a Close frame has no body, or a code that may be sent (section 7.4) and a
     reason. One byte is no code either."""
-    if payload and int.from_bytes(payload[:2], "big") not in CLOSE_CODES:
-        raise Fault(1002, "close code may not be sent")
+    if len(payload) == 1:
+        raise Fault(1002, "body of a close frame is one byte")
+    code = int.from_bytes(payload[:2], "big")
+    if payload and code not in CLOSE_CODES:
+        raise Fault(1002, f"close code {code} may not be sent")
     check_text(payload[2:], final=True)
 
 
@@ -441,13 +450,14 @@ class Receiver:
                              stream, which may refer back to messages before (context takeover)
     """
 
-    def __init__(self, limit: int, deflate: bool = False, takeover: bool = False) -> None:
-        """`limit`: bytes of a message, before and after inflating. `deflate`: permessage-deflate
-        is agreed on. `takeover`: and the peer may refer back."""
+    def __init__(self, limit: int, deflate: Deflate | None = None) -> None:
+        """`limit`: bytes of a message, before and after inflating. `deflate`: what has been agreed
+        on about compression."""
         self.limit = limit
-        self.deflate = deflate
-        # The last bytes that came compressed, since a zlib object that keeps them takes 40 KB.
-        self._window: bytes | None = b"" if takeover else None
+        self.deflate = deflate is not None
+        # The last bytes that came compressed, to which the peer may refer back. A zlib object that
+        # keeps them takes 40 KB.
+        self._window: bytes | None = b"" if deflate and deflate.takeover else None
 
         # What has become of it. Frames are told apart until a header is wrong; behind a Close
         # (section 1.4) or a fault all but control frames are skipped.
@@ -724,15 +734,26 @@ DEFLATE_PARAMETER = re.compile(r';\s*(\w+)(?:="?(\d+))?')
 
 
 class Deflate(NamedTuple):
-    """What is agreed on about permessage-deflate: the answer to the offer, the bits of our window,
-    and whether the peer may refer back to its messages before."""
+    """What has been agreed on about permessage-deflate."""
 
+    # To the offer.
     answer: str
-    window_bits: int
+    # Whether the peer may refer back to its messages before (context takeover).
     takeover: bool
+    # Of ours, as zlib wants them. Others wait for 9 ms while a megabyte of text is compressed at
+    # level 1, and for 30 ms at zlib's default.
+    window_bits: int
+    level: int = 1
+    mem_level: int = 8
+
+    def compress(self, payload: bytes) -> bytes:
+        """RFC 7692 section 7.2.1, without context takeover."""
+        level, bits, memory = self.level, -self.window_bits, self.mem_level
+        compressor = zlib.compressobj(level, zlib.DEFLATED, bits, memory)
+        return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
-def accept_deflate(offers: str) -> Deflate | None:
+def accept_deflate(offers: str, options: Mapping[str, int]) -> Deflate | None:
     """RFC 7692 section 7.1: the first offer that suits. A parameter is answered only where it was
     offered, since some clients fail otherwise; client_max_window_bits only with a value. Ours is
     never a context takeover, which needs no answer.
@@ -749,16 +770,12 @@ def accept_deflate(offers: str) -> Deflate | None:
         answer = [f"{name}={value}" if value else name for name, value in values.items()]
         return Deflate(
             "; ".join(["permessage-deflate", *answer]),
-            int(values.get("server_max_window_bits", 15)),
             "client_no_context_takeover" not in values,
+            int(values.get("server_max_window_bits", 15)),
+            options.get("compression_level", 1),
+            options.get("mem_level", 8),
         )
     return None
-
-
-def deflate(payload: bytes, window_bits: int, level: int, mem_level: int) -> bytes:
-    """RFC 7692 section 7.2.1, without context takeover."""
-    compressor = zlib.compressobj(level, zlib.DEFLATED, -window_bits, mem_level)
-    return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
 # --------------------------------------------------------------------------------------- Connection
@@ -772,7 +789,8 @@ def deflate(payload: bytes, window_bits: int, level: int, mem_level: int) -> byt
 # Bytes of ours that wait to leave, above which a write is not done at once, and only the latest
 # Ping is answered (section 5.5.3).
 HIGH_WATER = 64 * 1024
-# Bytes to ask for at a time: a message of 64 KiB comes in one piece.
+# Bytes to ask for at a time, so that a message of 64 KiB comes in one piece; and where little
+# comes: Python's own allocator has those, in 0.2 us less.
 READ_SIZE = 256 * 1024
 SHORT_READ = 470
 # Pieces of so many bytes together are written as they are rather than joined.
@@ -804,13 +822,15 @@ class Wire:
     writes raises OSError when the peer is lost.
     """
 
-    def __init__(self, sock: socket.socket, stream: IOStream | None = None) -> None:
+    def __init__(self, sock: socket.socket, stream: iostream.IOStream | None = None) -> None:
         """`stream` is Tornado's, if it is that which closes the socket."""
         self.socket = sock
         self.fd = sock.fileno()
         self._owner = stream or sock
         self._gathered: list[bytes | bytearray] = []
         self.backlog: bytes | bytearray = b""
+        # Who waits until how many bytes have been taken.
+        self._writes: deque[tuple[int, asyncio.Future[None]]] | None = None
 
         # Bytes: received, ever; put, ever; of these, not taken by the kernel; put when all of them
         # had been acknowledged; to ask for.
@@ -861,6 +881,8 @@ class Wire:
             del backlog[:taken]
         else:
             self.backlog = b""
+        while self._writes and self._writes[0][0] <= self.total - self.waiting:
+            future_set_result_unless_cancelled(self._writes.popleft()[1], None)
 
     def _send(self, pieces: list[bytes | bytearray]) -> int:
         """Returns how many bytes the kernel has taken."""
@@ -873,6 +895,13 @@ class Wire:
         except BlockingIOError:
             return 0
 
+    def written(self) -> asyncio.Future[None]:
+        """Done when the kernel has taken all that waits now; or fails with the wire."""
+        future: asyncio.Future[None] = asyncio.Future()
+        self._writes = self._writes or deque()
+        self._writes.append((self.total, future))
+        return future
+
     def receive(self) -> bytes:
         """What has come: b"" is nothing, for now or, with `eof`, for ever."""
         try:
@@ -881,7 +910,6 @@ class Wire:
             return b""
         size = len(data)
         self.received += size
-        # Little is asked for where little comes: Python's own allocator has it, in 0.2 us less.
         self._ask = SHORT_READ if size < SHORT_READ else READ_SIZE
         self.eof = not size
         return data
@@ -903,13 +931,14 @@ class Wire:
             socket.socket.shutdown(self.socket, socket.SHUT_WR)
 
     def close(self, reset: bool) -> None:
+        """Returns nothing of what waits to those who wait for it."""
         if reset:
             with contextlib.suppress(OSError):
                 linger = struct.pack("ii", 1, 0)
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        elif not self.shut:
-            self.half_close()
         self._owner.close()
+        for _, future in self._writes or ():
+            fail_write(future)
 
 
 class TlsWire(Wire):
@@ -942,8 +971,8 @@ class TlsWire(Wire):
         return data
 
     def _has_ended(self) -> bool:
-        """A FIN without close_notify before it is an error for OpenSSL, after which it does not
-        write any more: so it does not get to see it."""
+        """A FIN with no close_notify before it is an error to OpenSSL, which then does not write
+        any more either. So it does not get to see one."""
         if self.socket.pending():
             return False
         return not socket.socket.recv(self.socket, 1, socket.MSG_PEEK)
@@ -954,6 +983,21 @@ class TlsWire(Wire):
         with contextlib.suppress(OSError, ValueError):
             self.socket.unwrap()
         super().half_close()
+
+
+def make_wire(stream: iostream.IOStream) -> Wire:
+    kind = TlsWire if isinstance(stream.socket, ssl.SSLSocket) else Wire
+    return kind(stream.socket, stream)
+
+
+def take_over(stream: iostream.IOStream, on_close: Callable[[], None]) -> bytes:
+    """From now on the socket is ours to read and to write. The stream is asked for what it has read
+    already, and only closes the socket, or tells us when somebody else closes the stream."""
+    stream.read_from_fd = lambda buf: None  # type: ignore[method-assign]  # it asks no socket
+    early = cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True))
+    stream.set_close_callback(on_close)
+    stream.io_loop.remove_handler(stream.socket)
+    return early.result() if early.done() else b""
 
 
 def unacknowledged(fd: int) -> int:
@@ -977,6 +1021,20 @@ def has_room(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
+def failed_write() -> asyncio.Future[None]:
+    """What a write returns when the peer has left."""
+    future: asyncio.Future[None] = asyncio.Future()
+    fail_write(future)
+    return future
+
+
+def fail_write(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_exception(WebSocketClosedError("the peer has left"))
+        # Nobody has to look at it.
+        future.exception()
+
+
 @dataclasses.dataclass(slots=True)
 class Traffic:
     """Messages and the bytes of their payload, by type, in each direction."""
@@ -989,38 +1047,31 @@ class Traffic:
     text_bytes_sent: int = 0
     binaries_sent: int = 0
     binary_bytes_sent: int = 0
-    # Texts that were answered by `echo_texts`, and the bytes of their frames; not in the above.
-    echoes: int = 0
-    echo_size: int = 0
 
-    def count_received(self, opcode: int, size: int) -> None:
+    def count_received(self, opcode: int, size: int, number: int = 1) -> None:
         if opcode == TEXT:
-            self.texts_received += 1
+            self.texts_received += number
             self.text_bytes_received += size
         else:
-            self.binaries_received += 1
+            self.binaries_received += number
             self.binary_bytes_received += size
 
-    def count_sent(self, opcode: int, size: int) -> None:
+    def count_sent(self, opcode: int, size: int, number: int = 1) -> None:
         if opcode == TEXT:
-            self.texts_sent += 1
+            self.texts_sent += number
             self.text_bytes_sent += size
         else:
-            self.binaries_sent += 1
+            self.binaries_sent += number
             self.binary_bytes_sent += size
 
-    def count_echoes(self, prefix: int) -> None:
-        """Counts them among all others. `prefix`: the bytes that came before each."""
-        size = self.echo_size - 6 * self.echoes
-        self.texts_received += self.echoes
-        self.text_bytes_received += size
-        self.texts_sent += self.echoes
-        self.text_bytes_sent += size + prefix * self.echoes
-        self.echoes = self.echo_size = 0
+    def received(self) -> tuple[int, int]:
+        """How many messages, and their bytes."""
+        size = self.text_bytes_received + self.binary_bytes_received
+        return self.texts_received + self.binaries_received, size
 
     def add(self, other: Traffic) -> None:
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 class Since:
@@ -1040,7 +1091,7 @@ class Since:
 
 
 class Deadlines:
-    """The limits of time of a connection, in seconds, and its clocks, in those of
+    """What a peer has to do in time: the limits, in seconds (0: none), and the clocks, in those of
     Connections.now."""
 
     __slots__ = (
@@ -1048,21 +1099,95 @@ class Deadlines:
         "stall_timeout", "state",
     )  # fmt: skip
 
-    def __init__(self, handler: WebSocketHandler, stall_timeout: float, now: float) -> None:
-        """A limit of 0 is none."""
+    def __init__(
+        self, handler: websocket.WebSocketHandler, stall_timeout: float, now: float
+    ) -> None:
         self.ping_interval = handler.ping_interval or 0.0
         timeout = handler.ping_timeout
         self.ping_timeout = self.ping_interval if timeout is None else timeout
         self.stall_timeout = stall_timeout
-        # Of the bytes that come, the unfinished message, the bytes that are acknowledged, the state.
+        # Of bytes that come, the unfinished message, bytes that are acknowledged, and the state.
         self.arrival, self.message = Since(now), Since(now)
         self.progress, self.state = Since(now), Since(now)
-        # When a Ping was sent that nothing has come after; 0: there is none.
+        # When the Ping was sent that nothing has come behind; 0: none was.
         self.pinged = 0.0
 
     def shortest(self) -> float:
         limits = self.ping_interval, self.ping_timeout, self.stall_timeout, LINGER_TIMEOUT
         return min(limit for limit in limits if limit > 0)
+
+    def passed(self, now: float, state: int, wire: Wire, unfinished: object, reads: bool) -> str:
+        """What has taken too long, if anything. Where we do not read, it is not the peer who keeps
+        us waiting."""
+        held = wire.held()
+        progress = self.progress.seconds((wire.total - held, held > 0), now)
+        standing = self.state.seconds(state, now)
+        if state != OPEN:
+            limit = LINGER_TIMEOUT if state == LINGERING else CLOSE_TIMEOUT
+            return "closing" if min(progress, standing) >= limit else ""
+        stalled = self.message.seconds((reads and unfinished) or now, now)
+        silent = self.arrival.seconds(wire.received if reads else now, now)
+        if now - silent > self.pinged:
+            self.pinged = 0.0
+        if held and 0 < self.stall_timeout <= progress:
+            return "taking"
+        if 0 < self.stall_timeout <= stalled:
+            return "message"
+        if self.pinged:
+            waited = min(now - self.pinged, progress)
+            return "answer" if 0 < self.ping_timeout <= waited else ""
+        return "silence" if not held and 0 < self.ping_interval <= silent else ""
+
+
+class Inbox:
+    """What has come for the handler, which takes one message at a time: while a coroutine of it
+    runs, later messages wait here, with the Close behind them.
+
+    There is place for as many bytes as a message may have; then we stop reading.
+    """
+
+    __slots__ = "_held", "_limit", "_waiting", "_waiting_size", "running"
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        # Coroutines that run; the bytes of the message that they have.
+        self.running = 0
+        self._held = 0
+        # What waits for them, and its bytes.
+        self._waiting: deque[Event] | None = None
+        self._waiting_size = 0
+
+    def is_empty(self) -> bool:
+        return not (self.running or self._waiting)
+
+    def has_next(self) -> bool:
+        return bool(self._waiting) and not self.running
+
+    def has_place(self) -> bool:
+        return self._waiting_size + self._held <= self._limit
+
+    def put(self, event: Event) -> None:
+        self._waiting = self._waiting or deque()
+        self._waiting.append(event)
+        self._waiting_size += len(event[1]) + EVENT
+
+    def take(self) -> Event:
+        event = cast("deque[Event]", self._waiting).popleft()
+        self._waiting_size -= len(event[1]) + EVENT
+        return event
+
+    def clear(self) -> None:
+        self._waiting = None
+        self._waiting_size = 0
+
+    def hold(self, size: int) -> None:
+        """A message has been taken: if a coroutine has it, it still takes place."""
+        self._held = size + EVENT if self.running else 0
+
+    def release(self) -> None:
+        """A coroutine is done."""
+        self.running -= 1
+        self._held = self._held if self.running else 0
 
 
 # The states of a connection, and what ends each of them:
@@ -1073,11 +1198,11 @@ class Deadlines:
 # ENDING     Both have said all. When the kernel has taken the last of it, we shut our side.
 # LINGERING  We have. What comes is thrown away until the peer has shut its side, too: a byte that
 #            comes after close() would make the kernel throw away what is still on its way.
-# CLOSED     The socket is closed. `on_close` follows when nothing of the handler runs any more.
+# CLOSED     The socket is closed. `on_close` follows when the handler has had all that came.
 OPEN, CLOSING, ENDING, LINGERING, CLOSED = range(5)
 
 
-class Connection(WebSocketProtocol):
+class Connection(websocket.WebSocketProtocol):
     """RFC 6455 on a wire, for one handler: turns, flow control, the closing handshake.
 
     While a coroutine of the handler runs, later messages and the Close behind them are held back,
@@ -1094,21 +1219,19 @@ class Connection(WebSocketProtocol):
     def __init__(self, handler: EchoHandler, peer: str, stall_timeout: float) -> None:
         super().__init__(handler)
         self._registry = Connections.current()
+        self._deadlines = Deadlines(handler, stall_timeout, self._registry.now)
         # For the log and the metrics. The code is 1006 as long as no Close was sent (7.1.5), and
-        # `opened` 0 as long as the handshake is not done; it is a time.monotonic().
+        # `opened`, a time.monotonic(), is 0 as long as the handshake is not done.
         self.peer = peer
         self.traffic = Traffic()
         self.outcome = 1006
         self.opened = 0.0
 
         self._state = OPEN
-        self._deadlines = Deadlines(handler, stall_timeout, self._registry.now)
         # What the socket is watched for.
         self._watched = READ
         # In a turn: what is put leaves at its end.
         self._corked = False
-        # Writes that are not done, and how many bytes of the wire leave before each is.
-        self._writes: deque[tuple[int, asyncio.Future[None]]] | None = None
         # The latest Ping, if too much waits to answer it.
         self._late_ping: bytes | None = None
         # The body of our Close, until it is put.
@@ -1116,76 +1239,61 @@ class Connection(WebSocketProtocol):
         # We have failed the connection (7.1.7): only the peer's Close counts any more.
         self._failed = False
 
-        # Coroutines of the handler that run, what waits for them, and the bytes of that and of the
-        # message in hand.
-        self._running = 0
-        self._held_back: deque[Event] | None = None
-        self._held_size = self._in_hand = 0
-        # What replies begin with while they need no call of the handler; and what `echo_texts` takes
-        # while it may answer what comes next.
+        self._inbox = Inbox(handler.max_message_size)
+        # What replies begin with while they need no call of the handler; and what `echo_texts`
+        # takes, while it may answer what comes next.
         self._prefix: bytes | None = None
         self._quick: list[bytes] | None = None
-        # What waits for its end: the handler's `sleep`, and a `get` of its own.
-        self._sleeping: asyncio.Future[None] | None = None
+        # Who waits for the end: the handler's `sleep`s, and a `get` of its own.
+        self._closed: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] | None = None
 
-    # ---- The handshake
+    # ---- The beginning
 
-    async def accept_connection(self, handler: WebSocketHandler) -> None:
-        """The server's half of it, RFC 6455 section 4.2.2."""
-        handler.clear_header("Content-Type")
-        handler.set_status(101)
-        for name, value in self.negotiate(handler.request.headers).items():
-            handler.set_header(name, value)
-        sent, stream = handler.finish(), handler.detach()
-        with contextlib.suppress(StreamClosedError):
-            await sent
+    async def accept_connection(self, handler: websocket.WebSocketHandler) -> None:
+        """The server's half of the handshake, RFC 6455 section 4.2.2."""
+        stream = await self.handler._switch_protocols(self.negotiate())
         if stream.closed() or self._state == CLOSED:
             # It has left before it was let in, or was sent away.
             stream.close()
             return
-        self.start(stream, take_over(stream, self.on_connection_close))
+        self.stream, early = stream, take_over(stream, self.on_connection_close)
+        self.start(make_wire(stream), early)
         if type(handler).get is not EchoHandler.get and self._state != CLOSED:
             # A host's own `get` goes on when the connection has ended, as in Tornado.
             self._ended = asyncio.Future()
             await self._ended
 
-    def negotiate(self, headers: HTTPHeaders) -> dict[str, str]:
-        """Agrees on subprotocol and extensions. Returns the headers of the answer."""
+    def negotiate(self) -> dict[str, str]:
+        """Agrees on subprotocol and extension. Returns the headers of the answer."""
+        handler, headers = self.handler, self.handler.request.headers
         answer = {"Upgrade": "websocket", "Connection": "Upgrade"}
         answer["Sec-WebSocket-Accept"] = accept_key(headers["Sec-WebSocket-Key"])
         offered = listed(headers.get("Sec-WebSocket-Protocol", ""))
-        self.selected_subprotocol = self.handler.select_subprotocol(offered)
+        self.selected_subprotocol = handler.select_subprotocol(offered)
         if self.selected_subprotocol:
             answer["Sec-WebSocket-Protocol"] = self.selected_subprotocol
-        options, agreed = self.handler.get_compression_options(), None
+        self._deflate: Deflate | None = None
+        options = handler.get_compression_options()
         if options is not None and "Sec-WebSocket-Extensions" in headers:
-            agreed = accept_deflate(headers["Sec-WebSocket-Extensions"])
-        # How we compress. Others wait for 9 ms while a megabyte of text is compressed at level 1,
-        # and for 30 ms at zlib's default.
-        self._deflate: tuple[int, int, int] | None = None
-        if agreed and options is not None:
-            answer["Sec-WebSocket-Extensions"] = agreed.answer
-            level, memory = options.get("compression_level", 1), options.get("mem_level", 8)
-            self._deflate = agreed.window_bits, level, memory
-        takeover = agreed is not None and agreed.takeover
-        self._receiver = Receiver(self.handler.max_message_size, agreed is not None, takeover)
+            self._deflate = accept_deflate(headers["Sec-WebSocket-Extensions"], options)
+        if self._deflate:
+            answer["Sec-WebSocket-Extensions"] = self._deflate.answer
+        self._receiver = Receiver(handler.max_message_size, self._deflate)
         return answer
 
-    def start(self, stream: IOStream, early: bytes) -> None:
+    def start(self, wire: Wire, early: bytes) -> None:
         """The handshake is done, and `early` has come behind it."""
-        self.stream = stream
-        tls = isinstance(stream.socket, ssl.SSLSocket)
-        self._wire = TlsWire(stream.socket, stream) if tls else Wire(stream.socket, stream)
+        self._wire = wire
         # The handler's own: all of its methods run in it, and nobody else's do.
         self._context = contextvars.copy_context()
         self.opened = time.monotonic()
-        self._registry.add(self, self._wire.fd, self._deadlines.shortest())
+        self._registry.add(self, wire.fd, self._deadlines.shortest())
         self._corked = True
         self._call(self.handler.open, *self.handler.open_args, **self.handler.open_kwargs)
-        self.enter(self.choose)
-        self.enter(self._turn, early)
-        if tls:
+        self.enter(self._choose)
+        self.enter(self.turn, early)
+        if isinstance(wire, TlsWire):
             # OpenSSL may have read what no poller sees.
             self.ready(READ)
 
@@ -1213,7 +1321,7 @@ class Connection(WebSocketProtocol):
                 self._find_loss(events)
                 self.settle()
             elif self._quick or not self._deflate or self._registry.has_time():
-                self._turn(self._wire.receive())
+                self.turn(self._wire.receive())
             else:
                 # What has to be inflated or deflated may take milliseconds: it waits for its turn.
                 self._receiver.keep(self._wire.receive())
@@ -1228,10 +1336,6 @@ class Connection(WebSocketProtocol):
         if events & ERROR:
             code = self._wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             raise OSError(code, os.strerror(code) if code else "the peer has left")
-
-    def take_turn(self) -> None:
-        """Others have had theirs."""
-        self.enter(self._turn)
 
     def write_message(
         self, message: str | bytes | dict[str, Any], binary: bool = False
@@ -1259,25 +1363,11 @@ class Connection(WebSocketProtocol):
     def drop(self, reset: bool = True) -> None:
         """Ends it without a Close: with a reset, or else what the kernel has still arrives. What
         waits for the handler is thrown away."""
-        self._held_back = None
+        self._inbox.clear()
         if self.opened:
             self._receiver.skip()
             self._receiver.take_rest()
         self._close(reset)
-
-    def _close(self, reset: bool) -> None:
-        if self._state == CLOSED:
-            return
-        self._state = CLOSED
-        self._goodbye = self._quick = None
-        self.client_terminated = self.server_terminated = True
-        if self.opened:
-            self._registry.forget(self, self._wire.fd)
-            self._wire.close(reset)
-            self._finish_writes()
-            if self._sleeping:
-                future_set_result_unless_cancelled(self._sleeping, None)
-            self.settle()
 
     def on_connection_close(self) -> None:
         self._close(reset=False)
@@ -1285,6 +1375,20 @@ class Connection(WebSocketProtocol):
     def _abort(self) -> None:
         """Hosts call it to be rid of a connection."""
         self.drop(reset=False)
+
+    def end(self) -> None:
+        """At once, whatever runs: the event loop ends, or the time to stop is over."""
+        self.enter(self.drop, False)
+        self.finish()
+
+    def read_rest(self) -> None:
+        """What has come already, before the server stops: two reads, or 64 records of TLS."""
+        for _ in range(64 if isinstance(self._wire, TlsWire) else 2):
+            before = self._wire.received
+            if self._state == OPEN and self._watched & READ:
+                self.ready(READ)
+            if self._wire.received == before:
+                return
 
     # ---- What follows
 
@@ -1298,9 +1402,8 @@ class Connection(WebSocketProtocol):
         wire, receiver = self._wire, self._receiver
         try:
             wire.flush()
-            waits = self._running or self._held_back or wire.backlog
             last = receiver.fault or wire.eof or self._registry.leaving
-            calm = not (self._state or waits or last)
+            calm = self._inbox.is_empty() and not (self._state or wire.backlog or last)
             self._quick = self._heads() if calm and not receiver.opcode else None
             if calm and not receiver.more and self._watched == READ:
                 # Nearly always nothing follows.
@@ -1316,28 +1419,16 @@ class Connection(WebSocketProtocol):
         if self._state == LINGERING and wire.eof:
             self._close(reset=False)
             return
-        self._finish_writes()
         self._hand_over()
         watched = (READ if self._may_read() else 0) | (WRITE if wire.backlog else 0)
         if watched != self._watched:
             self._watched = watched
-            self._registry.watch(self, wire.fd, watched)
-
-    def _hand_over(self) -> None:
-        """To the handler, in turns: what has come, and at last the end."""
-        if self._state in (ENDING, LINGERING):
-            return
-        idle = not self._running
-        if (self._receiver.more and self._has_place()) or (self._held_back and idle):
-            self._registry.again(self)
-        elif self._state == CLOSED and idle:
-            # Never from within another method of the handler.
-            outside(self._registry.loop.call_soon, self.finish)
+            self._registry.watch(wire.fd, watched)
 
     def _conclude(self) -> None:
         """Everything that came has been handled: is that all that comes?"""
         wire, receiver = self._wire, self._receiver
-        if self._running or self._held_back:
+        if not self._inbox.is_empty():
             return
         if self._state == OPEN and receiver.fault:
             self._fail(receiver.fault)
@@ -1357,12 +1448,22 @@ class Connection(WebSocketProtocol):
         if self._late_ping is not None and wire.waiting <= HIGH_WATER:
             late, self._late_ping = self._late_ping, None
             self._answer(late)
-            wire.flush()
         self._put_goodbye()
         wire.flush()
         over = self.client_terminated or not self._receiver.in_sync
         if self._state == CLOSING and self._goodbye is None and over:
             self._state = ENDING
+
+    def _hand_over(self) -> None:
+        """To the handler, in turns: what has come, and at last the end."""
+        if self._state in (ENDING, LINGERING):
+            return
+        inbox = self._inbox
+        if (self._receiver.more and inbox.has_place()) or inbox.has_next():
+            self._registry.again(self)
+        elif self._state == CLOSED and not inbox.running:
+            # Never from within another method of the handler.
+            outside(self._registry.loop.call_soon, self.finish)
 
     def _may_read(self) -> bool:
         receiver = self._receiver
@@ -1370,35 +1471,30 @@ class Connection(WebSocketProtocol):
             return False
         if self._state >= ENDING or not receiver.in_sync:
             return True
-        if receiver.more or not self._has_place():
+        if receiver.more or not self._inbox.has_place():
             return False
         return self._state != OPEN or self.handler.application not in self._registry.leaving
 
-    def _has_place(self) -> bool:
-        """Whether more messages may be held back."""
-        return self._held_size <= self._receiver.limit
-
     # ---- A turn
 
-    def _turn(self, data: bytes = b"") -> None:
+    def turn(self, data: bytes = b"") -> None:
         """Handles what has come, in order; what is put meanwhile leaves at its end."""
         receiver, wire = self._receiver, self._wire
-        if self._quick:
+        if self._quick and not self._registry.shows:
             if receiver.rest:
                 data = receiver.take_rest() + data
             replies, size = echo_texts(data, self._quick)
             if replies:
-                self.traffic.echoes += len(replies)
-                self.traffic.echo_size += size
+                self._count_echoes(len(replies), size)
                 if wire.send(b"".join(replies)) and size == len(data) and self._watched == READ:
                     # All have been answered: nothing has changed that `settle` looks at.
                     return
                 data = data[size:]
         self._corked = True
         try:
-            if self._held_back:
-                self._deliver_held_back()
-            if (data or receiver.more) and self._has_place():
+            self._deliver_waiting()
+            takes = self._inbox.has_place() and self._state not in (ENDING, LINGERING)
+            if (data or receiver.more) and takes:
                 self._handle(receiver.feed(data))
         finally:
             self._corked = False
@@ -1414,44 +1510,37 @@ class Connection(WebSocketProtocol):
                 self._call(self.handler.on_ping, payload)
             elif opcode == PONG:
                 self._call(self.handler.on_pong, payload)
-            elif self._running or self._held_back:
-                self._hold_back(opcode, payload)
-            else:
+            elif self._inbox.is_empty():
                 self._deliver(opcode, payload)
+            else:
+                self._inbox.put((opcode, payload))
 
-    def _hold_back(self, opcode: int, payload: bytes | bytearray) -> None:
-        self._held_back = self._held_back or deque()
-        self._held_back.append((opcode, payload))
-        self._held_size += len(payload) + EVENT
-
-    def _deliver_held_back(self) -> None:
+    def _deliver_waiting(self) -> None:
         for _ in range(TURN // EVENT):
-            if self._running or not self._held_back:
-                break
-            opcode, payload = self._held_back.popleft()
-            self._held_size -= len(payload) + EVENT
-            self._deliver(opcode, payload)
+            if not self._inbox.has_next():
+                return
+            self._deliver(*self._inbox.take())
 
     def _deliver(self, opcode: int, payload: bytes | bytearray) -> None:
         """It is the turn of a message, or of the Close behind the last one."""
         if opcode == CLOSE:
             self._take_close(bytes(payload))
             return
-        if self._failed:
+        if self._failed or (self._prefix is not None and self._state != OPEN):
+            # Behind a Close, EchoHandler answers nobody.
             return
         self.traffic.count_received(opcode, len(payload))
-        if self._prefix is None:
+        if self._prefix is None or self._registry.shows:
             message = payload.decode() if opcode == TEXT else bytes(payload)
             self._call(self.handler.on_message, message)
-        elif self._state == OPEN:
+        else:
             # What EchoHandler.on_message does, without making a str of the message.
+            self._registry.unshown += 1
             sent = self._write(opcode, payload, self._prefix)
             if not sent.done():
                 sent.add_done_callback(self.handler.on_sent)
                 self._wait_for(sent)
-        if self._running:
-            self._in_hand = len(payload) + EVENT
-            self._held_size += self._in_hand
+        self._inbox.hold(len(payload))
 
     # ---- The handler
 
@@ -1470,22 +1559,20 @@ class Connection(WebSocketProtocol):
             self._report()
 
     def _wait_for(self, future: asyncio.Future[Any]) -> None:
-        self._running += 1
+        self._inbox.running += 1
         outside(IOLoop.current().add_future, future, functools.partial(self.enter, self._resume))
 
     def _resume(self, future: asyncio.Future[Any]) -> None:
         """A coroutine of the handler, or a write that `on_message` returned, is done."""
-        self._running -= 1
-        if not self._running:
-            self._held_size -= self._in_hand
-            self._in_hand = 0
+        self._inbox.release()
         try:
             future.result()
         except (Exception, asyncio.CancelledError):
+            # Who returned a write has a callback on it.
             self._context.run(self._report, isinstance(future, asyncio.Task))
         # It may have changed the handler.
-        self.choose()
-        self._turn()
+        self._choose()
+        self.turn()
 
     def _report(self, say: bool = True) -> None:
         """An error of the handler: its traceback is logged, and the peer is told. That the peer
@@ -1500,10 +1587,9 @@ class Connection(WebSocketProtocol):
             self._receiver.skip()
             self._say_goodbye(1011)
 
-    def choose(self) -> None:
-        """Whether replies need no call of the handler, for as long as nothing of it changes."""
-        self.counted()
-        self._prefix = utf8(self.handler.prefix) if self.handler.only_echoes() else None
+    def _choose(self) -> None:
+        """Whether replies need a call of the handler."""
+        self._prefix = utf8(self.handler.prefix) if self.handler._only_echoes() else None
         self._quick = None
 
     def _heads(self) -> list[bytes] | None:
@@ -1512,8 +1598,8 @@ class Connection(WebSocketProtocol):
     async def sleep(self, seconds: float) -> None:
         """For its handler: not longer than the connection is open."""
         if self._state != CLOSED:
-            self._sleeping = asyncio.Future()
-            await asyncio.wait([self._sleeping], timeout=seconds)
+            self._closed = self._closed or asyncio.Future()
+            await asyncio.wait([self._closed], timeout=seconds)
 
     def finish(self) -> None:
         """The last call of the handler, once."""
@@ -1523,29 +1609,17 @@ class Connection(WebSocketProtocol):
             if self._ended:
                 future_set_result_unless_cancelled(self._ended, None)
 
-    def end(self) -> None:
-        """At once, whatever runs: the event loop ends, or the time to stop is over."""
-        self.enter(self.drop, False)
-        self.finish()
-
-    def read_rest(self) -> None:
-        """What has come already, before the server stops: two reads, or 64 records of TLS."""
-        for _ in range(64 if isinstance(self._wire, TlsWire) else 2):
-            before = self._wire.received
-            if self._state == OPEN and self._watched & READ:
-                self.ready(READ)
-            if self._wire.received == before:
-                return
-
     # ---- Writing
 
     def _write(
         self, opcode: int, payload: bytes | bytearray, prefix: bytes = b""
     ) -> asyncio.Future[None]:
+        """Outside a turn, a write that is done at once lets the event loop go on when a round is
+        over: who awaits one after the other would keep it from everybody else."""
         wire, first, size = self._wire, FIN | opcode, len(prefix) + len(payload)
         self.traffic.count_sent(opcode, size)
         if self._deflate and size >= COMPRESS_FROM:
-            payload, prefix = deflate(prefix + payload, *self._deflate), b""
+            payload, prefix = self._deflate.compress(prefix + payload), b""
             first, size = first | RSV1, len(payload)
         wire.put(frame_header(first, size) + prefix)
         wire.put(payload)
@@ -1553,30 +1627,13 @@ class Connection(WebSocketProtocol):
             self.settle()
         elif wire.waiting > HIGH_WATER and not wire.backlog:
             self.enter(wire.flush)
-        return self._written()
-
-    def _written(self) -> asyncio.Future[None]:
-        """Outside a turn, a write that is done at once lets the event loop go on when a round is
-        over: who awaits one after the other would keep it from everybody else."""
         if self._state == CLOSED:
             return failed_write()
-        if self._wire.waiting > HIGH_WATER:
-            future: asyncio.Future[None] = asyncio.Future()
-            self._writes = self._writes or deque()
-            self._writes.append((self._wire.total, future))
-            return future
+        if wire.waiting > HIGH_WATER:
+            return wire.written()
         if self._corked or self._registry.has_time():
             return self._registry.done
         return self._registry.next_round()
-
-    def _finish_writes(self) -> None:
-        """Those that the kernel has taken; and the rest when there is no socket any more."""
-        writes = self._writes or deque()
-        while writes and writes[0][0] <= self._wire.total - self._wire.waiting:
-            future_set_result_unless_cancelled(writes.popleft()[1], None)
-        while writes and self._state == CLOSED:
-            fail_write(writes.popleft()[1])
-        self._writes = writes or None
 
     def _put_control(self, opcode: int, payload: bytes) -> None:
         """Section 5.5."""
@@ -1585,12 +1642,21 @@ class Connection(WebSocketProtocol):
         self._wire.put(frame_header(FIN | opcode, len(payload)) + payload)
 
     def _answer(self, ping: bytes) -> None:
-        """Section 5.5.2 and 5.5.3: until our Close is put, and of many pings the latest."""
+        """Sections 5.5.2 and 5.5.3: until our Close is put, and of many pings the latest."""
         if self._state == OPEN or self._goodbye is not None:
             if self._wire.waiting > HIGH_WATER:
                 self._late_ping = ping
             else:
                 self._put_control(PONG, ping)
+
+    def _count_echoes(self, number: int, size: int) -> None:
+        """Texts whose frames were so many bytes."""
+        size -= 6 * number
+        self._registry.unshown += number
+        self.traffic.texts_received += number
+        self.traffic.text_bytes_received += size
+        self.traffic.texts_sent += number
+        self.traffic.text_bytes_sent += size + number * len(self._prefix or b"")
 
     # ---- The closing handshake, section 7
 
@@ -1603,17 +1669,17 @@ class Connection(WebSocketProtocol):
             body = (struct.pack("!H", code) if code is not None else b"") + utf8(reason)
             if len(body) > 125:
                 raise ValueError("the reason of a Close is at most 123 bytes")
-            self._goodbye = body
             self._state = CLOSING
             self.server_terminated = True
             self.outcome = code or 1005
+            self._goodbye = body
             self._put_goodbye()
 
     def _put_goodbye(self) -> None:
         """Our Close, as soon as nothing waits before it: until then, pings are answered."""
         if self._goodbye is not None and not self._wire.backlog:
-            goodbye, self._goodbye = self._goodbye, None
-            self._put_control(CLOSE, goodbye)
+            self._put_control(CLOSE, self._goodbye)
+            self._goodbye = None
 
     def _take_close(self, body: bytes) -> None:
         """Section 5.5.1: the peer's is answered with its code."""
@@ -1627,73 +1693,62 @@ class Connection(WebSocketProtocol):
         """Section 7.1.7."""
         self._warn(f"{fault.code} {fault.reason}, from")
         self._failed = True
-        self._held_back = None
+        self._inbox.clear()
         self._receiver.skip()
         self._say_goodbye(fault.code, fault.reason)
 
     def _lose(self, error: OSError) -> None:
-        """The peer is lost. What it was owed has a future that says so, if anybody waits for it."""
+        """The peer is lost. Who waits for a reply to leave is told so by its future."""
         owed = self._wire.backlog or (self._wire.waiting and self._state == OPEN)
-        if owed and not self._writes:
+        if owed and not self._inbox.running:
             self._warn(f"reply not sent: {error.strerror or error},")
         self._close(reset=False)
+
+    def _close(self, reset: bool) -> None:
+        if self._state == CLOSED:
+            return
+        self._state = CLOSED
+        self._goodbye = self._quick = None
+        self.client_terminated = self.server_terminated = True
+        if self.opened:
+            self._registry.forget(self._wire.fd, self)
+            self._wire.close(reset)
+            if self._closed:
+                future_set_result_unless_cancelled(self._closed, None)
+            self.settle()
 
     def _warn(self, text: str) -> None:
         log.warning("[SERVER] error:%s %s", text, self.peer)
 
-    # ---- Deadlines
-
     def check(self, now: float) -> None:
-        """Compares how long nothing has happened with its limit. `now` is that of the registry."""
+        """The sweep: looks at the deadlines."""
         if self._state == CLOSED:
             return
-        wire, clocks = self._wire, self._deadlines
-        held = wire.held()
-        progress = clocks.progress.seconds((wire.total - held, held > 0), now)
-        standing = clocks.state.seconds(self._state, now)
-        if self._state == OPEN:
-            self._check_open(now, held, progress)
-        elif min(progress, standing) >= (
-            LINGER_TIMEOUT if self._state == LINGERING else CLOSE_TIMEOUT
-        ):
-            self._give_up(held)
-
-    def _check_open(self, now: float, held: int, progress: float) -> None:
-        """Where we do not read, or the peer has said its last, it does not keep us waiting."""
-        clocks, receiver = self._deadlines, self._receiver
-        reads = self._watched & READ and not receiver.closed
-        unfinished = receiver.unfinished if reads else None
-        stalled = clocks.message.seconds(unfinished or now, now)
-        silent = clocks.arrival.seconds(self._wire.received if reads else now, now)
-        if now - silent > clocks.pinged:
-            clocks.pinged = 0.0
-        if held and 0 < clocks.stall_timeout <= progress:
+        receiver = self._receiver
+        reads = bool(self._watched & READ) and not receiver.closed
+        late = self._deadlines.passed(now, self._state, self._wire, receiver.unfinished, reads)
+        if late == "taking":
             self.outcome = 1008
             self._registry.cut["stalled"] += 1
             self._warn("1008 takes nothing,")
             self.drop()
-        elif 0 < clocks.stall_timeout <= stalled:
+        elif late == "message":
             self._fail(Fault(1008, "message does not go on"))
-        elif clocks.pinged and 0 < clocks.ping_timeout <= min(now - clocks.pinged, progress):
+        elif late == "answer":
             self._registry.cut["silent"] += 1
             self._fail(Fault(1008, "no answer to a ping"))
-            # Nor is an answer to our Close waited for.
+            # Nor will our Close be answered.
             self.client_terminated = True
-        elif not (held or clocks.pinged) and 0 < clocks.ping_interval <= silent:
-            clocks.pinged = now
+        elif late == "silence":
+            self._deadlines.pinged = now
             self._put_control(PING, b"")
-        else:
-            return
-        self.settle()
-
-    def _give_up(self, held: int) -> None:
-        """On a peer that has not moved, in the time that closing may take."""
-        if self._state == CLOSING and self._goodbye is None:
-            # Its Close has not come. A FIN is all that is left to say.
+        elif late == "closing" and self._state == CLOSING and self._goodbye is None:
+            # The peer's Close does not come. A FIN is all that is left to say.
             self._state = ENDING
+        elif late == "closing":
+            self.drop(reset=self._wire.held() > 0)
+        if late:
             self.settle()
-        else:
-            self.drop(reset=held > 0)
 
     # ---- What Tornado asks for beside
 
@@ -1704,50 +1759,13 @@ class Connection(WebSocketProtocol):
     # Sweep and turns do what these are for; the third is for clients.
     def start_pinging(self) -> None: ...
     async def _receive_frame_loop(self) -> None: ...
-    def _process_server_headers(self, key: str | bytes, headers: HTTPHeaders) -> None: ...
+    def _process_server_headers(self, key: str | bytes, headers: httputil.HTTPHeaders) -> None: ...
 
-    def received(self) -> tuple[int, int]:
-        """How many messages, and their bytes."""
-        traffic = self.counted()
-        return (
-            traffic.texts_received + traffic.binaries_received,
-            traffic.text_bytes_received + traffic.binary_bytes_received,
-        )
-
-    def counted(self) -> Traffic:
-        """Its traffic, with the texts that `echo_texts` has answered."""
-        self.traffic.count_echoes(len(self._prefix or b""))
-        return self.traffic
-
-    def summary(self) -> str:
+    def __str__(self) -> str:
         seconds = time.monotonic() - self.opened
-        messages, size = self.received()
+        messages, size = self.traffic.received()
         about = f"{self.outcome} from {self.peer} after {seconds:.1f} s"
         return f"{about}, {messages} messages, {size} bytes"
-
-
-def take_over(stream: IOStream, on_close: Callable[[], None]) -> bytes:
-    """From now on the socket is ours to read and to write. Tornado's stream still closes it, and
-    tells us if somebody else closes the stream. Returns what it has read and not given away."""
-    stream.read_from_fd = lambda buf: None  # type: ignore[method-assign]  # it asks the socket no more
-    early = cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True))
-    stream.set_close_callback(on_close)
-    stream.io_loop.remove_handler(stream.socket)
-    return early.result() if early.done() else b""
-
-
-def failed_write() -> asyncio.Future[None]:
-    """What a write returns when the peer has left."""
-    future: asyncio.Future[None] = asyncio.Future()
-    fail_write(future)
-    return future
-
-
-def fail_write(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_exception(WebSocketClosedError("the peer has left"))
-        # Nobody has to look at it.
-        future.exception()
 
 
 def outside(function: Callable[..., Any], *args: Any) -> Any:
@@ -1759,28 +1777,32 @@ class Connections:
     """The WebSockets of one event loop: one poller, their rounds, their deadlines, their numbers.
 
     It is an attribute of the IOLoop, and goes with it. The poller and the sweep of the deadlines
-    are there while a WebSocket is.
+    are there while something is watched.
     """
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        # Those whose `on_close` has not been called, and what is watched, by descriptor.
+        # Those whose `on_close` has not been called; and what is watched, by descriptor.
         self.open: set[Connection] = set()
-        self.watched: dict[int, Connection] = {}
+        self.watched: dict[int, Connection | Visitor] = {}
         self._epoll: Any = None
         self._sweeper: asyncio.Task[None] | None = None
         # Applications whose clients are sent away.
-        self.leaving: set[Application] = set()
+        self.leaving: set[web.Application] = set()
 
-        # Numbers, those of messages without the ones of connections that are open.
+        # Numbers. `traffic` is that of connections that are no longer open.
         self.opened = 0
         self.traffic = Traffic()
         self.closed: Counter[int] = Counter()
         self.cut: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
+        # Whether each message is shown in the log, unless there are too many; how many were not.
+        self.crowded = False
+        self.shows = log.isEnabledFor(logging.DEBUG)
+        self.unshown = 0
 
         # Who waits for another turn, in order; until when turns are taken in this round of the
-        # event loop, in time.monotonic(); what is done when the next one begins.
+        # event loop, in time.monotonic(); what is done when the next round begins, and always.
         self._line: OrderedDict[Connection, None] = OrderedDict()
         self._round_ends = 0.0
         self._next_round: asyncio.Future[None] | None = None
@@ -1790,7 +1812,6 @@ class Connections:
         # The clock of the deadlines, and how often they are looked at: four times in the shortest.
         self.now = 0.0
         self._period = PERIOD
-        self._shows = log.isEnabledFor(logging.DEBUG)
         # glibc returns the top of the heap to the kernel at each free above a threshold, which
         # grows with the largest block that was ever freed. Without this, a message of 64 KiB costs
         # 35 page faults: 70 us rather than 25.
@@ -1804,41 +1825,45 @@ class Connections:
         attributes["_ws_echo"] = connections
         return connections
 
-    # ---- The poller: one epoll, or the IOLoop where there is none
+    # ---- The poller: one epoll; or the IOLoop, where there is none
 
-    def add(self, connection: Connection, fd: int, limit: float) -> None:
-        """`limit` is the shortest of its deadlines, in seconds."""
-        if not self._sweeper:
-            self._start()
-        self.open.add(connection)
-        self.watched[fd] = connection
-        self.opened += 1
-        self._period = min(self._period, limit / 4)
+    def register(self, fd: int, who: Connection | Visitor) -> None:
+        if not self.watched:
+            self._begin()
+        known = fd in self.watched
+        self.watched[fd] = who
+        if known:
+            # A visitor has become a connection.
+            return
         if self._epoll:
             self._epoll.register(fd, READ)
         else:
-            ready = functools.partial(self._ready, connection)
-            outside(IOLoop.current().add_handler, fd, ready, READ)
+            outside(IOLoop.current().add_handler, fd, self._ready, READ)
 
-    def watch(self, connection: Connection, fd: int, events: int) -> None:
+    def watch(self, fd: int, events: int) -> None:
         if self._epoll:
             self._epoll.modify(fd, events)
         else:
             outside(IOLoop.current().update_handler, fd, events)
 
-    def forget(self, connection: Connection, fd: int) -> None:
+    def forget(self, fd: int, who: Connection | Visitor) -> None:
         """Before its socket is closed, if that has not been done behind our back."""
-        self._line.pop(connection, None)
-        if self.watched.get(fd) is connection:
-            del self.watched[fd]
-            if not self._epoll:
-                IOLoop.current().remove_handler(fd)
-            else:
-                with contextlib.suppress(OSError):
-                    self._epoll.unregister(fd)
+        if isinstance(who, Connection):
+            self._line.pop(who, None)
+        if self.watched.get(fd) is not who:
+            return
+        del self.watched[fd]
+        if not self._epoll:
+            IOLoop.current().remove_handler(fd)
+        else:
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
+        if not self.watched and not self.open:
+            self._end()
 
-    def _ready(self, connection: Connection, fd: int, events: int) -> None:
-        connection.ready(events)
+    def _ready(self, fd: int, events: int) -> None:
+        if who := self.watched.get(fd):
+            who.ready(events)
 
     def poll(self, *_: object) -> None:
         """Serves what is ready."""
@@ -1854,6 +1879,73 @@ class Connections:
         """Ends all; IOLoop.close calls it, too."""
         for connection in list(self.open):
             connection.end()
+
+    def _begin(self) -> None:
+        if self._sweeper:
+            return
+        if hasattr(select, "epoll"):
+            self._epoll = select.epoll()
+            outside(IOLoop.current().add_handler, self, self.poll, READ)
+        self._sweeper = outside(self.loop.create_task, self._sweep())
+
+    def _end(self) -> None:
+        sweeper, self._sweeper = self._sweeper, None
+        if sweeper:
+            sweeper.cancel()
+        self._period = PERIOD
+        if self._epoll:
+            IOLoop.current().remove_handler(self)
+            self._epoll.close()
+            self._epoll = None
+
+    # ---- Who comes and goes
+
+    def add(self, connection: Connection, fd: int, limit: float) -> None:
+        """`limit` is the shortest of its deadlines, in seconds."""
+        self.register(fd, connection)
+        self.open.add(connection)
+        self.opened += 1
+        self._period = min(self._period, limit / 4)
+        self.look_at_log()
+
+    def remove(self, connection: Connection) -> bool:
+        """Takes its numbers; returns whether it was open. `/metrics` must not count backwards."""
+        if connection not in self.open:
+            return False
+        self.open.remove(connection)
+        self.closed[connection.outcome] += 1
+        self.traffic.add(connection.traffic)
+        if not self.watched and not self.open:
+            self._end()
+        return True
+
+    def look_at_log(self) -> None:
+        self.shows = log.isEnabledFor(logging.DEBUG) and not self.crowded
+
+    def all_traffic(self) -> Traffic:
+        """Also of those that are open."""
+        traffic = dataclasses.replace(self.traffic)
+        for connection in self.open:
+            traffic.add(connection.traffic)
+        return traffic
+
+    async def go_away(self, application: web.Application, seconds: float = 10.0) -> None:
+        """Closes the clients of an application with 1001, behind the replies that they are owed.
+        Whoever is left after so many seconds is dropped. Until then, who comes is closed, too."""
+        for connection in self._clients(application):
+            connection.enter(connection.read_rest)
+        self.leaving.add(application)
+        for connection in self._clients(application):
+            connection.enter(connection.settle)
+        try:
+            await until(lambda: not self._clients(application), time.monotonic() + seconds)
+        finally:
+            self.leaving.discard(application)
+            for connection in self._clients(application):
+                connection.end()
+
+    def _clients(self, application: web.Application) -> list[Connection]:
+        return [client for client in self.open if client.handler.application is application]
 
     # ---- Rounds
 
@@ -1879,7 +1971,8 @@ class Connections:
             future_set_result_unless_cancelled(self._next_round, None)
             self._next_round = None
         while self._line:
-            self._line.popitem(last=False)[0].take_turn()
+            connection = self._line.popitem(last=False)[0]
+            connection.enter(connection.turn)
             if time.monotonic() >= self._round_ends:
                 break
         self._round_ends = 0.0
@@ -1887,12 +1980,6 @@ class Connections:
             self.has_time()
 
     # ---- The sweep
-
-    def _start(self) -> None:
-        if hasattr(select, "epoll"):
-            self._epoll = select.epoll()
-            outside(IOLoop.current().add_handler, self, self.poll, READ)
-        self._sweeper = outside(self.loop.create_task, self._sweep())
 
     async def _sweep(self) -> None:
         """Looks at all deadlines, over and over. When it is cancelled, the event loop ends."""
@@ -1903,69 +1990,16 @@ class Connections:
                 # Time in which nobody looked is not held against a peer: the process was stopped,
                 # or the event loop was kept busy.
                 self.now += min(time.monotonic() - before, 2 * self._period)
-                await self._check_all()
+                self.look_at_log()
+                # In slices, between which others have their turn.
+                for number, connection in enumerate(list(self.open), 1):
+                    connection.enter(connection.check, self.now)
+                    if number % 256 == 0:
+                        await asyncio.sleep(0)
         except asyncio.CancelledError:
-            # As nobody needs it any more, or because the event loop ends.
             if self._sweeper is asyncio.current_task():
                 self.close()
                 raise
-
-    async def _check_all(self) -> None:
-        """In slices, between which others have their turn."""
-        shows = log.isEnabledFor(logging.DEBUG)
-        for number, connection in enumerate(list(self.open), 1):
-            if shows != self._shows:
-                connection.enter(connection.choose)
-            connection.enter(connection.check, self.now)
-            if number % 256 == 0:
-                await asyncio.sleep(0)
-        self._shows = shows
-
-    def remove(self, connection: Connection) -> bool:
-        """Takes its numbers; returns whether it was open. `/metrics` must not count backwards."""
-        if connection not in self.open:
-            return False
-        self.open.remove(connection)
-        self.closed[connection.outcome] += 1
-        self.traffic.add(connection.counted())
-        if not self.open:
-            self._stop()
-        return True
-
-    def all_traffic(self) -> Traffic:
-        """Also of those that are open."""
-        traffic = dataclasses.replace(self.traffic)
-        for connection in self.open:
-            traffic.add(connection.counted())
-        return traffic
-
-    def _stop(self) -> None:
-        sweeper, self._sweeper = self._sweeper, None
-        if sweeper:
-            sweeper.cancel()
-        self._period = PERIOD
-        if self._epoll:
-            IOLoop.current().remove_handler(self)
-            self._epoll.close()
-            self._epoll = None
-
-    async def go_away(self, application: Application, seconds: float = 10.0) -> None:
-        """Closes the clients of an application with 1001, behind the replies that they are owed.
-        Whoever is left after so many seconds is dropped. Until then, who comes is closed, too."""
-        for connection in self._clients(application):
-            connection.enter(connection.read_rest)
-        self.leaving.add(application)
-        for connection in self._clients(application):
-            connection.settle()
-        try:
-            await until(lambda: not self._clients(application), time.monotonic() + seconds)
-        finally:
-            self.leaving.discard(application)
-            for connection in self._clients(application):
-                connection.end()
-
-    def _clients(self, application: Application) -> list[Connection]:
-        return [client for client in self.open if client.handler.application is application]
 
 
 async def until(condition: Callable[[], bool], deadline: float) -> None:
@@ -1973,138 +2007,211 @@ async def until(condition: Callable[[], bool], deadline: float) -> None:
         await asyncio.sleep(0.01)
 
 
-# ------------------------------------------------------------------------------------------------------ HTTP
+# --------------------------------------------------------------------------------------------- HTTP
 # What is answered without a WebSocket: why a handshake failed, the health check, the page.
 
 
 class Refusal(Exception):  # noqa: N818  # not always an error
-    """A handshake that is refused, and why."""
+    """Why a request is refused: a text, which the metrics count, and what is the matter in this
+    case."""
 
     headers: ClassVar[dict[int, dict[str, str]]] = {
+        405: {"Allow": "GET"},
         426: {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"},
         503: {"Retry-After": "5"},
     }
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, reason: str, detail: str = "") -> None:
         self.status = status
-        self.text = text
+        self.reason = reason
+        self.text = f"{reason}: {detail}" if detail else reason
 
-    def answer(self, handler: EchoHandler, peer: str) -> None:
-        # It was meant to be a handshake.
-        if "Sec-WebSocket-Key" in handler.request.headers:
-            reason = self.text.partition("\n")[0]
-            log.warning("[SERVER] error:%d %s, %s", self.status, reason, peer)
-            Connections.current().refused[reason] += 1
-        seen = "".join(
-            f"{name}: {value}\n" for name, value in seen_by_server(handler.request, peer)
-        )
-        body = f"{self.status}: {self.text}\n\nThe server saw:\n{seen}"
+    def answer(self, handler: web.RequestHandler, peer: str) -> None:
+        """A plain GET is answered, too, but is worth no line."""
+        headers = handler.request.headers
+        if self.status != 426 or "Sec-WebSocket-Key" in headers or "Upgrade" in headers:
+            self.report(peer)
+        seen = seen_by_server(handler.request, peer)
+        lines = "".join(f"{name}: {value}\n" for name, value in seen)
         handler.set_status(self.status)
+        body = f"{self.status}: {self.text}\n\nThe server saw:\n{lines}"
         answer(handler, "text/plain", body, **self.headers.get(self.status, {}))
 
+    def report(self, peer: str) -> None:
+        log.warning("[SERVER] error:%d %s, %s", self.status, self.text, peer)
+        Connections.current().refused[self.reason] += 1
 
-def check_handshake(request: HTTPServerRequest) -> None:
+
+def check_handshake(request: httputil.HTTPServerRequest) -> None:
     """RFC 6455 section 4.2.1; raises Refusal."""
     headers = request.headers
-    if not has_token(headers, "Upgrade", "websocket") or request.method != "GET":
-        raise Refusal(
-            426, "this is a WebSocket endpoint, and the header Upgrade: websocket is missing"
-        )
+    if not has_token(headers, "Upgrade", "websocket"):
+        raise Refusal(426, "this is a WebSocket endpoint, and Upgrade: websocket is missing")
     if not has_token(headers, "Connection", "upgrade"):
         raise Refusal(426, "the header Connection: Upgrade is missing")
-    if headers.get("Sec-WebSocket-Version") != "13":
-        raise Refusal(426, "the header Sec-WebSocket-Version: 13 is missing")
-    headers["Upgrade"] = "websocket"  # RFC 9110 section 7.8 allows a list, Tornado does not
-    if request.version != "HTTP/1.1":  # whose header Host Tornado has checked
-        raise Refusal(400, "a handshake is HTTP/1.1 with one header Host")
-    if "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0":
-        raise Refusal(400, "a handshake has no body")
-    if not re.fullmatch("[A-Za-z0-9+/]{22}==", headers.get("Sec-WebSocket-Key", "")):
-        raise Refusal(400, "the header Sec-WebSocket-Key is missing, or not 16 bytes in base64")
-    try:
+    version = headers.get("Sec-WebSocket-Version", "")
+    if version != "13":
+        given = f"it is {printable(version, 40)}" if version else "it is missing"
+        raise Refusal(426, "the header Sec-WebSocket-Version must be 13", given)
+    if request.version != "HTTP/1.1":
+        raise Refusal(400, "a handshake is HTTP/1.1")
+    refuse_body(headers)
+    key = headers.get("Sec-WebSocket-Key")
+    if key is None or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
+        given = f"it is {printable(key, 40)}" if key else "it is missing"
+        raise Refusal(400, "the header Sec-WebSocket-Key must be 16 bytes in base64", given)
+    offered = listed(headers.get("Sec-WebSocket-Protocol", ""))
+    if not all(re.fullmatch(r"[!#$%&'*+.^_`|~\w-]+", name, re.ASCII) for name in offered):
+        raise Refusal(400, "the header Sec-WebSocket-Protocol must be a list of tokens")
+    with contextlib.suppress(ValueError):
         urlsplit(headers.get("Origin", ""))
-    except ValueError:
-        raise Refusal(403, "the header Origin is not a URL") from None
+        return
+    raise Refusal(403, "the header Origin is not a URL")
 
 
-accept_key = websocket.WebSocketProtocol13.compute_accept_value  # RFC 6455 section 4.2.2, item 5.4
+def refuse_body(headers: httputil.HTTPHeaders) -> None:
+    if "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0":
+        raise Refusal(400, "a request has no body here")
 
 
-def has_token(headers: HTTPHeaders, name: str, token: str) -> bool:
+# RFC 6455 section 4.2.2, item 5.4.
+accept_key = websocket.WebSocketProtocol13.compute_accept_value
+
+
+def switching_protocols(headers: Mapping[str, str]) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/1.1 101 Switching Protocols\r\n{lines}\r\n".encode("latin-1")
+
+
+def has_token(headers: httputil.HTTPHeaders, name: str, token: str) -> bool:
     return token in listed(headers.get(name, "").lower())
 
 
 def listed(text: str) -> list[str]:
-    """RFC 9110 section 5.6.1: a comma-separated list; empty ones do not count."""
+    """RFC 9110 section 5.6.1: a comma-separated list, in which empty items do not count."""
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def path_of(request: HTTPServerRequest) -> str:
+@functools.lru_cache(256)
+def normal_origin(text: str) -> str:
+    """As browsers write it, RFC 6454 section 6: in small letters, an IDN in punycode, and without
+    the port that the scheme implies. Raises ValueError."""
+    if text in ("*", "null"):
+        return text
+    parts = urlsplit(text.lower())
+    if not parts.scheme or not parts.hostname or parts.path not in ("", "/") or parts.query:
+        raise ValueError(f"{text!r} is no origin such as https://example.org")
+    host = parts.hostname.encode("idna").decode() if ":" not in parts.hostname else parts.hostname
+    implied = {"http": 80, "https": 443}.get(parts.scheme)
+    port = f":{parts.port}" if parts.port and parts.port != implied else ""
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
+
+
+@functools.lru_cache(16)
+def parse_origins(origins: str) -> frozenset[str]:
+    """Raises ValueError."""
+    return frozenset(map(normal_origin, listed(origins)))
+
+
+def is_host(origin: str, headers: httputil.HTTPHeaders) -> bool:
+    return urlsplit(origin).netloc.lower() == headers.get("Host", "").lower()
+
+
+def path_of(request: httputil.HTTPServerRequest) -> str:
     """Without the query, also of a target in absolute form (RFC 9112 section 3.2.2)."""
     return re.sub(r"^[A-Za-z]+://[^/]*", "", request.path) or "/"
 
 
-Proxies = Collection[ipaddress.IPv4Network | ipaddress.IPv6Network | str]  # the str is "unix"
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+# Of proxies; the str is "unix".
+Proxies = Collection[ipaddress.IPv4Network | ipaddress.IPv6Network | str]
+
+
+def read_address(text: str) -> Address:
+    """As it may be written: in brackets, with a port or a zone, IPv4 mapped into IPv6. Raises
+    ValueError."""
+    bracketed = re.fullmatch(r"\[(.*)\](:\d+)?|([\d.]+):\d+", text.strip().strip('"'))
+    host = (bracketed[1] or bracketed[3]) if bracketed else text.strip()
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def parse_proxies(text: str) -> Proxies:
-    return [
-        name if name == "unix" else ipaddress.ip_network(name, strict=False)
-        for name in listed(text)
-    ]
+    """Raises ValueError."""
+    return ["unix" if item == "unix" else parse_network(item) for item in listed(text)]
 
 
-def peer_of(request: HTTPServerRequest, proxies: Proxies = ()) -> str:
-    """Whom the socket is from; through trusted proxies, from the right, who X-Forwarded-For says it is."""
+def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    host, slash, bits = text.partition("/")
+    address = read_address(host)
+    if slash and address.version == 4 and ":" in host:
+        bits = str(int(bits) - 96)
+    return ipaddress.ip_network(f"{address}{slash}{bits}", strict=False)
+
+
+def peer_of(request: httputil.HTTPServerRequest, proxies: Proxies = ()) -> str:
+    """Whom the socket is from, or whom Tornado has found in a header. Through trusted proxies, from
+    the right, whom X-Forwarded-For names."""
     address = cast(Any, request.connection).context.address
-    host = peer = "unix"
-    if isinstance(address, tuple):
-        host = address[0].removeprefix("::ffff:")  # IPv4 on a socket for both
-        peer = f"{f'[{host}]' if ':' in host else host}:{address[1]}"
-    forwarded = request.headers.get("X-Forwarded-For", "").split(",")
-    with contextlib.suppress(ValueError):  # not an address
+    if not isinstance(address, tuple):
+        host: Address | str = "unix"
+    elif request.remote_ip and request.remote_ip != address[0]:
+        return str(request.remote_ip)
+    elif proxies:
+        host = read_address(address[0])
+    peer = name_of(address)
+    forwarded = listed(request.headers.get("X-Forwarded-For", "")) if proxies else []
+    with contextlib.suppress(ValueError):
         while forwarded and is_trusted(host, proxies):
-            host = peer = str(
-                ipaddress.ip_address(forwarded.pop().strip().partition("%")[0])
-            )  # a zone may be any text
+            host = read_address(forwarded.pop())
+            peer = str(host)
     return peer
 
 
-def is_trusted(host: str, proxies: Proxies) -> bool:
-    if host == "unix":
-        return "unix" in proxies
-    return any(
-        ipaddress.ip_address(host) in network for network in proxies if not isinstance(network, str)
-    )
+def name_of(address: Any) -> str:
+    """The other end of a socket, as the log names it."""
+    if not isinstance(address, tuple):
+        return "unix"
+    host, port = address[:2]
+    if ":" in host:
+        # IPv6, or IPv4 mapped into it.
+        read = read_address(host)
+        host = f"[{read}]" if read.version == 6 else read
+    return f"{host}:{port}"
+
+
+def is_trusted(host: Address | str, proxies: Proxies) -> bool:
+    if isinstance(host, str):
+        return host in proxies
+    return any(host in network for network in proxies if not isinstance(network, str))
 
 
 def printable(text: str | bytes | bytearray, most: int = 200) -> str:
     """In ASCII and on one line."""
-    return (
-        text[:most].encode("unicode_escape").decode()
-        if isinstance(text, str)
-        else repr(bytes(text[:most]))[2:-1]
-    )
+    if isinstance(text, str):
+        return text[:most].encode("unicode_escape").decode()
+    return repr(bytes(text[:most]))[2:-1]
 
 
-def seen_by_server(request: HTTPServerRequest, peer: str) -> list[tuple[str, str]]:
-    """For those whose proxy drops or changes it. Never cookies or credentials: a page can read this."""
+def seen_by_server(request: httputil.HTTPServerRequest, peer: str) -> list[tuple[str, str]]:
+    """For those whose proxy drops or changes it. Never cookies or credentials: a page can read
+    this."""
     shown = re.compile(r"Host|Connection|Upgrade|Origin|Sec-Websocket-.*|X-Forwarded-.*")
-    headers = [
-        (name, value) for name, value in sorted(request.headers.get_all()) if shown.fullmatch(name)
-    ]
-    return [("Peer", peer)] + [
-        (n.replace("Websocket", "WebSocket"), printable(v, 1000)) for n, v in headers
+    headers = [item for item in sorted(request.headers.get_all()) if shown.fullmatch(item[0])]
+    return [
+        ("Peer", peer),
+        *((n.replace("Websocket", "WebSocket"), printable(v, 1000)) for n, v in headers),
     ]
 
 
-def answer(handler: RequestHandler, media_type: str, body: str, **more: str) -> None:
+def answer(handler: web.RequestHandler, media_type: str, body: str, **more: str) -> None:
     headers = {
         "Content-Type": f"{media_type}; charset=utf-8",
         "Vary": "Accept",
         "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
     }
-    for name, value in (headers | {"X-Content-Type-Options": "nosniff"} | more).items():
+    for name, value in (headers | more).items():
         handler.set_header(name, value)
     handler.finish(body)
 
@@ -2112,29 +2219,26 @@ def answer(handler: RequestHandler, media_type: str, body: str, **more: str) -> 
 def metrics(connections: Connections) -> str:
     """The text format of Prometheus, 0.0.4."""
     messages, sizes = by_type(connections.all_traffic())
-    families: list[tuple[str, str, dict[str, int]]] = [
-        ("build_info", "The version that runs.", by("version", {__version__: 1})),
-        ("connections", "Open WebSocket connections.", {"": len(connections.open)}),
-        ("connections_opened_total", "WebSocket connections so far.", {"": connections.opened}),
-        (
-            "connections_closed_total",
-            "By close code; 1006: without a Close.",
-            by("code", connections.closed),
-        ),
-        (
-            "connections_cut_total",
-            "Peers that stalled, or that did not answer a ping.",
-            by("reason", connections.cut),
-        ),
-        ("handshakes_refused_total", "By reason.", by("reason", connections.refused)),
-        ("messages_total", "Messages.", messages),
-        ("message_bytes_total", "Their payload.", sizes),
+    closed = Counter[str]()
+    for code, count in connections.closed.items():
+        # One series for all that applications choose from, so that no peer can make thousands.
+        closed[f"{code // 1000}000-{code // 1000}999" if code >= 3000 else str(code)] += count
+    families: list[tuple[str, str, Mapping[str, float]]] = [
+        ("ws_echo_build_info", "The version that runs.", by("version", {__version__: 1})),
+        ("ws_echo_connections", "Open WebSocket connections.", {"": len(connections.open)}),
+        ("ws_echo_connections_opened_total", "So far.", {"": connections.opened}),
+        ("ws_echo_connections_closed_total", "By close code; 1006: none.", by("code", closed)),
+        ("ws_echo_connections_cut_total", "Given up, by reason.", by("reason", connections.cut)),
+        ("ws_echo_handshakes_refused_total", "By reason.", by("reason", connections.refused)),
+        ("ws_echo_messages_total", "Messages.", messages),
+        ("ws_echo_message_bytes_total", "Their payload.", sizes),
+        *process_metrics(),
     ]
     lines = []
     for name, text, values in families:
         kind = "counter" if name.endswith("_total") else "gauge"
-        lines += [f"# HELP ws_echo_{name} {text}", f"# TYPE ws_echo_{name} {kind}"]
-        lines += [f"ws_echo_{name}{labels} {value}" for labels, value in values.items()]
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{labels} {value}" for labels, value in values.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -2153,58 +2257,93 @@ def by(label: str, counts: Mapping[Any, int]) -> dict[str, int]:
     return {f'{{{label}="{value}"}}': count for value, count in counts.items()}
 
 
-class PlainGet(Matcher):
+def process_metrics() -> list[tuple[str, str, dict[str, float]]]:
+    """What client libraries of Prometheus tell of every process, by the names that they use."""
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    values = {
+        "start_time_seconds": (STARTED, "Start, since the epoch."),
+        "cpu_seconds_total": (usage.ru_utime + usage.ru_stime, "User and system CPU time."),
+        "max_fds": (resource.getrlimit(resource.RLIMIT_NOFILE)[0], "Limit of descriptors."),
+    }
+    with contextlib.suppress(OSError):
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+        values["resident_memory_bytes"] = pages * resource.getpagesize(), "Resident memory."
+        values["open_fds"] = len(os.listdir("/proc/self/fd")) - 1, "Open descriptors."
+    return [(f"process_{name}", text, {"": value}) for name, (value, text) in values.items()]
+
+
+STARTED = time.time()
+
+
+class PlainGet(routing.Matcher):
     """Not a handshake, and of one of these paths or from somebody who accepts HTML."""
 
     def __init__(self, paths: Collection[str]) -> None:
         self.paths = paths
 
-    def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
-        if has_token(request.headers, "Upgrade", "websocket") or request.method not in (
-            "GET",
-            "HEAD",
-        ):
+    def match(self, request: httputil.HTTPServerRequest) -> dict[str, Any] | None:
+        plain = request.method in ("GET", "HEAD")
+        if not plain or has_token(request.headers, "Upgrade", "websocket"):
             return None
         wanted = path_of(request) in self.paths or "text/html" in request.headers.get("Accept", "")
         return {} if wanted else None
 
 
-class PlainHandler(RequestHandler):
+class PlainHandler(web.RequestHandler):
     def initialize(self, server: Server) -> None:
         self.server = server
 
+    def prepare(self) -> None:
+        self.server.lobby.hurry(self)
+
     def get(self) -> None:
         server, path = self.server, path_of(self.request)
-        if path == "/healthz":  # for load balancers
+        if path == "/healthz":
+            # For load balancers.
             self.set_status(503 if server.stopping else 200)
             answer(self, "text/plain", "stopping\n" if server.stopping else "ok\n")
         elif path == "/metrics" and server.options.metrics:
             answer(self, "text/plain; version=0.0.4", metrics(server.connections))
         else:
-            seen = seen_by_server(self.request, peer_of(self.request, server.proxies))
-            rows = "".join(
-                f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in seen
-            )
-            page = (
-                PAGE if server.options.scenarios else PAGE.replace("<details>", "<details hidden>")
-            )
-            page = page.replace("<!--handshake-->", rows)
-            answer(self, "text/html", page, **{"Content-Security-Policy": page_policy()})
+            self.show_page()
 
     head = get
 
+    def show_page(self) -> None:
+        seen = seen_by_server(self.request, peer_of(self.request, self.server.proxies))
+        rows = (
+            f"<dt>{xhtml_escape(name)}</dt><dd>{xhtml_escape(value)}</dd>" for name, value in seen
+        )
+        page = PAGE.replace("<!--handshake-->", "".join(rows))
+        if not self.server.options.scenarios:
+            page = page.replace("<details>", "<details hidden>")
+        headers = {
+            "Content-Security-Policy": page_policy(self.request.host),
+            # Isolated from all others, a page gets clocks that are exact.
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Cross-Origin-Embedder-Policy": "require-corp",
+        }
+        answer(self, "text/html", page, **headers)
 
-def page_policy() -> str:
-    """The page's own style and script, and connections to where it came from."""
-    hashes = [
-        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(utf8(text)).digest()).decode()}'; "
-        for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL)
-    ]
-    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return f"default-src 'none'; {''.join(hashes)}{rest}"
+
+def page_policy(host: str) -> str:
+    """The page's own style and script, and connections to where it came from: to older versions of
+    Safari, 'self' does not include ws:."""
+    import base64
+    import hashlib
+
+    rules = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(utf8(text)).digest()).decode()
+        rules.append(f"{tag}-src 'sha256-{digest}'")
+    sockets = f" ws://{host} wss://{host}" if re.fullmatch(r"[\w.:\[\]-]+", host) else ""
+    return "; ".join([*rules, f"connect-src 'self'{sockets}", "frame-ancestors 'none'"])
 
 
-# --------------------------------------------------------------------------------------------------- Options
+# ------------------------------------------------------------------------------------------ Options
 
 
 def option(
@@ -2215,66 +2354,57 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+listening, tls, echo, limits, operation, client = (
+    functools.partial(option, group)
+    for group in ("Listening", "TLS", "Echo", "Limits", "Operation", "Client")
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each option once: the flags and the names of the configuration file are made from these fields."""
+    """Each option once: flags and the names of the configuration file are made from these."""
 
-    address: str = option(
-        "Listening", "", "address to listen on (default: all, IPv4 and IPv6)", "ADDRESS"
+    address: str = listening("", "address to listen on (default: all of IPv4 and IPv6)", "ADDRESS")
+    port: int = listening(4000, "port to listen on; 0: any free one", "PORT", 0, 65535)
+    reuse_port: bool = listening(False, "share the port with other processes that do the same")
+    unix_socket: str = listening("", "Unix socket to listen on instead of TCP", "PATH")
+    certfile: str = tls("", "PEM file with the certificate chain, to serve TLS", "FILE")
+    keyfile: str = tls("", "PEM file with its private key, if that is in a file of its own", "FILE")
+    client_cafile: str = tls("", "PEM file of authorities that must certify the clients", "FILE")
+    prefix: str = echo("ECHO:", "text before each reply; '' makes the server a mirror", "TEXT")
+    origins: str = echo("*", "origins whose pages may connect; '' is only our own", "LIST")
+    compression: bool = echo(True, "accept permessage-deflate when a client offers it")
+    scenarios: bool = echo(True, "let the URL ask for delays, closes, drops and pushes")
+    max_message_size: int = limits(
+        1 << 20, "largest message, before and after inflating", "BYTES", 125
     )
-    port: int = option("Listening", 4000, "port to listen on, 0: any free one", "PORT", 0, 65535)
-    reuse_port: bool = option("Listening", False, "let several processes listen on the port")
-    unix_socket: str = option("Listening", "", "listen on this Unix socket instead of TCP", "PATH")
-    certfile: str = option("TLS", "", "serve TLS with this certificate chain (PEM)", "FILE")
-    keyfile: str = option("TLS", "", "its private key, if it is in a file of its own", "FILE")
-    client_cafile: str = option(
-        "TLS", "", "require client certificates of these authorities", "FILE"
+    max_connections: int = limits(
+        0, "most connections at a time; 0: as descriptors allow", "NUMBER"
     )
-    prefix: str = option(
-        "Echo", "ECHO:", "what comes before the message, '' makes a mirror", "TEXT"
+    handshake_timeout: float = limits(
+        10.0, "seconds for TLS, and for the request", "SECONDS", 0.001
     )
-    origins: str = option(
-        "Echo", "*", "comma-separated origins of pages that may connect, '' only our own", "LIST"
+    ping_interval: float = limits(
+        30.0, "seconds of silence before a ping is sent; 0: never", "SECONDS"
     )
-    compression: bool = option("Echo", True, "accept permessage-deflate")
-    scenarios: bool = option("Echo", True, "let the URL ask for delays, closes, drops and pushes")
-    max_message_size: int = option(
-        "Limits", 1 << 20, "of a message, also after inflating", "BYTES", 125
+    ping_timeout: float = limits(30.0, "seconds to answer a ping; 0: for ever", "SECONDS")
+    stall_timeout: float = limits(60.0, "seconds a message may stand still; 0: for ever", "SECONDS")
+    drain_timeout: float = limits(10.0, "seconds for clients to leave when we stop", "SECONDS")
+    trusted_proxies: str = operation("", "proxies whose X-Forwarded-For is believed", "LIST")
+    metrics: bool = operation(False, "answer /metrics for Prometheus")
+    log_level: str = operation("debug", "lowest level to log: debug, info, warning, error", "LEVEL")
+    config: str = operation("", "TOML file with these options; the command line wins", "FILE")
+    connect: str = client("", "server to connect to as a client, instead of serving", "URL")
+    send: tuple[str, ...] = client((), "text to send; repeatable (default: lines of stdin)", "TEXT")
+    timeout: float = client(
+        10.0, "seconds for the handshake, and for each answer", "SECONDS", 0.001
     )
-    max_connections: int = option(
-        "Limits", 0, "at the same time, 0: from the descriptor limit", "NUMBER"
-    )
-    handshake_timeout: float = option("Limits", 10.0, "for TLS and the request", "SECONDS", 0.001)
-    ping_interval: float = option("Limits", 30.0, "of silence before a ping, 0: never", "SECONDS")
-    ping_timeout: float = option("Limits", 30.0, "for the answer to it, 0: for ever", "SECONDS")
-    stall_timeout: float = option(
-        "Limits", 60.0, "without progress of a message, 0: for ever", "SECONDS"
-    )
-    drain_timeout: float = option(
-        "Limits", 10.0, "for clients to leave when stopping, 0: none", "SECONDS"
-    )
-    trusted_proxies: str = option(
-        "Operation", "", "addresses whose X-Forwarded-For is believed, or unix", "LIST"
-    )
-    metrics: bool = option("Operation", False, "answer /metrics for Prometheus")
-    log_level: str = option("Operation", "info", "debug, info, warning or error", "LEVEL")
-    config: str = option(
-        "Operation", "", "TOML file with these names; the command line wins", "FILE"
-    )
-    connect: str = option("Client", "", "be a client of this server, instead of one", "URL")
-    send: tuple[str, ...] = option(
-        "Client", (), "message to send (repeatable; default: lines of stdin)", "TEXT"
-    )
-    timeout: float = option(
-        "Client", 10.0, "for the handshake, and for each answer", "SECONDS", 0.001
-    )
-    cafile: str = option(
-        "Client", "", "authorities that the server's certificate is checked against", "FILE"
-    )
-    insecure: bool = option("Client", False, "do not check the server's certificate")
+    cafile: str = client("", "PEM file of authorities that certify the server", "FILE")
+    insecure: bool = client(False, "do not check the server's certificate")
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+LEVELS = "debug", "info", "warning", "error"
 
 
 def check_option(name: str, value: Any) -> Any:
@@ -2288,19 +2418,21 @@ def check_option(name: str, value: Any) -> Any:
     least, most = field.metadata["least"], field.metadata["most"]
     if kind in (int, float) and not least <= value <= most:
         raise ValueError(f"{value} is not between {least:g} and {most:g}")
-    if name == "log_level" and value not in ("debug", "info", "warning", "error"):
+    if name == "log_level" and value not in LEVELS:
         raise ValueError(f"{value!r} is not debug, info, warning or error")
     if field.metadata["metavar"] == "FILE" and "\0" in value:
         raise ValueError(f"{value!r} cannot be the name of a file")
     if name == "trusted_proxies":
         parse_proxies(value)
-    if name == "connect" and not re.match("wss?://", value):
+    if name == "origins":
+        parse_origins(value)
+    if name == "connect" and not re.match("wss?://", value, re.IGNORECASE):
         raise ValueError(f"{value!r} does not begin with ws:// or wss://")
     return value
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Raises OSError when it cannot be read, ValueError when it says something that is not an option."""
+    """Raises OSError when it cannot be read, ValueError when it says what is no option."""
     import tomllib
 
     options, where = {}, path
@@ -2312,42 +2444,67 @@ def read_config(path: str) -> dict[str, Any]:
             if key not in FIELDS or FIELDS[key].metadata["group"] == "Client" or key == "config":
                 raise ValueError("there is no such option")
             options[key] = check_option(key, value)
-    except ValueError as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
     return options
 
 
-# ---------------------------------------------------------------------------------------------------- Server
-# Listening sockets, TLS, systemd, a clean stop.
+# ------------------------------------------------------------------------------------------- Server
+# Listening sockets, who is connected and no WebSocket yet, TLS, systemd, a clean stop.
 
 
 class CannotServe(Exception):  # noqa: N818  # not our error, either
-    """What is around us does not let us serve; the text is one line that names the address or the file."""
+    """What is around us does not let us serve. The text is one line that names what it is."""
 
 
-RESERVE = 64  # descriptors that are not for WebSockets: files, listening sockets, handshakes, health checks
-BACKLOG = 4096  # handshakes of TCP that the kernel keeps for us, if net.core.somaxconn lets it
-GRACE = 1.0  # seconds for the requests of those who are connected when we are told to stop
-PAUSE = 0.5  # seconds without accepting when descriptors have run out all the same
+# Descriptors that are not for WebSockets: files, listening sockets, handshakes, health checks.
+RESERVE = 64
+# Handshakes of TCP that the kernel keeps for us, if net.core.somaxconn lets it.
+BACKLOG = 4096
+# Seconds for the requests of those who are connected when we are told to stop.
+GRACE = 1.0
+# Seconds without accepting when descriptors have run out.
+PAUSE = 0.5
+# Bytes of a request before its body.
+HEAD = 16 * 1024
 
 
 async def run_server(options: Options, reread: Callable[[], Options]) -> int:
-    logging.basicConfig(
-        handlers=[LineHandler()]
-    )  # Tornado and asyncio keep to WARNING: below is a peer's doing
+    # Of Tornado and asyncio, what is below WARNING is a peer's doing.
+    lines = LineHandler(Connections.current())
+    logging.basicConfig(handlers=[lines])
     log.setLevel(options.log_level.upper())
-    gc.freeze()  # what is there stays; and the garbage of a connection is little, so look for it less often:
-    gc.set_threshold(2_000, 10, 10)  # a tenth of the time of short connections was spent on that
-    await Server(options, reread).serve()
+    import gc
+
+    # What is there stays. The garbage of connections is little, so it is looked for less often: a
+    # tenth of the time of short connections went there.
+    gc.freeze()
+    gc.set_threshold(2_000, 10, 10)
+    await Server(options, reread, lines).serve()
     return 0
 
 
 class ServedHandler(EchoHandler):
-    """EchoHandler in the stand-alone server, which may be full, and behind proxies."""
+    """EchoHandler in the stand-alone server."""
 
-    def initialize(self, server: Server, **options: Any) -> None:
-        super().initialize(**options)
+    def initialize(self, server: Server) -> None:
+        options = server.options
         self._server = server
+        super().initialize(
+            prefix=options.prefix,
+            compression=options.compression,
+            origins=options.origins,
+            stall_timeout=options.stall_timeout,
+            scenarios=options.scenarios,
+        )
+
+    def clear(self) -> None:
+        """The header of an answer, which takes 8 us and 1 KB. In the lobby there is none."""
+        if not isinstance(self.request.connection, Visitor):
+            super().clear()
+
+    def prepare(self) -> None:
+        self._server.lobby.hurry(self)
 
     def _find_peer(self) -> str:
         return peer_of(self.request, self._server.proxies)
@@ -2356,121 +2513,401 @@ class ServedHandler(EchoHandler):
         super()._check_handshake()
         self._server.check_room()
 
+    def shake_hands(self) -> tuple[Connection, bytes]:
+        """The handshake without Tornado's HTTP server. Returns the answer, too; raises Refusal."""
+        # For templates, of which there are none: 0.7 KB.
+        self.ui = None  # type: ignore[assignment]  # as Tornado does it at the end
+        self.open_args, self.open_kwargs = (), {}
+        self._check_handshake()
+        self.ws_connection = connection = cast(Connection, self.get_websocket_protocol())
+        return connection, switching_protocols(connection.negotiate())
 
-class Server:
-    """Serves until a signal stops it. Making one listens already, so that what cannot be served is said early."""
+    async def _switch_protocols(self, answer: dict[str, str]) -> iostream.IOStream:
+        """The same with it, and the same bytes."""
+        stream = self.detach()
+        self._server.lobby.leave(stream)
+        with contextlib.suppress(iostream.StreamClosedError):
+            await stream.write(switching_protocols(answer))
+        return stream
 
-    def __init__(self, options: Options, reread: Callable[[], Options]) -> None:
-        self.options, self.reread = options, reread
-        self.proxies = parse_proxies(options.trusted_proxies)
-        room = descriptor_limit()
-        self.max_connections = options.max_connections or room - min(RESERVE, room // 2)
-        self.tls = tls_context(options)
-        inherited = inherited_sockets()
-        self.sockets = inherited or listening_sockets(options)
-        self.own_path = "" if inherited else options.unix_socket
-        self.urls = ", ".join(
-            dict.fromkeys(url_of(sock, self.tls is not None) for sock in self.sockets)
-        )
-        self.connections = Connections.current()
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        if status_code == 405:
+            refusal = Refusal(
+                405, "a WebSocket starts with GET", f"and not with {self.request.method}"
+            )
+            refusal.answer(self, self._find_peer())
+        else:
+            super().write_error(status_code, **kwargs)
+
+
+class Visitor:
+    """Who has connected and is no WebSocket yet. To its request it is what an HTTP connection of
+    Tornado's would be."""
+
+    protocol = "http"
+    __slots__ = "address", "asked", "fd", "lobby", "remote_ip", "since", "socket", "stream"
+
+    def __init__(self, lobby: Lobby, sock: socket.socket, address: Any) -> None:
+        self.lobby = lobby
+        self.socket = sock
+        self.fd = sock.fileno()
+        self.address = address
+        # As Tornado has it; what is shown is what `peer_of` finds.
+        self.remote_ip = address[0] if isinstance(address, tuple) else "0.0.0.0"  # noqa: S104  # no address to bind
+        # When it has come, or asked last, in time.monotonic(); and whether it has asked at all.
+        self.since = time.monotonic()
+        self.asked = False
+        # Once it is Tornado's.
+        self.stream: iostream.IOStream | None = None
+
+    @property
+    def context(self) -> Visitor:
+        return self
+
+    def set_close_callback(self, callback: object) -> None:
+        """Tornado's handlers ask for it."""
+
+    def ready(self, events: int) -> None:
+        """Its first bytes have come, or it has left."""
+        try:
+            self.lobby.receive(self, self.socket.recv(HEAD, socket.MSG_PEEK))
+        except OSError:
+            self.lobby.dismiss(self)
+        except Exception:
+            log.exception("[SERVER] error:a mistake of ours, %s", self)
+            self.lobby.dismiss(self)
+
+    def __str__(self) -> str:
+        return name_of(self.address)
+
+    def tell(self, answer: bytes) -> None:
+        """Its last answer. What has come and is not read would make a reset of the end, which may
+        overtake the answer."""
+        with contextlib.suppress(OSError):
+            if self.stream:
+                self.stream.write_to_fd(memoryview(answer))
+            else:
+                self.socket.send(answer)
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+            for _ in range(16):
+                socket.socket.recv(self.socket, READ_SIZE)
+
+
+class Lobby:
+    """Who is connected and no WebSocket yet.
+
+    A connection that brings a handshake, complete and right, becomes a WebSocket at once. One that
+    brings something else than HTTP is told so. All others are for Tornado's HTTP server, which then
+    finds every byte. Whoever does not ask in time is dismissed.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.visitors: set[Visitor] = set()
         self.accepted = 0
-        # Who is not a WebSocket, or not yet: whether it has asked for anything, and when it has come or asked last.
-        self.talking: dict[IOStream, tuple[bool, float]] = {}
-        self.stopping, self.signalled = False, asyncio.Event()
-        limit = options.handshake_timeout
-        self.application = make_app(self)
-        self.http = HTTPServer(
-            self.application,
+        limit = server.options.handshake_timeout
+        self.http = httpserver.HTTPServer(
+            server.application,
             idle_connection_timeout=limit,
             body_timeout=limit,
-            max_header_size=16_384,
+            max_header_size=HEAD,
             max_body_size=0,
         )
 
+    # ---- Coming
+
+    def watch(self, listener: socket.socket) -> None:
+        if not self.server.stopping:
+            IOLoop.current().add_handler(listener, self.accept, IOLoop.READ)
+
+    def accept(self, listener: Any, _: int) -> None:
+        """Not more than 32, so that those who talk wait for 7 ms rather than 45 in a flood."""
+        for number in range(32):
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # EMFILE and its like: the connection stays in the queue, so do not spin.
+                if self.make_room():
+                    continue
+                if not number:
+                    log.error("[SERVER] error:cannot accept: %s", error.strerror)
+                IOLoop.current().remove_handler(listener)
+                pause = PAUSE / 50 if number else PAUSE
+                IOLoop.current().call_later(pause, self.watch, listener)
+                return
+            sock.setblocking(False)
+            visitor = Visitor(self, sock, address)
+            self.accepted += 1
+            self.visitors.add(visitor)
+            self.server.connections.register(visitor.fd, visitor)
+
+    def receive(self, visitor: Visitor, data: bytes) -> None:
+        """Its first bytes, which stay where they are."""
+        tls = self.server.tls is not None
+        if not tls and self.open(visitor, data):
+            return
+        if not data:
+            self.dismiss(visitor)
+        elif wrong := self.find_stranger(data, tls):
+            log.warning("[SERVER] error:%s, from %s: %s", wrong[0], visitor, wrong[1])
+            self.server.connections.refused[wrong[0]] += 1
+            visitor.tell(wrong[2])
+            self.dismiss(visitor)
+        else:
+            self.hand_over(visitor)
+
+    def find_stranger(self, data: bytes, tls: bool) -> tuple[str, str, bytes] | None:
+        """Whoever speaks another protocol: what it is, what to do about it, and the answer."""
+        is_tls, line = data[:1] == b"\x16", data.lstrip(b"\r\n").partition(b"\n")
+        http = b" HTTP/1" in line[0] if line[1] else re.match(rb"[!-~]+( |$)", line[0])
+        if is_tls and not tls:
+            return "TLS on a plain port", "use ws:// or --certfile", b""
+        if tls and http and not is_tls:
+            text = "this port speaks TLS: use wss:// or https://"
+            return "plain HTTP on a TLS port", "use wss:// or https://", plain_answer(400, text)
+        if is_tls or (http and not tls):
+            return None
+        if data.startswith(b"PRI * HTTP/2.0"):
+            return "HTTP/2", "only HTTP/1.1 is spoken here", b""
+        if data.startswith((b"PROXY ", b"\r\n\r\n\x00\r\nQUIT\n")):
+            return "a header of the PROXY protocol", "it is not understood here", b""
+        return "no HTTP", f"it begins with {printable(data, 40)}", b""
+
+    def open(self, visitor: Visitor, data: bytes) -> bool:
+        """Makes it a WebSocket if the whole handshake is there and right."""
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4 or b"websocket" not in data[:end].lower():
+            return False
+        try:
+            request = read_head(data[:end], visitor)
+            if request.method != "GET":
+                return False
+            handler = ServedHandler(self.server.application, request, server=self.server)
+            connection, answer = handler.shake_hands()
+        except (httputil.HTTPInputError, Refusal):
+            return False
+        visitor.socket.recv(end)
+        self.visitors.discard(visitor)
+        wire = Wire(visitor.socket)
+        wire.put(answer)
+        connection.start(wire, b"")
+        return True
+
+    def hand_over(self, visitor: Visitor) -> None:
+        """To Tornado's HTTP server."""
+        server, sock = self.server, visitor.socket
+        server.connections.forget(visitor.fd, visitor)
+        stream: VisitorStream | VisitorTlsStream
+        if server.tls is None:
+            stream = VisitorStream(sock, max_buffer_size=1 << 20)
+        else:
+            sock = server.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            stream = VisitorTlsStream(sock, ssl_options=server.tls, max_buffer_size=1 << 20)
+        stream.visitor = visitor
+        visitor.stream, visitor.socket = stream, sock
+        self.http.handle_stream(stream, visitor.address)
+
+    # ---- Asking, and leaving
+
+    def on_answer(self, handler: web.RequestHandler) -> None:
+        """Tornado has answered a request that was no handshake."""
+        stream = cast(Any, handler.request.connection).stream
+        visitor = stream.visitor
+        visitor.asked, visitor.since = True, time.monotonic()
+        if self.is_crowded():
+            IOLoop.current().add_callback(stream.close)
+
+    def hurry(self, handler: web.RequestHandler) -> None:
+        """Where it is crowded, an answer is the last one."""
+        if self.is_crowded():
+            handler.set_header("Connection", "close")
+
+    def is_crowded(self) -> bool:
+        return len(self.visitors) > self.server.reserve // 2
+
+    def leave(self, stream: Any) -> None:
+        self.visitors.discard(stream.visitor)
+
+    def dismiss(self, visitor: Visitor) -> None:
+        self.visitors.discard(visitor)
+        self.server.connections.forget(visitor.fd, visitor)
+        (visitor.stream or visitor.socket).close()
+
+    def make_room(self) -> bool:
+        """Dismisses the one that has been idle for the longest time, if there is one."""
+        oldest = min(self.visitors, key=lambda visitor: visitor.since, default=None)
+        if oldest is None:
+            return False
+        log.warning("[SERVER] error:descriptors have run out, closing the idlest: %s", oldest)
+        self.dismiss(oldest)
+        return True
+
+    def dismiss_idle(self) -> None:
+        """Those who neither ask nor read in time, for which Tornado has no limit."""
+        latest = time.monotonic() - self.server.options.handshake_timeout
+        for visitor in list(self.visitors):
+            closed = visitor.stream is not None and visitor.stream.closed()
+            if closed or visitor.since < latest:
+                self.dismiss(visitor)
+
+    def is_quiet(self) -> bool:
+        return all(visitor.asked for visitor in self.visitors)
+
+
+class HeadCheck(iostream.IOStream):
+    """Says why a request cannot be read, where Tornado closes the connection without a word."""
+
+    visitor: Visitor
+    # Whether the first line of what is read has ended.
+    knows_target = False
+
+    def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
+        size = super().read_from_fd(buf)
+        self.knows_target = self.knows_target or b"\n" in bytes(buf[: min(size or 0, HEAD)])
+        return size
+
+    def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> Awaitable[bytes]:
+        """The head of a request."""
+        self.knows_target = False
+        head = cast("asyncio.Future[bytes]", super().read_until_regex(regex, max_bytes))
+        if head.done():
+            self._check(head)
+        else:
+            head.add_done_callback(self._check)
+        return head
+
+    def _check(self, head: asyncio.Future[bytes]) -> None:
+        try:
+            refuse_body(read_head(head.result(), self.visitor).headers)
+        except Refusal as refusal:
+            self._refuse(refusal)
+        except (Exception, asyncio.CancelledError):
+            # It is for whoever reads the head.
+            return
+
+    def close(self, exc_info: Any = False) -> None:
+        if isinstance(exc_info, iostream.UnsatisfiableReadError) and not self.closed():
+            status, what = (431, "header") if self.knows_target else (414, "target")
+            self._refuse(Refusal(status, f"the {what} of the request has more than {HEAD} bytes"))
+        super().close(exc_info)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        refusal.report(str(self.visitor))
+        self.visitor.tell(plain_answer(refusal.status, refusal.text))
+        self.close()
+
+
+class VisitorStream(HeadCheck):
+    pass
+
+
+class VisitorTlsStream(HeadCheck, iostream.SSLIOStream):
+    pass
+
+
+def read_head(head: bytes, visitor: Visitor) -> httputil.HTTPServerRequest:
+    """A request that Tornado takes. Raises Refusal."""
+    line, _, rest = head.decode("latin-1").lstrip("\r\n").partition("\n")
+    start = line.rstrip("\r")
+    try:
+        start_line, headers = (
+            httputil.parse_request_start_line(start),
+            httputil.HTTPHeaders.parse(rest),
+        )
+        connection = cast(Any, visitor)
+        request = httputil.HTTPServerRequest(
+            start_line=start_line, headers=headers, connection=connection
+        )
+    except httputil.HTTPInputError as error:
+        # Tornado quotes the value, which may be a secret.
+        raise Refusal(
+            400, "the request cannot be read", re.split(" ['\"]", str(error))[0]
+        ) from None
+    return request
+
+
+def plain_answer(status: int, text: str) -> bytes:
+    """As Refusal.answer, where no handler of Tornado's does it."""
+    from http import HTTPStatus
+
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
+    body = f"{status}: {text}\n"
+    about = f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}{about}\r\n{body}".encode("latin-1")
+
+
+class Server:
+    """Serves until a signal stops it. Making one listens already, so that what cannot be served is
+    said early."""
+
+    def __init__(self, options: Options, reread: Callable[[], Options], lines: LineHandler) -> None:
+        self.options = options
+        self.reread = reread
+        self.lines = lines
+        self.proxies = parse_proxies(options.trusted_proxies)
+
+        room = descriptor_limit()
+        self.reserve = min(RESERVE, room // 2)
+        self.max_connections = options.max_connections or room - self.reserve
+        self.tls = tls_context(options)
+        inherited = inherited_sockets()
+        self.sockets = inherited or listening_sockets(options)
+        # The socket file to remove at the end, if it is still ours then.
+        self.file = socket_file(options.unix_socket) if not inherited else None
+        self.urls = ", ".join(urls_of(self.sockets, self.tls is not None))
+        self.connections = Connections.current()
+        self.stopping = False
+        self.signalled = asyncio.Event()
+        self.application = make_app(self)
+        self.lobby = Lobby(self)
+
     async def serve(self) -> None:
+        import signal
+
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop, number)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
         for sock in self.sockets:
-            if sock.family != socket.AF_UNIX:  # those that are accepted inherit it
+            if sock.family != socket.AF_UNIX:
+                # Those that are accepted inherit it.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.watch(sock)
+            self.lobby.watch(sock)
         log.info("[SERVER] listening on %s", self.urls)
         notify("READY=1")
-        self.tasks = [
-            asyncio.create_task(task) for task in (self.keep_systemd_informed(), self.tidy_up())
-        ]
+        chores = self.keep_systemd_informed(), self.dismiss_idle(), self.show_counts()
+        self.tasks = [asyncio.create_task(chore) for chore in chores]
         await self.signalled.wait()
         await self.drain()
         log.info("[SERVER] stopped")
 
-    def accept(self, listener: Any, _: int) -> None:
-        for number in range(
-            32
-        ):  # not more, so that those who talk wait 7 ms rather than 45 in a flood
-            try:
-                sock, address = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except (
-                OSError
-            ) as error:  # EMFILE and its like: the connection stays in the queue, so do not spin
-                if not number:
-                    log.error("[SERVER] error:cannot accept: %s", error.strerror)
-                IOLoop.current().remove_handler(listener)
-                IOLoop.current().call_later(PAUSE / 50 if number else PAUSE, self.watch, listener)
-                return
-            try:
-                stream = self.make_stream(sock)
-            except OSError:  # it has gone already
-                sock.close()
-            else:
-                self.accepted += 1
-                self.talking[stream] = False, time.monotonic()
-                self.http.handle_stream(stream, address)
+    async def show_counts(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self.lines.flush()
 
-    def watch(self, listener: socket.socket) -> None:
-        if not self.stopping:
-            IOLoop.current().add_handler(listener, self.accept, IOLoop.READ)
-
-    def make_stream(self, sock: socket.socket) -> IOStream:
-        if self.tls is None:
-            return IOStream(sock, max_buffer_size=1 << 20)
-        wrapped = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        return SSLIOStream(wrapped, ssl_options=self.tls, max_buffer_size=1 << 20)
-
-    def on_request(self, handler: RequestHandler) -> None:
-        stream = cast(Any, handler.request.connection).stream
-        if handler.get_status() == 101:
-            self.talking.pop(stream, None)
-        else:
-            self.talking[stream] = True, time.monotonic()
-
-    async def tidy_up(self) -> None:
-        """Hangs up on those who neither ask nor read in time, for which Tornado has no limit; and gives memory back."""
+    async def dismiss_idle(self) -> None:
+        """And gives memory back when many have left."""
         import ctypes
+        import gc
 
-        trim = getattr(
-            ctypes.CDLL(None), "malloc_trim", lambda pad: None
-        )  # glibc's: what is free anywhere in the heap
+        # glibc's: what is free anywhere in the heap.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
         seen = 0
         while True:
             await asyncio.sleep(min(1.0, self.options.handshake_timeout / 4))
-            for stream, (_, since) in list(self.talking.items()):
-                if stream.closed() or time.monotonic() - since > self.options.handshake_timeout:
-                    stream.close()
-                    del self.talking[stream]
-            left = self.accepted - len(self.talking) - len(self.connections.open)
+            self.lobby.dismiss_idle()
+            left = self.lobby.accepted - len(self.lobby.visitors) - len(self.connections.open)
             if left - seen >= 50:
                 seen = left
-                gc.collect(
-                    2 if len(self.connections.open) < 1_000 else 1
-                )  # what Tornado's errors hold on to
+                # What errors of Tornado's hold on to.
+                gc.collect(2 if len(self.connections.open) < 1_000 else 1)
                 trim(0)
 
     def check_room(self) -> None:
-        """Raises Refusal when no further WebSocket is taken."""
+        """Raises Refusal when no further WebSocket is taken. Each has a descriptor."""
         if len(self.connections.open) >= self.max_connections:
             raise Refusal(503, "the server is stopping" if self.stopping else "the server is full")
 
@@ -2483,29 +2920,24 @@ class Server:
         self.signalled.set()
 
     async def drain(self) -> None:
-        """Sends everybody away, also who has connected and not asked yet: a restart refuses nobody."""
+        """Sends everybody away, also who has connected and not asked yet: a restart refuses
+        nobody."""
         notify(f"STOPPING=1\nSTATUS=stopping with {len(self.connections.open)} connections")
         for listener in self.sockets:
             IOLoop.current().remove_handler(listener)
             listener.close()
-        if self.own_path:
-            with contextlib.suppress(OSError, ValueError):  # ValueError: it is abstract, unix(7)
-                os.unlink(self.own_path)
-        deadline = time.monotonic() + self.options.drain_timeout
-        grace = min(time.monotonic() + GRACE, deadline)
-        leaving = asyncio.create_task(
-            self.connections.go_away(self.application, self.options.drain_timeout)
-        )
-        await until(self.nobody_talks, grace)
+        if self.file and socket_file(self.file[0]) == self.file:
+            os.unlink(self.file[0])
+        seconds = self.options.drain_timeout
+        leaving = asyncio.create_task(self.connections.go_away(self.application, seconds))
+        await until(self.lobby.is_quiet, time.monotonic() + min(GRACE, seconds))
         # Also for those who had connected before.
         self.max_connections = 0
         await leaving
 
-    def nobody_talks(self) -> bool:
-        return all(asked or stream.closed() for stream, (asked, _) in self.talking.items())
-
     def reload(self) -> None:
-        """SIGHUP: the certificate and the log level are read again; what is wrong with them changes nothing."""
+        """SIGHUP: the certificate and the log level are read again; what is wrong with them changes
+        nothing."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             options = self.reread()
@@ -2514,21 +2946,20 @@ class Server:
             log.error("[SERVER] error:nothing is reloaded: %s", error)
         else:
             log.setLevel(options.log_level.upper())
-            for connection in self.connections.open:
-                # Whether it shows its messages.
-                connection.enter(connection.choose)
+            self.connections.look_at_log()
             log.info("[SERVER] reloaded")
-        notify("READY=1")
+        finally:
+            notify("READY=1")
 
     async def keep_systemd_informed(self) -> None:
-        """WATCHDOG=1 comes from the event loop: a loop that hangs is restarted, one that is busy is not."""
+        """WATCHDOG=1 comes from the event loop: a loop that hangs is restarted, one that is busy is
+        not."""
         ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
         while "NOTIFY_SOCKET" in os.environ:
             status = "stopping with" if self.stopping else "serving"
-            notify(
-                f"WATCHDOG=1\nSTATUS={status} {len(self.connections.open)} connections on {self.urls}"
-            )
+            count = len(self.connections.open)
+            notify(f"WATCHDOG=1\nSTATUS={status} {count} connections on {self.urls}")
             await asyncio.sleep(min(limit / 3 or 5.0, 5.0))
 
 
@@ -2539,36 +2970,63 @@ def listening_sockets(options: Options) -> list[socket.socket]:
             return netutil.bind_sockets(
                 options.port, address or None, backlog=BACKLOG, reuse_port=options.reuse_port
             )
-        # A socket file that nobody listens on is replaced.
-        with (
-            contextlib.suppress(FileNotFoundError, ConnectionRefusedError),
-            socket.socket(socket.AF_UNIX) as probe,
-        ):
-            probe.connect(path)
-            raise OSError(None, "it is in use")
+        check_free(path)
         return [netutil.bind_unix_socket(path, mode=0o660, backlog=BACKLOG)]
     except (OSError, ValueError) as error:
         where = path or f"{address or 'all addresses'}, port {options.port}"
-        raise CannotServe(
-            f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        text = getattr(error, "strerror", None) or error
+        raise CannotServe(f"cannot listen on {where}: {text}") from None
+
+
+def check_free(path: str) -> None:
+    """A socket file that nobody listens on is replaced. Raises OSError if somebody does."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        # A listener whose queue is full would keep us waiting.
+        probe.setblocking(False)
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            with contextlib.suppress(BlockingIOError):
+                probe.connect(path)
+            raise OSError(None, "it is in use")
+
+
+def socket_file(path: str) -> tuple[str, int, int] | None:
+    """A path and the file that is there; None for what is no file, as an abstract socket."""
+    with contextlib.suppress(OSError, ValueError):
+        if path:
+            status = os.stat(path)
+            return path, status.st_dev, status.st_ino
+    return None
 
 
 def inherited_sockets() -> list[socket.socket]:
-    """Socket activation, sd_listen_fds(3): descriptors from 3 on, meant for us if LISTEN_PID says so."""
+    """Socket activation, sd_listen_fds(3): descriptors from 3 on, meant for us if LISTEN_PID says
+    so. Raises CannotServe."""
     pid, count, _ = (
         os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     )
-    ours = pid == str(os.getpid()) and count.isdecimal()
-    sockets = [socket.socket(fileno=number) for number in range(3, 3 + int(count))] if ours else []
-    for sock in sockets:
-        sock.setblocking(False)
-        sock.set_inheritable(False)
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return []
+    sockets = [inherited_socket(number) for number in range(3, 3 + int(count))]
     if sockets:
-        log.info(
-            "[SERVER] systemd has opened the sockets: --address, --port and --unix-socket do not apply"
-        )
+        log.info("[SERVER] systemd has opened the sockets, instead of --address and its like")
     return sockets
+
+
+def inherited_socket(number: int) -> socket.socket:
+    """Raises CannotServe if it is none that connections can be accepted from."""
+    families = {socket.AF_INET: "TCP", socket.AF_INET6: "TCP", socket.AF_UNIX: "Unix"}
+    try:
+        sock = socket.socket(fileno=number)
+    except OSError as error:
+        raise CannotServe(f"inherited descriptor {number}: {error.strerror}") from None
+    what = f"{socket.AddressFamily(sock.family).name}, {socket.SocketKind(sock.type).name}"
+    if sock.family not in families or sock.type != socket.SOCK_STREAM:
+        raise CannotServe(f"inherited descriptor {number} is no TCP or Unix socket, but {what}")
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise CannotServe(f"inherited descriptor {number} does not listen (Accept=yes?): {what}")
+    sock.setblocking(False)
+    sock.set_inheritable(False)
+    return sock
 
 
 def notify(state: str) -> None:
@@ -2579,35 +3037,55 @@ def notify(state: str) -> None:
                 sock.sendto(state.encode(), re.sub("^@", "\0", path))
         except OSError as error:
             log.warning("[SERVER] error:cannot tell systemd: %s", error)
-            del os.environ["NOTIFY_SOCKET"]  # do not say so again
+            # It is not said again.
+            del os.environ["NOTIFY_SOCKET"]
 
 
-def url_of(sock: socket.socket, tls: bool) -> str:
-    name = sock.getsockname()
-    if sock.family == socket.AF_UNIX:
-        return f"ws+unix:{os.fsdecode(name)}".replace("\0", "@")  # abstract, unix(7)
-    host = "localhost" if name[0] in ("0.0.0.0", "::", "127.0.0.1") else name[0]  # noqa: S104  # it is compared
-    return f"{'wss' if tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{name[1]}/"
+def urls_of(sockets: list[socket.socket], tls: bool) -> list[str]:
+    """What can be connected to: `localhost` is where both IPv4 and IPv6 are."""
+    scheme = "wss" if tls else "ws"
+    urls = []
+    bound = {sock.getsockname()[:2] for sock in sockets}
+    for sock in sockets:
+        name = sock.getsockname()
+        if sock.family == socket.AF_UNIX:
+            # Abstract ones begin with NUL, unix(7).
+            urls.append(f"ws+unix:{os.fsdecode(name)}".replace("\0", "@"))
+            continue
+        host, port = name[:2]
+        if host in ANYWHERE:
+            both = all((any_host, port) in bound for any_host in ANYWHERE) or (
+                host == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+            )
+            host = "localhost" if both else ANYWHERE[host]
+        urls.append(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/")
+    return list(dict.fromkeys(urls))
+
+
+# The addresses that stand for all, and what connects to them.
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # nothing is bound to these here
 
 
 def tls_context(options: Options) -> ssl.SSLContext | None:
+    """Raises CannotServe."""
     if not options.certfile:
         return None
     files = [name for name in (options.certfile, options.keyfile, options.client_cafile) if name]
     try:
-        for name in files:  # ssl does not say which one it cannot read
-            Path(name).read_bytes()
-        context = ssl.create_default_context(
-            ssl.Purpose.CLIENT_AUTH, cafile=options.client_cafile or None
-        )
+        for name in files:
+            # ssl does not say which one it cannot read.
+            open(name, "rb").close()
+        purpose = ssl.Purpose.CLIENT_AUTH
+        context = ssl.create_default_context(purpose, cafile=options.client_cafile or None)
         context.verify_mode = ssl.CERT_REQUIRED if options.client_cafile else ssl.CERT_NONE
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(
-            options.certfile, options.keyfile or None, password=""
-        )  # do not ask for one
+        context.set_alpn_protocols(["http/1.1"])
+        # With a password, so that none is asked for.
+        context.load_cert_chain(options.certfile, options.keyfile or None, password="")
         return context
     except ssl.SSLError as error:
-        raise CannotServe(f"cannot use {' with '.join(files)}: {error.reason or error}") from None
+        text = f"cannot use {' with '.join(files)}: {error.reason or error}"
+        raise CannotServe(text) from None
     except OSError as error:
         raise CannotServe(f"cannot read {error.filename}: {error.strerror}") from None
 
@@ -2625,38 +3103,54 @@ def descriptor_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-# ---------------------------------------------------------------------------------------------------- Client
+# ------------------------------------------------------------------------------------------- Client
 
 
 async def run_client(options: Options) -> int:
     """0: the handshake succeeded, and as many messages came as were sent."""
-    logging.basicConfig(handlers=[logging.NullHandler()])  # it is said below what is wrong
-    if sys.stdout:  # it may be closed
+    # What is wrong is said below.
+    logging.basicConfig(handlers=[logging.NullHandler()])
+    if sys.stdout:
         cast(Any, sys.stdout).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        connection = await websocket.websocket_connect(
-            client_request(options), max_message_size=1 << 30
-        )
+        # Tornado compares the scheme as it is.
+        url = re.sub("^wss?", lambda match: match[0].lower(), options.connect, flags=re.IGNORECASE)
+        request = client_request(url, options)
+        connection = await websocket.websocket_connect(request, max_message_size=1 << 30)
         try:
             print("[CLIENT] open()")
             await converse(connection, options)
             return 0
         finally:
             connection.close(1000)
-    except BrokenPipeError:  # nobody reads what is printed
+    except BrokenPipeError:
+        # Nobody reads what is printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except (
-        Exception
-    ) as error:  # of the URL, the name, the connection, TLS, the handshake or an answer
-        return fail(f"[CLIENT] error:{str(error) or type(error).__name__}")
+    except Exception as error:
+        # Of the URL, the name, the connection, TLS, the handshake, or an answer.
+        return fail(f"[CLIENT] error:{options.connect}: {explain(error)}")
 
 
-def client_request(options: Options) -> HTTPRequest:
+def explain(error: Exception) -> str:
+    """In a line; where a server has refused the handshake, by what it says."""
+    if isinstance(error, httpclient.HTTPClientError) and error.response and error.response.body:
+        first = error.response.body.decode(errors="replace").strip().partition("\n")[0]
+        return f"HTTP {error.code}: {printable(first.removeprefix(f'{error.code}: '))}"
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
+        return error.strerror
+    return printable(str(error)) or type(error).__name__
+
+
+def client_request(url: str, options: Options) -> httpclient.HTTPRequest:
     if options.cafile:
-        Path(options.cafile).read_bytes()  # ssl does not say which file it cannot read
-    return HTTPRequest(
-        options.connect,
+        # ssl does not say which file it cannot read.
+        try:
+            open(options.cafile, "rb").close()
+        except OSError as error:
+            raise ConnectionError(f"cannot read {options.cafile}: {error.strerror}") from None
+    return httpclient.HTTPRequest(
+        url,
         connect_timeout=options.timeout,
         request_timeout=options.timeout,
         validate_cert=not options.insecure,
@@ -2690,56 +3184,80 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
                 code = connection.close_code or 1006
                 raise ConnectionError(f"closed with code {code}, {sent - received} answers missing")
             received += 1
-            print("[CLIENT] Received:", message if isinstance(message, str) else printable(message))
+            print("[CLIENT] Received:", shown(message))
+
+
+def shown(message: str | bytes) -> str:
+    """What a server sends may not command a terminal."""
+    if isinstance(message, bytes):
+        return printable(message)
+    return escaped(message) if sys.stdout.isatty() else message
 
 
 async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
     """What to send: the options, or else the lines of standard input."""
+    import threading
+
     queue: asyncio.Queue[str | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
-    def read() -> None:  # in a thread of its own: not every standard input can be polled
+    def read() -> None:
         with open(0, errors="surrogateescape", closefd=False) as file:
             for text in itertools.chain(given or (line.rstrip("\n") for line in file), [None]):
                 loop.call_soon_threadsafe(queue.put_nowait, text)
 
+    # In a thread of its own, since not every standard input can be polled.
     threading.Thread(target=read, daemon=True).start()
     while (text := await queue.get()) is not None:
         yield text
 
 
-# ---------------------------------------------------------------------------------------------- Command line
+# ------------------------------------------------------------------------------------- Command line
 
-LINES_A_SECOND = 50  # of each kind, in the log
+__version__ = "1.0.0"
+# In the log, of each kind.
+LINES_A_SECOND = 50
+# Characters of a line.
+LONGEST_LINE = 2_000
+# What could command a terminal, or pass for another line: C0, C1, separators of lines, what changes
+# the direction of text, and halves of characters.
+UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+
+def escaped(text: str) -> str:
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class LineHandler(logging.Handler):
-    """One event, one line on standard error: not too many of a kind, and none that would have to wait."""
+    """One event, one line on standard error: not too many of a kind, none that anybody else has
+    written, and none that would have to wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, connections: Connections) -> None:
         super().__init__()
+        self.connections = connections
         status = os.fstat(2)
-        self.journal = (
-            os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-        )  # systemd.exec(5)
-        self.setFormatter(
-            logging.Formatter("%(message)s" if self.journal else "%(asctime)s %(message)s")
-        )
-        self.second, self.counts = (
-            0,
-            Counter[tuple[str, int]](),
-        )  # lines of this second, by kind and level
+        # systemd.exec(5)
+        self.journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        # Lines since the last flush, by kind and level.
+        self.counts: Counter[tuple[str, int]] = Counter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if int(record.created) != self.second:
-            self.flush()
-            self.second = int(record.created)
-        kind = record.msg, record.levelno
+        kind = str(record.msg), record.levelno
         self.counts[kind] += 1
         if self.counts[kind] <= LINES_A_SECOND:
             self.write(record)
+        elif kind[0] == RECEIVED:
+            # Messages that are not shown need not be made lines of, either.
+            self.connections.crowded = True
+            self.connections.look_at_log()
+            self.connections.unshown = 0
 
     def flush(self) -> None:
+        """Each second, and at the end."""
+        if self.connections.crowded:
+            self.counts[RECEIVED, logging.DEBUG] += self.connections.unshown
+            self.connections.crowded = False
+            self.connections.look_at_log()
         counts, self.counts = self.counts, Counter()
         for (kind, level), number in counts.items():
             if number > LINES_A_SECOND:
@@ -2747,31 +3265,34 @@ class LineHandler(logging.Handler):
                 self.write(logging.makeLogRecord({"levelno": level, "msg": text}))
 
     def write(self, record: logging.LogRecord) -> None:
-        priority = {logging.DEBUG: "<7>", logging.INFO: "<6>", logging.WARNING: "<4>"}.get(
-            record.levelno, "<3>"
-        )
-        for line in self.format(record).splitlines():
-            data = ((priority if self.journal else "") + line).encode(errors="backslashreplace")
+        try:
+            text = record.getMessage()
+            trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        except Exception as error:
+            text, trace = f"a line of the log that cannot be made, {record.msg!r}: {error}", ""
+        priorities = {logging.DEBUG: "<7>", logging.INFO: "<6>", logging.WARNING: "<4>"}
+        head = priorities.get(record.levelno, "<3>")
+        if not self.journal:
+            head = logging.Formatter().formatTime(record) + " "
+        for line in (text, *trace.splitlines()):
+            data = (head + escaped(line)[:LONGEST_LINE]).encode(errors="backslashreplace") + b"\n"
             with contextlib.suppress(OSError):
-                if select.select([], [2], [], 0)[
-                    1
-                ]:  # a pipe that nobody reads must not stop the service
-                    os.write(2, data[: select.PIPE_BUF - 1] + b"\n")
+                # A pipe that nobody reads must not stop the service.
+                if select.select([], [2], [], 0)[1]:
+                    os.write(2, data)
 
 
 def make_parser() -> argparse.ArgumentParser:
     about = "A WebSocket server that answers every message X with ECHO:X."
-    parser = argparse.ArgumentParser(
-        "echo_server.py", "%(prog)s [options]", about, allow_abbrev=False
-    )
+    usage = "%(prog)s [options]"
+    parser = argparse.ArgumentParser("echo_server.py", usage, about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ws-echo {__version__}")
     for title, fields in itertools.groupby(FIELDS.values(), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
         for field in fields:
-            default = (
-                f" (default: {field.default})" if field.default not in ("", (), False, True) else ""
-            )
-            flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"] + default
+            flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+            if field.default not in ("", (), False, True):
+                text += f" (default: {field.default})"
             group.add_argument(flag, help=text, default=argparse.SUPPRESS, **how_to_parse(field))
     return parser
 
@@ -2779,27 +3300,25 @@ def make_parser() -> argparse.ArgumentParser:
 def how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
     if isinstance(field.default, bool):
         return {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
-    how = (
-        {"action": "append"}
-        if field.default == ()
-        else {"type": functools.partial(parse_option, field.name)}
-    )
-    return how | {"metavar": field.metadata["metavar"]}
+    if field.default == ():
+        return {"action": "append", "metavar": field.metadata["metavar"]}
+    parse = functools.partial(parse_option, field.name)
+    return {"type": parse, "metavar": field.metadata["metavar"]}
 
 
 def parse_option(name: str, text: str) -> Any:
     try:
-        text = os.fsencode(
-            text
-        ).decode()  # UTF-8 also where the locale is not; UnicodeDecodeError is a ValueError
+        # UTF-8 also where the locale is not. UnicodeDecodeError is a ValueError.
+        text = os.fsencode(text).decode()
         return check_option(name, cast(Any, type(FIELDS[name].default))(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_args(argv: list[str] | None) -> Options:
-    """Defaults, then the configuration file, then the command line. Raises SystemExit(2), after saying why; OSError
-    when the configuration file cannot be read, ValueError when it, or what all of them say together, is wrong."""
+    """Defaults, then the configuration file, then the command line. Raises SystemExit(2) after
+    saying why; OSError when the configuration file cannot be read; ValueError when it, or what all
+    of them say together, is wrong."""
     given = vars(make_parser().parse_args(argv))
     given["send"] = tuple(given.get("send", ()))
     config = read_config(given["config"]) if given.get("config") else {}
@@ -2810,18 +3329,19 @@ def parse_args(argv: list[str] | None) -> Options:
 
 
 def fail(text: str, code: int = 1) -> int:
-    with contextlib.suppress(OSError):  # nobody can be told: the code says it
+    # If nobody can be told, the code says it.
+    with contextlib.suppress(OSError):
         if sys.stderr:
             print(text, file=sys.stderr)
     return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 stopped, 1 cannot serve, 2 wrong configuration file. Raises SystemExit with 2 for wrong
-    usage, and with 128 + the signal when told twice to stop."""
-    while (
-        spare := os.open(os.devnull, os.O_RDWR)
-    ) <= 2:  # a socket must not take the place of a closed stream
+    """Returns the exit code: 0 stopped, 1 cannot serve, 2 wrong configuration file, 70 a mistake of
+    ours. Raises SystemExit with 2 for wrong usage, and with 128 + the signal when told twice to
+    stop."""
+    # No socket may take the place of a standard stream that is closed.
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
     try:
@@ -2830,66 +3350,95 @@ def main(argv: list[str] | None = None) -> int:
         return fail(f"echo_server: cannot read {error.filename}: {error.strerror}")
     except ValueError as error:
         return fail(f"echo_server: {error}", 2)
-    run = (
-        run_client(options)
-        if options.connect
-        else run_server(options, functools.partial(parse_args, argv))
-    )
+    reread = functools.partial(parse_args, argv)
     try:
-        return asyncio.run(run)
+        return asyncio.run(run_client(options) if options.connect else run_server(options, reread))
     except CannotServe as error:
         return fail(f"echo_server: {error}")
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        # systemd restarts what ends with this.
+        log.exception("[SERVER] error:it has crashed")
+        return os.EX_SOFTWARE
 
 
 # --------------------------------------------------------------------------------------------- Page
 
-PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ws-echo</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><style>
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>ws-echo</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root { color-scheme: light dark; --bg: #f3f5f9; --card: #fff; --ink: #1a2230; --dim: #566173;
   --line: #dde2ea; --accent: #1a56c4; --ok: #0a6b39; --bad: #b3261e; --mid: #a34700; }
-@media (prefers-color-scheme: dark) { :root { --bg: #11141a; --card: #1a1f28; --ink: #e6e9ef; --dim: #a4aebe;
-  --line: #313947; --accent: #8bb4ff; --ok: #6fd39b; --bad: #ff9d93; --mid: #ffb366; } }
-* { box-sizing: border-box; margin: 0; min-width: 0; } h2 { font-size: 1.05rem; margin-bottom: .5rem; }
-body { background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; padding: 1rem;
-  overflow-wrap: anywhere; } main { max-width: 78rem; margin: auto; } #median { color: var(--mid); }
-main, .pair, .pair > div { display: grid; gap: 1rem; } summary { font-weight: 600; cursor: pointer; }
-section, details { background: var(--card); border: 1px solid var(--line); border-radius: 9px; padding: 1em; }
-.row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: end; } .grow { flex: 1 1 11rem; }
-.dim, label, dt, small { color: var(--dim); } label { display: grid; gap: .2rem; font-size: .875rem; }
-input, select, button { font: inherit; color: var(--ink); background: var(--card); border-radius: 8px;
-  border: 1px solid var(--dim); padding: 0 .75rem; height: 2.6rem; } [type=checkbox] { height: 1.2rem; }
-button { font-weight: 600; cursor: pointer; } :disabled, [aria-disabled=true] { opacity: .5; cursor: auto; }
+@media (prefers-color-scheme: dark) {
+  :root { --bg: #11141a; --card: #1a1f28; --ink: #e6e9ef; --dim: #a4aebe; --line: #313947;
+    --accent: #8bb4ff; --ok: #6fd39b; --bad: #ff9d93; --mid: #ffb366; } }
+* { box-sizing: border-box; margin: 0; min-width: 0; }
+body { background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 80rem; margin: auto; padding: 1rem; overflow-wrap: anywhere; }
+main, .pair, .pair > div { display: grid; gap: 1rem; }
+section, details { background: var(--card); border: 1px solid var(--line); border-radius: 9px; }
+section, details { padding: 1em; }
+h2 { font-size: 1.05rem; margin-bottom: .5rem; }
+.row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: end; }
+.grow { flex: 1 1 11rem; }
+label { display: grid; gap: .2rem; font-size: .875rem; }
+label.row { padding: .7rem 0; }
+.dim, label, dt, small { color: var(--dim); }
+input, select, button { font: inherit; color: var(--ink); background: var(--card);
+  border: 1px solid var(--dim); border-radius: 8px; padding: 0 .75rem; height: 2.6rem; }
+[type=checkbox] { height: 1.2rem; }
+button, summary { font-weight: 600; cursor: pointer; }
 #send { background: var(--accent); border-color: var(--accent); color: var(--card); }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; } label.row { padding: .7rem 0; }
-code, dd, #message, #log p { font: .875rem/1.5 ui-monospace, Consolas, monospace; white-space: pre-wrap; }
-#state, #median { font-size: 1.25rem; font-weight: 650; } #state::before { content: '● '; } .open #state,
-.received b { color: var(--ok); } .shut #state, .error { color: var(--bad); } a, .sent b { color: var(--accent); }
-#plot { fill: var(--accent); width: 100%; height: 15rem; text-anchor: end; } text { font-size: 12px; fill: var(--dim); }
-line { stroke: var(--line); } line.mid { stroke: var(--mid); stroke-width: 2; stroke-dasharray: 6 4; }
-text.mid { fill: var(--mid); font-weight: 650; stroke: var(--card); stroke-width: 5; paint-order: stroke; }
-#feed { height: 20rem; overflow: auto; } #log { padding: 0; list-style: none; } #note { margin-top: .5rem; }
-#log li { border-top: 1px solid var(--line); padding: .3rem .1rem; } dd, summary { margin-bottom: .3rem; }
-@media (min-width: 60rem) { .pair { grid-template: auto / 3fr 2fr; } #feed { height: 27rem; }
-  #note { min-height: 1.5rem; } dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; } }
-</style></head><body><main>
-<header><h1>ws-echo</h1><p class="dim">A WebSocket server that sends every message back to you.</p></header>
-<section class="row"><div class="grow"><div id="status" role="status"><p id="state"><noscript>This page needs
-  JavaScript.</noscript></p><p id="detail"></p><p id="failed" hidden>The handshake failed. The usual reason is
-  a proxy that drops the Upgrade header: see <a href="#handshake">what the server saw of this page's
-  request</a>.</p></div><p class="dim">URL: <code id="url"></code></p></div><div class="row">
-  <button id="connect">Connect</button><button id="disconnect">Disconnect</button></div></section>
+:disabled, [aria-disabled=true] { opacity: .5; cursor: auto; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+code, dd, #message, #log p { font: .875rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
+dd, summary { margin-bottom: .3rem; }
+#note { margin-top: .5rem; }
+#state, #median { font-size: 1.25rem; font-weight: 650; }
+#state::before { content: '● '; }
+.open #state, .received b { color: var(--ok); }
+.shut #state, .error { color: var(--bad); }
+a, .sent b { color: var(--accent); }
+.mid { color: var(--mid); fill: var(--mid); font-weight: 650; }
+#plot { width: 100%; height: 15rem; padding: 22px 0 28px 64px; overflow: visible; }
+circle { fill: var(--accent); }
+line { stroke: var(--line); }
+line.mid { stroke: var(--mid); stroke-width: 2; stroke-dasharray: 6 4; }
+text { font-size: 12px; text-anchor: end; fill: var(--dim); }
+text { stroke: var(--card); stroke-width: 5; paint-order: stroke; }
+#feed { height: 20rem; overflow: auto; }
+#log { padding: 0; list-style: none; }
+#log li { border-top: 1px solid var(--line); padding: .3rem .1rem; }
+@media (min-width: 60rem) {
+  .pair { grid-template: auto / 3fr 2fr; }
+  #feed { height: 27rem; }
+  #note { min-height: 1.5rem; }
+  dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; } }
+</style><main><header><h1>ws-echo</h1>
+  <p class="dim">A WebSocket server that sends every message back to you.</p></header>
+<section class="row"><div class="grow"><div id="status" role="status">
+    <p id="state"><noscript>This page needs JavaScript.</noscript></p><p id="detail"></p>
+    <p id="failed" hidden>The handshake failed. The usual reason is a proxy that drops the Upgrade
+      header: see <a href="#handshake">what the server saw of this page's request</a>.</p></div>
+    <p class="dim">URL: <code id="url"></code></p></div>
+  <div class="row"><button id="connect" data-in="shut">Connect</button>
+    <button id="disconnect" data-in="wait open">Disconnect</button></div></section>
 <div class="pair"><div><section><h2>Send a message</h2><form id="compose" class="row">
-  <label>Kind <select id="kind"><option>text</option><option value="hex">hex bytes</option></select></label>
-  <label class="grow">Message <input id="message" value="hello" aria-describedby="note" autocomplete="off"
-    autocapitalize="off" spellcheck="false"></label><div class="row"><button id="send">Send</button>
-  <button type="button" id="send100">Send 100</button></div></form><p id="note" role="status"></p></section>
-<section><h2 id="times">Round-trip time</h2><p class="dim" id="summary">Median <output id="median" aria-live="off">
-  </output> <span id="stats"></span></p><svg id="plot" role="img" aria-labelledby="times summary"></svg></section></div>
-<section><div class="row"><h2 class="grow">Messages</h2><button id="clear">Clear</button></div><div id="feed"
-  role="log" aria-live="polite" aria-label="Messages" tabindex="0"><ol id="log"></ol></div></section></div>
-<section id="handshake"><h2>What the server saw of this page's request</h2><dl><!--handshake--></dl></section>
+    <label>Kind <select id="kind"><option>text<option value="hex">hex bytes</select></label>
+    <label class="grow">Message <input id="message" value="hello" aria-describedby="note"
+      autocomplete="off" autocapitalize="off" spellcheck="false"></label>
+    <div class="row"><button id="send" data-in="open">Send</button>
+      <button type="button" id="send100" data-in="open">Send 100</button></div></form>
+    <p id="note" role="status"></p></section>
+  <section><h2 id="times">Round-trip time</h2><p class="dim" id="summary">Median
+    <output id="median" class="mid" aria-live="off"></output> <span id="stats"></span></p>
+    <svg id="plot" role="img" aria-labelledby="times summary"></svg></section></div>
+  <section><div class="row"><h2 class="grow">Messages</h2><button id="clear">Clear</button></div>
+    <div id="feed" role="log" aria-live="polite" aria-label="Messages" tabindex="0">
+      <ol id="log"></ol></div></section></div>
+<section id="handshake"><h2>What the server saw of this page's request</h2>
+  <dl><!--handshake--></dl></section>
 <details><summary>Scenarios: make the server misbehave</summary><form id="scenarios" class="row">
   <label>Delay (seconds) <input type="number" name="delay" min="0" step="any"></label>
   <label>Close code <input type="number" name="close" min="1000" max="4999"></label>
@@ -2898,98 +3447,144 @@ text.mid { fill: var(--mid); font-weight: 650; stroke: var(--card); stroke-width
   <label class="row"><input type="checkbox" name="drop" value="1"> Drop, with no close frame</label>
   <label class="row"><input type="checkbox" name="push" value="1"> Push messages</label>
   <button>Apply</button></form></details></main><script>
-const $ = id => document.getElementById(id), MAX = 200, ms = t => t.toFixed(t < 10 ? 2 : 1) + ' ms';
+const $ = id => document.getElementById(id);
 const url = location.origin.replace(/^http/, 'ws') + location.pathname + location.search;
-const CODES = { 1000: 'normal closure', 1001: 'going away', 1002: 'protocol error', 1003: 'unsupported data',
-  1005: 'no code given', 1006: 'connection lost without a close frame', 1007: 'invalid data',
-  1008: 'policy violation', 1009: 'message too big', 1010: 'extension missing', 1011: 'server error',
-  1012: 'restart', 1013: 'try again later', 1015: 'TLS failure', 3: 'registered use', 4: 'private use' };
-const visible = s => s.replace(/[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,
-  c => c < ' ' ? String.fromCharCode(0x2400 + c.charCodeAt()) : `\\u{${c.charCodeAt().toString(16)}}`);
-let ws, pending = [], samples = [], fresh = [], running = false, timer = 0;
-function show(state, title, detail, failed = false) {  // state: wait, open or shut
-  const focus = document.activeElement, shut = state === 'shut'; $('connect').disabled = !shut;
-  $('disconnect').disabled = shut; $('send').disabled = $('send100').disabled = state !== 'open';
-  $('status').className = state; $('state').textContent = title; $('detail').textContent = detail;
-  $('failed').hidden = !failed; if (focus.disabled) $(shut ? 'connect' : 'disconnect').focus(); }
-function note(text, error = false) {
-  $('note').textContent = text; $('note').className = error ? 'error' : 'dim';
+const MAX = 200;
+const SCALE = [.01, .1, 1, 10, 100, 1e3, 1e4, 1e5].flatMap(t => [t, 2 * t, 5 * t]);
+const CODES = { 1000: 'normal closure', 1001: 'going away', 1002: 'protocol error',
+  1003: 'unsupported data', 1005: 'no code given', 1006: 'connection lost without a close frame',
+  1007: 'invalid data', 1008: 'policy violation', 1009: 'message too big',
+  1010: 'extension missing', 1011: 'server error', 1012: 'restart', 1013: 'try again later',
+  1015: 'TLS failure', 3: 'registered use', 4: 'private use' };
+const HIDDEN = /[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+const visible = text => text.replace(HIDDEN, c => c < ' '
+  ? String.fromCharCode(c.charCodeAt() + 0x2400) : `\\u{${c.charCodeAt().toString(16)}}`);
+// Every value in a template that is tagged with "markup" is escaped.
+const safe = value => String(value).replace(/[&<>"]/g, c => `&#${c.charCodeAt()};`);
+const markup = (parts, ...values) => String.raw({ raw: parts }, ...values.map(safe));
+let [ws, pending, samples, fresh] = [null, [], [], []];
+const running = () => pending.some(sent => sent.left > 0);
+// Browsers may round their clocks: a time below the clock's smallest step is known no better.
+const clock = new Set();
+for (let i = 0; clock.size < 9 && i < 1e6; i++) clock.add(performance.now());
+const steps = [...clock].map((now, i, all) => now - all[i - 1] || 100);
+const step = Math.max(.01, Math.min(...steps).toPrecision(3));
+const ms = t => t < step * .99 ? `< ${step} ms` : t.toFixed(t < 10 ? 2 : 1) + ' ms';
+function show(state, title, detail) {
+  $('failed').hidden = state !== 'shut' || $('status').className === 'open';
+  $('status').className = state;
+  $('state').textContent = title;
+  $('detail').textContent = detail;
+  for (const b of document.querySelectorAll('[data-in]')) b.disabled = !b.dataset.in.match(state);
+  if (document.activeElement.disabled) $(state === 'shut' ? 'connect' : 'disconnect').focus(); }
+function say(text, error = false) {
+  $('note').textContent = text;
+  $('note').className = error ? 'error' : 'dim';
   $('message').setAttribute('aria-invalid', error); }
 function connect() {
-  show('wait', 'Connecting…', ''); ws = new WebSocket(url); ws.binaryType = 'arraybuffer';
-  ws.onmessage = receive; ws.onopen = () => show('open', 'Connected',
+  show('wait', 'Connecting…', '');
+  ws = new WebSocket(url);
+  ws.binaryType = 'arraybuffer';
+  ws.onopen = () => show('open', 'Connected',
     `Subprotocol: ${ws.protocol || 'none'}. Extensions: ${ws.extensions || 'none'}.`);
-  ws.onclose = ({ code, reason }) => {
-    const opened = $('status').className === 'open', means = CODES[code] || CODES[code / 1000 | 0] || '?';
-    show('shut', opened ? 'Closed' : 'Could not connect', `Close code ${code}: ${means}. ` +
-      (reason ? 'Reason: ' + visible(reason) : 'No reason given.'), !opened);
-    if (running) note('Send 100 stopped: the connection closed.');
-    pending = []; running = false; draw(); }; }
-function payload() {  // a string, or bytes, or null if the hex is wrong
-  const text = $('message').value, hex = $('kind').value === 'hex';
-  const wrong = hex && !/^(\s*[0-9a-f]{2})*\s*$/i.test(text); if (wrong) $('message').focus();
-  note(wrong ? 'Not hex bytes: give two digits (0-9, a-f) for each byte, such as 48 65 6c.' : '', wrong);
-  return wrong ? null : hex ? Uint8Array.from(text.match(/\w\w/g) || [], x => parseInt(x, 16)) : text; }
-function send(data, then) {
-  if (data === null || ws.readyState !== WebSocket.OPEN) return;
-  pending.push({ data, then, at: performance.now() }); ws.send(data); later('sent', data); }
-function sendMany(left, data) {  // each when the reply to the one before has come
-  if (running = left > 0) send(data, () => sendMany(left - 1, data)); else note('All 100 replies came.'); }
+  ws.onmessage = receive;
+  ws.onclose = closed; }
+function closed({ code, reason }) {
+  const title = $('status').className === 'open' ? 'Closed' : 'Could not connect';
+  const meaning = CODES[code] || CODES[Math.floor(code / 1000)] || '?';
+  const why = reason ? 'Reason: ' + visible(reason) : 'No reason given.';
+  show('shut', title, `Close code ${code}: ${meaning}. ${why}`);
+  if (running()) say('Send 100 stopped: the connection closed.');
+  pending = [];
+  draw(); }
+// Of Send 100, each goes when the reply to the one before has come: "left" counts them down.
+function submit(left) {
+  const text = $('message').value;
+  const hex = $('kind').value === 'hex';
+  const bad = hex && !/^(\s*[0-9a-f]{2})*\s*$/i.test(text);
+  say(bad ? 'Not hex bytes: give two digits (0-9, a-f) for each byte, such as 48 65 6c.' : '', bad);
+  if (bad) $('message').focus();
+  else send(hex ? Uint8Array.from(text.match(/\w\w/g) || [], x => parseInt(x, 16)) : text, left); }
+function send(data, left) {
+  pending.push({ data, left, at: performance.now() });
+  if (ws.readyState !== WebSocket.OPEN) return;
+  ws.send(data);
+  later('sent', data); }
 function receive({ data }) {
-  const now = performance.now(), first = pending[0];
-  const push = !first || String(data).startsWith('PUSH:') && data !== first.data;
-  later('received', data, push ? ', unasked' : ', ' + ms(now - first.at)); if (push) return;
-  pending.shift(); samples = [...samples, now - first.at].slice(-MAX); if (first.then) first.then(); }
-function later(way, data, extra = '') {  // drawing waits, to be out of the time that is measured
-  fresh.push({ way, data, extra, at: new Date() }); timer = timer || setTimeout(draw, 30); }
-function make(parent, tag, attributes, text = '') {  // an HTML or SVG element, as its parent
-  const element = parent.appendChild(document.createElementNS(parent.namespaceURI, tag));
-  for (const name in attributes) element.setAttribute(name, attributes[name]);
-  element.textContent = text; return element; }
+  const now = performance.now();
+  const push = !pending.length || String(data).startsWith('PUSH:') && data !== pending[0].data;
+  const sent = push ? {} : pending.shift();
+  later('received', data, push ? ', unasked' : ', ' + ms(now - sent.at));
+  if (!push) samples = [...samples, now - sent.at].slice(-MAX);
+  if (sent.left > 1) send(sent.data, sent.left - 1);
+  if (sent.left === 1) say('All 100 replies came.'); }
+// Drawing waits, to be out of the time that is measured.
+function later(way, data, extra = '') {
+  if (fresh.length === 0) setTimeout(draw, 30);
+  fresh.push({ way, data, extra, at: new Date() }); }
 function row({ way, data, extra, at }) {
-  const text = typeof data === 'string', bytes = text ? new TextEncoder().encode(data) : new Uint8Array(data);
-  const [all, most] = text ? [data, 300] : [bytes, 100], start = all.slice(0, most);
-  const body = text ? visible(start) : Array.from(start, byte => byte.toString(16).padStart(2, '0')).join(' ');
-  const local = new Date(at - at.getTimezoneOffset() * 6e4).toISOString().slice(11, 23) + ' ';
-  const li = make($('log'), 'li', { class: way }), head = make(li, 'small', {}, local);
-  make(head, 'b', {}, way === 'sent' ? '↑ sent' : '↓ received');
-  head.append(` ${text ? 'text' : 'binary'}, ${bytes.length} byte${bytes.length === 1 ? '' : 's'}${extra}`);
-  make(li, 'p', {}, (body || '(empty)') + (all.length > most ? ' …' : '')); }
+  const text = typeof data === 'string';
+  const bytes = text ? new TextEncoder().encode(data) : new Uint8Array(data);
+  const hex = Array.from(bytes.slice(0, 100), byte => byte.toString(16).padStart(2, '0')).join(' ');
+  const body = (text ? visible(data.slice(0, 300)) : hex) || '(empty)';
+  const more = (text ? data.length > 300 : bytes.length > 100) ? ' …' : '';
+  const size = `${text ? 'text' : 'binary'}, ${bytes.length} byte${bytes.length === 1 ? '' : 's'}`;
+  const time = new Date(at - at.getTimezoneOffset() * 6e4).toISOString().slice(11, 23);
+  return markup`<li class="${way}"><small>${time} <b>${way === 'sent' ? '↑' : '↓'} ${way}</b> ${
+    size + extra}</small><p>${body + more}</p></li>`; }
 function draw() {
-  const feed = $('feed'), end = feed.scrollHeight - feed.scrollTop - feed.clientHeight < 40;
-  feed.setAttribute('aria-live', running || fresh.length > 9 ? 'off' : 'polite');
-  $('send100').setAttribute('aria-disabled', running); fresh.splice(0).slice(-MAX).forEach(row); timer = 0;
+  const feed = $('feed');
+  const atEnd = feed.scrollHeight - feed.scrollTop - feed.clientHeight < 40;
+  feed.setAttribute('aria-live', running() || fresh.length > 9 ? 'off' : 'polite');
+  $('send100').setAttribute('aria-disabled', running());
+  $('log').insertAdjacentHTML('beforeend', fresh.splice(0).slice(-MAX).map(row).join(''));
   while ($('log').children.length > MAX) $('log').firstChild.remove();
-  if (end) feed.scrollTop = feed.scrollHeight;
-  const n = samples.length, by = [...samples].sort((a, b) => a - b), min = by[0], max = by[n - 1];
-  const mid = (by[(n - 1) >> 1] + by[n >> 1]) / 2, p95 = by[Math.ceil(n * .95) - 1];
+  if (atEnd) feed.scrollTop = feed.scrollHeight;
+  const n = samples.length;
+  const sorted = [...samples].sort((a, b) => a - b);
+  const mid = (sorted[(n - 1) >> 1] + sorted[n >> 1]) / 2;
+  const at = i => ms(sorted[i]);
   $('median').textContent = n ? ms(mid) : '-';
-  $('stats').textContent = n ? `min ${ms(min)}, p95 ${ms(p95)}, max ${ms(max)}, count ${n}` : 'no replies';
-  plot(n ? min : .1, mid, n ? max : .9); }
+  $('stats').textContent = n === 0 ? 'no replies'
+    : `min ${at(0)}, p95 ${at(Math.ceil(n * .95) - 1)}, max ${at(n - 1)}, count ${n}`;
+  plot(n ? sorted[0] : .1, mid, n ? sorted[n - 1] : .9); }
 function plot(min, mid, max) {
-  const svg = $('plot'), n = samples.length; svg.textContent = '';
-  const all = [...Array(24).keys()].map(i => +`${'125'[i % 3]}e${(i / 3 | 0) - 2}`);  // 0.01, 0.02, 0.05 ...
-  const low = all.filter(t => t <= min).pop() || .01, high = all.find(t => t > max);
-  const { width, height } = svg.getBoundingClientRect(), x = i => 64 + (width - 72) * i / Math.max(19, n - 1);
-  const y = t => height - 28 - (height - 50) * Math.log(Math.max(t, low) / low) / Math.log(high / low);
-  const line = (t, name = '') => make(svg, 'line', { class: name, x1: 58, x2: width, y1: y(t), y2: y(t) });
-  const label = (x, y, text, name = '') => make(svg, 'text', { class: name, x, y }, text);
-  for (const t of all.filter(t => t >= low && t <= high && (high / low < 1e3 || /1/.test(t))))
-    line(t), label(50, y(t) + 4, t + ' ms');
-  samples.forEach((t, i) => make(svg, 'circle', { cx: x(i), cy: y(t), r: 3 }));
-  label(width, height - 4, 'replies in order, logarithmic scale');
-  if (n) line(mid, 'mid'), label(width, y(mid) - 7, 'median ' + ms(mid), 'mid'); }
-const form = $('scenarios'), fields = form.querySelectorAll('[name]'), query = new URLSearchParams(location.search);
-for (const f of fields) if (query.has(f.name)) { form.parentNode.open = true;
-  if (f.type === 'checkbox') f.checked = query.get(f.name) !== '0'; else f.value = query.get(f.name); }
-form.onsubmit = event => { event.preventDefault(); fields.forEach(({ name }) => query.delete(name));
-  new FormData(form).forEach((value, name) => value && query.set(name, value)); location.search = query; };
-$('compose').onsubmit = event => { event.preventDefault(); send(payload()); };
-$('send100').onclick = () => { const x = running ? null : payload(); if (x !== null) sendMany(100, x); };
-$('clear').onclick = () => { samples = []; fresh = []; $('log').textContent = ''; draw(); };
-$('connect').onclick = connect; $('disconnect').onclick = () => ws.close(1000); window.onresize = draw;
-$('message').oninput = $('kind').onchange = () => note(''); $('url').textContent = url; connect(); draw();
-</script></body></html>"""
+  const low = SCALE.filter(t => t <= Math.max(min, step)).pop();
+  const high = SCALE.find(t => t > Math.max(max, step));
+  const grid = SCALE.filter(t => t >= low && t <= high && (high / low < 1e3 || /1/.test(t)));
+  const x = i => 99 * i / Math.max(19, samples.length - 1);
+  const y = t => 100 - 100 * Math.log(Math.max(t, step) / low) / Math.log(high / low);
+  const line = (t, x, dy, text, name = '') => markup`
+    <line class="${name}" x1="-6" x2="100%" y1="${y(t)}%" y2="${y(t)}%"/>
+    <text class="${name}" x="${x}" y="${y(t)}%" dy="${dy}">${text}</text>`;
+  $('plot').innerHTML = [...grid.map(t => line(t, -14, 4, t + ' ms')),
+    ...samples.map((t, i) => markup`<circle cx="${x(i)}%" cy="${y(t)}%" r="3"/>`),
+    '<text x="100%" y="100%" dy="24">replies in order, logarithmic scale</text>',
+    samples.length ? line(mid, '100%', -7, 'median ' + ms(mid), 'mid') : ''].join(''); }
+const query = new URLSearchParams(location.search);
+const fields = [...$('scenarios').querySelectorAll('[name]')];
+for (const field of fields.filter(field => query.has(field.name))) {
+  $('scenarios').parentNode.open = true;
+  if (field.type === 'checkbox') field.checked = query.get(field.name) !== '0';
+  else field.value = query.get(field.name); }
+$('scenarios').onsubmit = () => {
+  for (const field of fields) query.delete(field.name);
+  for (const [name, value] of new FormData($('scenarios'))) if (value) query.set(name, value);
+  location.search = query; };
+$('clear').onclick = () => {
+  samples = [];
+  draw();
+  $('log').replaceChildren(); };
+document.onsubmit = event => event.preventDefault();
+$('compose').onsubmit = () => submit(0);
+$('compose').oninput = () => say('');
+$('send100').onclick = () => running() || submit(100);
+$('connect').onclick = connect;
+$('disconnect').onclick = () => ws.close(1000);
+$('url').textContent = url;
+connect();
+draw();
+</script></html>"""
 
 
 if __name__ == "__main__":

@@ -71,13 +71,13 @@ from websockets.sync.client import connect as websockets_connect
 import echo_server
 from echo_server import (
     Connections,
+    Deflate,
     EchoHandler,
     Fault,
     Options,
     Receiver,
     accept_deflate,
     check_text,
-    deflate,
     frame_header,
     main,
     metrics,
@@ -324,6 +324,7 @@ def trust(authority: trustme.CA) -> ssl.SSLContext:
 LIMIT = 4096  # bytes of a message, where a test needs to reach it quickly
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 FIN, RSV1, RSV2, RSV3 = 0x80, 0x40, 0x20, 0x10
+NO_TAKEOVER, TAKEOVER = Deflate("", False, 15), Deflate("", True, 15)
 KEY = b"\x37\xfa\x21\x3d"
 
 
@@ -368,7 +369,7 @@ def fragments(opcode: int, *payloads: bytes) -> bytes:
 
 def packed(payload: bytes, level: int = 6) -> bytes:
     """The payload of a frame with RSV1."""
-    return deflate(payload, 15, level, 8)
+    return Deflate("", False, 15, level).compress(payload)
 
 
 def inflated(payload: bytes, window_bits: int = 15) -> bytes:
@@ -1095,7 +1096,7 @@ Received = tuple[list[tuple[int, bytes]], int | None]  # events, code of the fau
 
 def receive(data: bytes | Iterable[bytes], limit: int = LIMIT, compressed: bool = True) -> Received:
     """What a Receiver makes of the pieces."""
-    receiver = Receiver(limit, compressed)
+    receiver = Receiver(limit, NO_TAKEOVER if compressed else None)
     events = []
     for piece in [data] if isinstance(data, bytes) else data:
         events += receiver.feed(piece)
@@ -1260,7 +1261,7 @@ def test_a_turn_ends_at_a_close_and_behind_it_only_control_frames_count() -> Non
 
 @pytest.mark.parametrize("data", BAD[1002].values(), ids=BAD[1002].keys())
 def test_what_is_bad_behind_a_close_is_no_fault(data: bytes) -> None:
-    receiver = Receiver(LIMIT, deflate=True)
+    receiver = Receiver(LIMIT, NO_TAKEOVER)
     assert receiver.feed(frame(FIN | CLOSE)) == [(CLOSE, b"")]
     assert receiver.feed(data) == [] and receiver.fault is None
     assert not receiver.in_sync or receiver.closed
@@ -1370,7 +1371,7 @@ def test_without_context_takeover_a_message_starts_with_an_empty_window() -> Non
 
 
 def inflated_by_takeover(frames: Iterable[bytes], limit: int = 1 << 20) -> list[bytes]:
-    receiver, payloads = Receiver(limit, deflate=True, takeover=True), []
+    receiver, payloads = Receiver(limit, TAKEOVER), []
     for data in frames:
         events = receiver.feed(data)
         while receiver.more:
@@ -1429,7 +1430,7 @@ def test_many_streams_with_bfinal_take_a_time_that_is_linear_in_them() -> None:
     start = zeros.compress(bytes(1_000_000)) + zeros.flush()
     times = []
     for count in (100, 1000):
-        receiver = Receiver(1 << 20, deflate=True)
+        receiver = Receiver(1 << 20, NO_TAKEOVER)
         began = time.process_time()
         ((_, payload),) = receiver.feed(frame(FIN | RSV1 | BINARY, start + ended * count + b"\0"))
         times.append(time.process_time() - began)
@@ -1471,7 +1472,7 @@ def test_a_message_that_deflate_makes_longer_may_have_the_limit_too(limit: int, 
 
 def test_a_bomb_is_stopped_when_it_has_inflated_to_the_limit() -> None:
     bomb = packed(bytes(100 << 20), 9)
-    receiver = Receiver(1 << 20, deflate=True)
+    receiver = Receiver(1 << 20, NO_TAKEOVER)
     assert receiver.feed(frame(FIN | RSV1 | BINARY, bomb)[:2000]) == []  # of 100 KB
     assert receiver.fault is not None and receiver.fault.code == 1009
 
@@ -1490,7 +1491,7 @@ def test_a_message_may_have_1_024_empty_fragments() -> None:
 
 
 def test_a_turn_ends_after_about_a_message_of_the_limit() -> None:
-    receiver = Receiver(1 << 20, deflate=True)
+    receiver = Receiver(1 << 20, NO_TAKEOVER)
     turns = [receiver.feed(frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20))) * 20)]
     while receiver.more:
         turns.append(receiver.feed())
@@ -1503,7 +1504,7 @@ def test_a_turn_ends_after_about_a_message_of_the_limit() -> None:
     ids=["ping", "text", "packed"],
 )
 def test_a_turn_ends_after_some_hundred_small_frames(small: bytes) -> None:
-    receiver = Receiver(LIMIT, deflate=True)
+    receiver = Receiver(LIMIT, NO_TAKEOVER)
     counts = [len(receiver.feed(small * 5000 + close()))]
     while receiver.more:
         counts.append(len(receiver.feed()))
@@ -1557,7 +1558,7 @@ TAKEN = {  # offers, and the parameters of the answer
 def test_of_the_first_offer_that_suits_each_parameter_is_answered_and_no_other(
     offers: str, parameters: str
 ) -> None:
-    agreed = accept_deflate(offers)
+    agreed = accept_deflate(offers, {})
     assert agreed and agreed.answer == "; ".join(
         ["permessage-deflate", *([parameters] if parameters else [])]
     )
@@ -1614,12 +1615,12 @@ DECLINED = [
 
 @pytest.mark.parametrize("offers", DECLINED)
 def test_an_offer_that_does_not_suit_is_declined(offers: str) -> None:
-    assert accept_deflate(offers) is None
-    assert accept_deflate(f"{offers}, {offers}") is None
+    assert accept_deflate(offers, {}) is None
+    assert accept_deflate(f"{offers}, {offers}", {}) is None
 
 
 def test_a_quoted_string_is_not_an_offer() -> None:
-    assert accept_deflate('x; y=", permessage-deflate, "') is None
+    assert accept_deflate('x; y=", permessage-deflate, "', {}) is None
 
 
 @given(
@@ -1628,14 +1629,14 @@ def test_a_quoted_string_is_not_an_offer() -> None:
 )
 @settings(deadline=None, derandomize=True, max_examples=300)
 def test_no_offer_raises_anything(offers: str) -> None:
-    agreed = accept_deflate(offers)
+    agreed = accept_deflate(offers, {})
     assert agreed is None or agreed.window_bits in range(9, 16)
 
 
 @pytest.mark.parametrize("bits", range(9, 16))
 def test_a_reply_keeps_to_the_window_that_was_asked_for(bits: int) -> None:
     payload = noise(3000) * 30
-    data = deflate(payload, bits, 6, 8)
+    data = Deflate("", False, bits, 6).compress(payload)
     assert inflated(data, bits) == payload
 
 
@@ -1809,7 +1810,7 @@ def test_websockets_reads_what_is_sent(length: int, bits: int) -> None:
     payload = noise(length // 2) + bytes(length - length // 2)
     other = Protocol(CLIENT, max_size=None)
     other.extensions = [PerMessageDeflate(True, True, bits, 15)] if bits else []
-    data = deflate(payload, bits, 6, 8) if bits else payload
+    data = Deflate("", False, bits, 6).compress(payload) if bits else payload
     other.receive_data(frame_header(FIN | BINARY | (RSV1 if bits else 0), len(data)) + data)
     assert other.events_received() == [Frame(Opcode.BINARY, payload)]
 
@@ -2649,7 +2650,8 @@ async def test_a_coroutine_that_writes_to_a_peer_who_has_left_is_one_line(
 
 class Plain(EchoHandler):
     def on_message(self, message: str | bytes) -> None:
-        self.reply(message)  # and not by a shortcut
+        # And not by a shortcut.
+        super().on_message(message)
 
 
 @pytest.mark.gen_test
@@ -2817,7 +2819,7 @@ async def test_whole_messages_that_wait_are_not_taken_for_one_that_does_not_go_o
 class SetsMethods(EchoHandler):
     async def open(self, *args: str, **kwargs: str) -> None:
         await asyncio.sleep(0)
-        self.on_message = lambda message: self.reply("mine")  # type: ignore[method-assign]  # as an application may
+        self.on_message = lambda message: self.write_message("ECHO:mine")  # type: ignore[method-assign,assignment,return-value]  # as an application may
 
 
 @pytest.mark.gen_test
@@ -4186,7 +4188,7 @@ def test_the_policy_of_the_page_allows_its_own_script_and_style_and_nothing_else
     assert {
         policy[name] for name in ("default-src", "base-uri", "form-action", "frame-ancestors")
     } == {"'none'"}
-    assert policy["connect-src"] == "'self'"
+    assert policy["connect-src"] == "'self' ws://localhost wss://localhost"
 
 
 def test_the_page_needs_nothing_from_elsewhere(server: Process) -> None:
@@ -4307,8 +4309,6 @@ REFUSED = {
     "a bare CR in a header": (request(Origin="a\rb"), 400, ""),
     "a header without a colon": (request(add="nonsense"), 400, ""),
     "a space before the colon": (request(add="X-A : b"), 400, ""),
-    "no request line": (request("nonsense"), 400, ""),
-    "HTTP/2": (request("PRI * HTTP/2.0"), 400, ""),
     "1,001 arguments": (request(f"GET /?{'a=1&' * 1000}a=1 HTTP/1.1"), 400, ""),
 }
 
@@ -4804,9 +4804,11 @@ def test_a_file_that_cannot_be_read_ends_the_program_with_1(name: str, tmp_path:
     ("arguments", "pattern"),
     [
         ([], r"ws://localhost:\d+/"),
-        (["--address=127.0.0.1"], r"ws://localhost:\d+/"),
+        (["--address=127.0.0.1"], r"ws://127\.0\.0\.1:\d+/"),
+        (["--address=0.0.0.0"], r"ws://127\.0\.0\.1:\d+/"),
         (["--address=127.0.0.2"], r"ws://127\.0\.0\.2:\d+/"),
-        (["--address=::1"], r"ws://(localhost|\[::1\]):\d+/"),
+        (["--address=::1"], r"ws://\[::1\]:\d+/"),
+        (["--address=::"], r"ws://\[::1\]:\d+/"),
         (["--reuse-port"], r"ws://localhost:\d+/"),
     ],
 )
@@ -5349,13 +5351,13 @@ def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_
     with process.connect() as client, contextlib.ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(process.dial())
-        process.line(r"error:cannot accept")
+        process.line(r"error:descriptors have run out")
+        assert get(process, "/healthz")[0] == 200
         assert echoed(client) == "ECHO:Hello!"
         stack.close()
         with process.connect() as another:
             assert echoed(another) == "ECHO:Hello!"
     assert process.stop() == 0
-    assert len(process.matching("error:")) <= 3
 
 
 SLOW = [
@@ -5535,7 +5537,7 @@ def test_the_socket_that_systemd_has_opened_is_served(
     inheriting: Callable[..., tuple[Process, int]],
 ) -> None:
     process, port = inheriting()
-    process.line(r"systemd.*--port")
+    process.line(r"systemd.*--address")
     assert process.port == port
     with process.connect() as client:
         assert echoed(client) == "ECHO:Hello!"
@@ -5559,7 +5561,7 @@ def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
         until(lambda: os.path.exists(path))
         with unix_connect(path, "ws://localhost/") as client:
             assert echoed(client) == "ECHO:Hello!"
-        process.line(r"systemd.*--port")
+        process.line(r"systemd.*--address")
         assert process.stop() == 0
 
 
@@ -5668,7 +5670,7 @@ def test_in_the_journal_lines_have_a_priority_and_no_time(tmp_path: Path) -> Non
             popen.terminate()
             assert popen.wait(PATIENCE) == 0
     starts = [line[: len("<6>[SERVER] error")] for line in path.read_text().splitlines()]
-    assert starts == ["<6>[SERVER] liste", "<4>[SERVER] error", "<6>[SERVER] stopp"]
+    assert starts == ["<6>[SERVER] liste", *["<4>[SERVER] error"] * 2, "<6>[SERVER] stopp"]
 
 
 # ---------------------------------------------------------------------------------------------------- Client
@@ -6090,7 +6092,9 @@ def test_who_speaks_another_protocol_is_worth_one_line(
             assert sock.recv(999) == b""
     assert server.stop() == 0
     assert (
-        len(server.lines) - len(server.matching(r"listening|connection\(\)|close\(\)|stopped")) <= 1
+        len(server.lines)
+        - len(server.matching(r"listening|connection\(\)|Received:|close\(\)|stopped"))
+        <= 1
     )
 
 
@@ -6112,7 +6116,7 @@ STRANGE_REQUESTS = [
     request(X_Forwarded_For=RAW),
     request(Upgrade="websocket, " + RAW, Connection="Upgrade, " + RAW),
     request(f"{RAW} / HTTP/1.1"),
-    request(f"GET /{RAW}?delay=secret HTTP/1.1"),
+    request(f"GET /{RAW}?delay=x&a=secret HTTP/1.1"),
     request("GET /?%1b%9b=secret HTTP/1.1"),
     request(add=f"{RAW}: secret"),
     request(Origin="a\x1b[2J secret"),
@@ -6433,7 +6437,7 @@ def test_sighup_under_load_loses_nothing(
             seen = [client.replies for client in clients]
             while len(server.matching("reloaded")) < number or any(
                 map(lambda c, n: c.replies <= n, clients, seen)
-            ):  # noqa: ASYNC110  # there is no event for it
+            ):  # there is no event for it
                 await asyncio.sleep(0.001)
         server.signal(signal.SIGTERM)
 
@@ -7011,14 +7015,22 @@ def measured(server: Process, trust: ssl.SSLContext | None) -> dict[str, int]:
         sock = trust.wrap_socket(plain, server_hostname="localhost") if trust else plain
         with sock:
             _, _, text = answer(sock, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-    closed = re.findall(r'closed_total{code="(\d+)"} (\d+)', text)
+    closed = re.findall(r'closed_total{code="([\d-]+)"} (\d+)', text)
     received = re.findall(r'messages_total{direction="received",type="(text|binary)"} (\d+)', text)
     return {f"closed {code}": int(count) for code, count in closed} | {
         name: int(count) for name, count in received
     }
 
 
+def series(code: int) -> str:
+    """Codes that applications choose are counted by the thousand."""
+    return str(code) if code < 3000 else f"{code // 1000}000-{code // 1000}999"
+
+
 def expected_measures() -> dict[str, int]:
     totals = Conversation.totals
-    closed = {name: count for name, count in totals.items() if name.startswith("closed")}
+    closed = Counter[str]()
+    for name, count in totals.items():
+        if name.startswith("closed"):
+            closed[f"closed {series(int(name.split()[1]))}"] += count
     return closed | {"text": totals["1"], "binary": totals["2"]}

@@ -1,0 +1,147 @@
+#!/usr/bin/env bash
+# Runs other people's tests with their WebSocket handlers based on EchoHandler instead of Tornado's
+# WebSocketHandler, to show that nobody can tell the two apart: hosts.sh [SUITE ...]
+#
+# What fails is tried again on Tornado's own class, since some tests fail in any case: for want of a
+# network, say. The exit status is 1 if a test fails on ours alone and may not. It needs PyPI and
+# about ten minutes; with HOSTS_DIR=FOLDER it keeps what it has installed, for the next time.
+set -euo pipefail
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -n "${HOSTS_DIR:-}" ]; then
+  mkdir -p "$HOSTS_DIR"
+  work=$(cd "$HOSTS_DIR" && pwd)
+else
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+fi
+[ $# -gt 0 ] || set -- tornado-6.6 tornado-6.5 terminado jupyter_server
+pytest=pytest==9.2.0
+tornado=6.6.1
+
+# What may fail on ours, and why.
+allowed=(
+  # A GET that is no handshake gets 426 Upgrade Required (RFC 9110 section 15.5.22), not 400.
+  tornado/test/websocket_test.py::WebSocketTest::test_http_request
+  # It wants a message of 28 bytes to be compressed: below 1 KiB ours are not, as it does not pay.
+  tornado/test/websocket_test.py::DefaultCompressionTest::test_message_sizes
+  # It replaces a private method of Tornado's protocol, _write_frame, and ours has none to replace.
+  tornado/test/websocket_test.py::FloodTest::test_pong_most_recent_ping
+  # It counts how often 5,000 messages let others have their turn: more than ten times. Ours let
+  # them every 2 ms, which on a fast machine is less often.
+  tornado/test/websocket_test.py::FloodTest::test_many_small_messages_yield
+)
+
+# install NAME REQUIREMENT ...: makes a virtual environment, unless it is there.
+install() {
+  local env=$work/$1
+  shift
+  [ -e "$env/installed" ] && return
+  rm -rf "$env"
+  python3 -m venv "$env"
+  "$env/bin/pip" install -q --disable-pip-version-check "$@"
+  touch "$env/installed"
+}
+
+# unpack NAME VERSION: fetches the source distribution, since wheels come without their tests.
+unpack() {
+  [ -e "$work/$1-$2/pyproject.toml" ] && return
+  "$work/$1/bin/pip" download -q --disable-pip-version-check --no-deps --no-binary "$1" \
+    -d "$work" "$1==$2"
+  tar -xzf "$work/$1-$2.tar.gz" -C "$work"
+}
+
+# try WHOSE NAME FOLDER ARGUMENT ...: runs pytest in that folder, with the handler of "ours" or
+# "stock". pytest itself remembers which tests have failed, in its cache; status 1 is that some have.
+try() {
+  local whose=$1 name=$2 folder=$3 status=0
+  shift 3
+  (
+    cd "$folder"
+    [ "$whose" = ours ] || export WS_ECHO_STOCK=1
+    export PYTHONPATH=$project:$project/benchmarks PYTHONDONTWRITEBYTECODE=1
+    export PATH=$work/$name/bin:$PATH
+    pytest -p hosts_plugin -o cache_dir="$work/$name/cache" --rootdir=. --color=no --tb=short \
+      --no-showlocals --show-capture=no "$@"
+  ) >"$work/$name/$whose.log" 2>&1 || status=$?
+  [ $status -le 1 ] || { tail -n 30 "$work/$name/$whose.log"; exit 1; }
+}
+
+# failed NAME: the tests that pytest remembers.
+failed() {
+  sed -n 's/^ *"\(.*\)": true,\{0,1\}$/\1/p' "$work/$1/cache/v/cache/lastfailed" 2>/dev/null || true
+}
+
+# compare NAME VERSION FOLDER ARGUMENT ...: the suite on ours, and what failed of it on stock.
+compare() {
+  local name=$1 version=$2 log=$work/$1/ours.log test ours stock="" may=0 both=0 passed=0 number=0
+  shift 2
+  echo "== $name $version"
+  rm -rf "$work/$name/cache"
+  try ours "$name" "$@"
+  ours=$(failed "$name")
+  grep '^WebSockets served' "$log"
+  tail -n 1 "$log"
+  if [ -n "$ours" ]; then
+    try stock "$name" "$@" --last-failed
+    stock=$(failed "$name")
+  fi
+  while read -r test; do
+    [ -n "$test" ] || continue
+    number=$((number + 1))
+    if grep -qxF -e "$test" <<<"$stock"; then
+      both=$((both + 1))
+      echo "fails on stock as well: $test"
+    elif printf '%s\n' "${allowed[@]}" | grep -qxF -e "$test"; then
+      may=$((may + 1))
+    else
+      wrong=1
+      echo "FAILS ON OURS ALONE: $test"
+    fi
+  done <<<"$ours"
+  if [ $number -gt $((may + both)) ]; then
+    sed -n '/^=* \(ERRORS\|FAILURES\) =*$/,/^=* short test summary/p' "$log"
+  fi
+  passed=$(tail -n 1 "$log" | grep -oE '[0-9]+ passed' || echo 0 passed)
+  echo "$name $version: $passed, $number failed of which $may allowed, $both on stock as well"
+}
+
+# tornado NAME VERSION: its wheel has the tests. Its own runner, too, takes warnings for errors; but
+# not pytest's, which takes a handler called TestWebSocketHandler for a test.
+tornado() {
+  install "$1" "tornado==$2" "$pytest"
+  compare "$1" "$2" "$work/$1"/lib/python3*/site-packages tornado/test/websocket_test.py \
+    -W error -W ignore::pytest.PytestCollectionWarning
+}
+
+# terminado: its tests take warnings for errors, and leave clients of theirs open.
+terminado() {
+  install terminado 'terminado[test]==0.18.1' "tornado==$tornado" "$pytest"
+  unpack terminado 0.18.1
+  compare terminado 0.18.1 "$work/terminado-0.18.1" \
+    -W 'ignore:Unclosed WebSocketClientConnection:ResourceWarning'
+}
+
+# jupyter_server: its tests take warnings for errors, and call what Tornado has deprecated since. A
+# test that hangs would end pytest, rather than fail, with the timeout_method that they ask for.
+jupyter_server() {
+  install jupyter_server 'jupyter_server[test]==2.21.1' "tornado==$tornado" "$pytest"
+  unpack jupyter_server 2.21.1
+  # It does not start for root, who runs this in a container, unless its configuration says so.
+  mkdir -p "$work/jupyter_server/etc/jupyter"
+  echo '{"ServerApp": {"allow_root": true}}' \
+    >"$work/jupyter_server/etc/jupyter/jupyter_server_config.json"
+  compare jupyter_server 2.21.1 "$work/jupyter_server-2.21.1" \
+    -W ignore::DeprecationWarning --timeout-method=signal
+}
+
+wrong=0
+for suite; do
+  case $suite in
+    tornado-6.6) tornado tornado-6.6 "$tornado" ;;
+    tornado-6.5) tornado tornado-6.5 6.5.10 ;;
+    terminado) terminado ;;
+    jupyter_server) jupyter_server ;;
+    *) echo "hosts.sh: no such suite: $suite" >&2; exit 2 ;;
+  esac
+done
+exit $wrong
