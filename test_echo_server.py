@@ -97,12 +97,14 @@ HEADERS = {
 
 
 def start(*command: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, text=True, **{"stdin": subprocess.DEVNULL} | options)  # noqa: S603  # it is ours
+    options = {"stdin": subprocess.DEVNULL, "text": True} | options
+    return subprocess.Popen(command, **options)  # noqa: S603  # it is ours
 
 
 def ended(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """What a command that ends by itself has printed."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **options)  # noqa: S603  # it is ours
+    options = {"capture_output": True, "text": True, "timeout": PATIENCE} | options
+    return subprocess.run(command, **options)  # noqa: S603  # it is ours
 
 
 class Process:
@@ -205,7 +207,7 @@ def echoed(client: ClientConnection, message: str | bytes = "Hello!") -> str | b
 def request(
     line: str = "GET / HTTP/1.1", *, without: str = "", add: str = "", **changed: str
 ) -> bytes:
-    """A handshake; `without` a header, with header lines added, or values changed (Sec_WebSocket_Key="x")."""
+    """A handshake `without` a header, with lines added, or with values changed (Host="x")."""
     headers = HEADERS | {name.replace("_", "-"): value for name, value in changed.items()}
     headers.pop(without, None)
     lines = [
@@ -256,7 +258,7 @@ def shaken(
 
 
 def raw_echo(sock: socket.socket, text: str = "Hello!") -> str:
-    """What comes back, by a raw socket: in some versions of Python, two threads may not use one of TLS at a time."""
+    """What comes back. In some versions of Python, two threads may not use one TLS socket at a time."""
     sock.sendall(masked(text.encode()))
     with sock.makefile("rb") as file:
         return read_frame(file)[1].decode()
@@ -373,7 +375,7 @@ def packed(payload: bytes, level: int = 6) -> bytes:
 
 
 def inflated(payload: bytes, window_bits: int = 15) -> bytes:
-    """What was deflated, if it needs no more of a window: its pieces are smaller than the smallest."""
+    """Random data, deflated; its pieces are smaller than the smallest window."""
     inflater, data, content = (
         zlib.decompressobj(-window_bits),
         payload + b"\0\0\xff\xff",
@@ -510,7 +512,7 @@ def faults(longest: int) -> list[Any]:
 FAULTS, SHORT_FAULTS = faults(1 << 20), faults(200)
 
 
-# --------------------------------------------------------------------------------------------- Handler
+# ------------------------------------------------------------------------------------------ Handler
 
 
 MESSAGES = [
@@ -809,7 +811,8 @@ import argparse, asyncio, codecs, json, logging, os, signal, sys, threading, war
 import tornado.httpserver, tornado.options, tornado.web, tornado.websocket
 
 def state():
-    loggers = ["", "tornado", "tornado.access", "tornado.application", "tornado.general", "asyncio", "echo_server"]
+    loggers = ["", "asyncio", "echo_server"]
+    loggers += ["tornado", "tornado.access", "tornado.application", "tornado.general"]
     return {
         "options": sorted(tornado.options.options),
         "logging": [(n, logging.getLogger(n).level, logging.getLogger(n).handlers[:]) for n in loggers],
@@ -818,7 +821,8 @@ def state():
         "threads": [thread.name for thread in threading.enumerate()],
         "environment": dict(os.environ),
         "policy": str(type(asyncio.get_event_loop_policy())) if sys.version_info < (3, 14) else "",
-        "hooks": [str(sys.excepthook), str(threading.excepthook), str(sys.stdout), str(sys.stderr), sys.argv, sys.path],
+        "hooks": [str(sys.excepthook), str(threading.excepthook)],
+        "system": [str(sys.stdout), str(sys.stderr), sys.argv, sys.path],
         "warnings": warnings.filters[:],
         "descriptors": len(os.listdir("/dev/fd")),
         "folder": os.getcwd(),
@@ -864,7 +868,8 @@ def test_a_host_that_defines_port_and_config_imports_it() -> None:
 
 DOCSTRING = r"""
 import asyncio, re, tornado.web, echo_server
-lines = re.search("Embed it:((?:.*\\S.*\\n)+)", echo_server.__doc__)[1].replace("8888", "0").splitlines()
+lines = re.search("Embed it:((?:.*\\S.*\\n)+)", echo_server.__doc__)[1].splitlines()
+lines = [line.replace("8888", "0") for line in lines]
 async def main():
     exec("\n".join(line.strip() for line in lines), globals())
 asyncio.run(main())
@@ -1043,7 +1048,7 @@ asyncio.run(main())
 
 
 def own(level: str = "WARNING") -> str:
-    """Somebody's application with what the README shows to those who have options, a log and signals already."""
+    """Somebody's application, by what the README says to those who have options, log and signals."""
     code = shown("With options, logging and signals of your own")
     assert "WARNING" in code
     return code.replace("WARNING", level) + HOST_OF_ITS_OWN
@@ -1088,7 +1093,7 @@ def test_every_test_and_load_that_the_readme_names_is_there() -> None:
     assert loads <= set(re.findall(r'"([\w-]+)"', benchmarks))
 
 
-# ---------------------------------------------------------------------------------------------- Frames
+# ------------------------------------------------------------------------------------------- Frames
 
 
 Received = tuple[list[tuple[int, bytes]], int | None]  # events, code of the fault
@@ -1235,7 +1240,8 @@ def test_a_control_frame_holds_up_to_125_bytes_of_anything(opcode: int) -> None:
 )
 def test_a_close_code_that_may_be_sent_is_taken(code: int) -> None:
     assert receive(close(code)) == ([(CLOSE, close_body(code))], None)
-    assert receive(bytewise(close(code, "é" * 61))) == ([(CLOSE, close_body(code, "é" * 61))], None)
+    body = close_body(code, "é" * 61)
+    assert receive(bytewise(close(code, "é" * 61))) == ([(CLOSE, body)], None)
 
 
 def test_every_other_close_code_is_a_protocol_error() -> None:
@@ -1308,7 +1314,7 @@ def test_rsv1_needs_the_extension() -> None:
     assert receive(frame(FIN | RSV1 | BINARY), compressed=False) == ([], 1002)
 
 
-# What RFC 7692 section 7.2.3 shows, in its order; the second message of 7.2.3.2 is among the faults.
+# The examples of RFC 7692 section 7.2.3, in its order; the second of 7.2.3.2 is among the faults.
 EXAMPLES = {
     "one compressed block": ("c107f248cdc9c90700", b"Hello"),
     "the same in two fragments": ("4103f248cd8004c9c90700", b"Hello"),
@@ -1540,14 +1546,22 @@ TAKEN = {  # offers, and the parameters of the answer
     "permessage-deflate; server_max_window_bits=9": "server_max_window_bits=9",
     "permessage-deflate; server_max_window_bits=15": "server_max_window_bits=15",
     'permessage-deflate; server_max_window_bits="10"': "server_max_window_bits=10",
-    " permessage-deflate ;server_no_context_takeover;\tserver_max_window_bits=12 ": "server_no_context_takeover; "
-    "server_max_window_bits=12",
-    "permessage-deflate; client_no_context_takeover; server_no_context_takeover; server_max_window_bits=11;"
-    " client_max_window_bits=11": "client_no_context_takeover; server_no_context_takeover; "
-    "server_max_window_bits=11; client_max_window_bits=11",
+    " permessage-deflate ;server_no_context_takeover;\tserver_max_window_bits=12 ": (
+        "server_no_context_takeover; server_max_window_bits=12"
+    ),
+    "permessage-deflate; client_no_context_takeover; client_max_window_bits=11": (
+        "client_no_context_takeover; client_max_window_bits=11"
+    ),
+    "permessage-deflate; server_no_context_takeover; server_max_window_bits=11": (
+        "server_no_context_takeover; server_max_window_bits=11"
+    ),
     "permessage-deflate; server_max_window_bits=8, permessage-deflate": "",
-    "permessage-deflate; server_max_window_bits=10, permessage-deflate": "server_max_window_bits=10",
-    "permessage-deflate; unknown, permessage-deflate; server_max_window_bits=13": "server_max_window_bits=13",
+    "permessage-deflate; server_max_window_bits=10, permessage-deflate": (
+        "server_max_window_bits=10"
+    ),
+    "permessage-deflate; unknown, permessage-deflate; server_max_window_bits=13": (
+        "server_max_window_bits=13"
+    ),
     "x-webkit-deflate-frame, permessage-deflate; client_max_window_bits": "",
     'permessage-other; x="a,b", permessage-deflate': "",
     ", permessage-deflate,": "",
@@ -1815,7 +1829,7 @@ def test_websockets_reads_what_is_sent(length: int, bits: int) -> None:
     assert other.events_received() == [Frame(Opcode.BINARY, payload)]
 
 
-# ------------------------------------------------------------------------------------------ Connection
+# --------------------------------------------------------------------------------------- Connection
 
 
 def reply_frame(first: int, payload: bytes) -> bytes:
@@ -1862,7 +1876,7 @@ class Peer:
         return int.from_bytes(payload[:2], "big") if payload else None
 
     async def is_failed(self, code: int) -> None:
-        """A Close with this code comes, and the server waits for ours where frames can be told apart."""
+        """A Close with this code comes; where frames can be told apart, ours is waited for."""
         assert await self.close_code() == code
         if code == 1002:
             assert await self.rest() == b""
@@ -1870,14 +1884,14 @@ class Peer:
         await eventually(lambda: not Connections.current().open)
 
     async def goodbye(self) -> int | None:
-        """The code of the Close frame that comes next. It is answered, and behind it comes the end."""
+        """The code of the Close frame that comes next. It is answered, and then the end comes."""
         code = await self.close_code()
         self.send(close(code or 1000))
         assert await self.rest() == b""
         return code
 
     async def rest(self) -> bytes:
-        """What comes until the end of the connection; raises ConnectionResetError if that is a reset."""
+        """What comes until the end of the connection; ConnectionResetError if that is a reset."""
         async with asyncio.timeout(PATIENCE):
             return await self.reader.read()
 
@@ -2006,7 +2020,7 @@ def host(
     caplog: pytest.LogCaptureFixture,
     client_context: ssl.SSLContext,
 ) -> Iterator[Host]:
-    """Afterwards no connection is left, and there was no error other than those the test has asked for."""
+    """Afterwards no connection is left, and no error but those that the test asked for came."""
     request.getfixturevalue("http_server" if transport == "tcp" else "https_server")
     seen: list[str] = []
 
@@ -2819,7 +2833,9 @@ async def test_whole_messages_that_wait_are_not_taken_for_one_that_does_not_go_o
 class SetsMethods(EchoHandler):
     async def open(self, *args: str, **kwargs: str) -> None:
         await asyncio.sleep(0)
-        self.on_message = lambda message: self.write_message("ECHO:mine")  # type: ignore[method-assign,assignment,return-value]  # as an application may
+        # As an application may.
+        reply = lambda message: self.write_message("ECHO:mine")  # noqa: E731  # short
+        self.on_message = reply  # type: ignore[method-assign]  # it is what is tried
 
 
 @pytest.mark.gen_test
@@ -4037,7 +4053,7 @@ async def test_a_peer_that_reads_slowly_stays(host: Host) -> None:
 
 @pytest.mark.gen_test(timeout=20)
 async def test_of_pings_that_are_not_read_only_the_latest_is_answered(host: Host) -> None:
-    """Once more waits than is good for anybody (RFC 6455 section 5.5.3); and all of them are read."""
+    """Once more waits than is good for anybody (RFC 6455 section 5.5.3), all are read."""
     peer = await host.connect(receive_buffer=4096)
     count = 80_000
     async with little_memory(1_000_000):
@@ -4135,7 +4151,7 @@ def peak_memory(server: Process) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-# ------------------------------------------------------------------------------------------------ HTTP
+# --------------------------------------------------------------------------------------------- HTTP
 
 
 @pytest.mark.parametrize("path", ["/", "/test", "/ws/chat?token=x", "/a%20b", "/favicon.ico"])
@@ -4430,8 +4446,8 @@ CHROMIUM, CHROMEDRIVER = (
     shutil.which("chromedriver"),
 )
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage"
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
 )
 
 
@@ -4456,7 +4472,8 @@ class Browser:
             None if body is None else json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        call = urllib.request.Request(self.url + path, data, headers, method=method)  # noqa: S310  # it is http
+        url = self.url + path
+        call = urllib.request.Request(url, data, headers, method=method)  # noqa: S310  # it is http
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
             call, timeout=30
         ) as reply:
@@ -4595,12 +4612,12 @@ def test_curl_gets_its_answers_in_absolute_form(server: Process) -> None:
     )
 
 
-# --------------------------------------------------------------- Options, Server, Client, Command line
+# ------------------------------------------------------------ Options, Server, Client, Command line
 
 
 Serve = Callable[..., Process]
 
-# --------------------------------------------------------------------------------------------------- Options
+# ------------------------------------------------------------------------------------------ Options
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 NUMBERS = [name for name, field in FIELDS.items() if field.type in ("int", "float")]
@@ -4795,7 +4812,7 @@ def test_a_file_that_cannot_be_read_ends_the_program_with_1(name: str, tmp_path:
     assert str(tmp_path / name) in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------- Server
+# ------------------------------------------------------------------------------------------- Server
 
 # ---- Where it listens
 
@@ -5437,9 +5454,8 @@ def test_a_websocket_outlives_the_handshake_timeout(serve: Serve) -> None:
 def test_a_request_with_a_body_is_refused_without_reading_it(server: Process, body: str) -> None:
     with server.dial() as sock, contextlib.suppress(ConnectionError):
         began = time.monotonic()
-        sock.sendall(
-            f"POST / HTTP/1.1\r\nHost: x\r\n{body}\r\nContent-Type: text/plain\r\n\r\nfffff\r\n".encode()
-        )
+        head = f"POST / HTTP/1.1\r\nHost: x\r\n{body}\r\nContent-Type: text/plain\r\n\r\n"
+        sock.sendall(head.encode() + b"fffff\r\n")
         sock.sendall(b"x" * 100_000)
         assert not re.search(rb"HTTP/1.1 [235]", everything(sock))
         assert time.monotonic() - began < 5
@@ -5522,7 +5538,7 @@ INHERIT = (
 
 @pytest.fixture
 def inheriting(serve: Serve) -> Iterator[Callable[..., tuple[Process, int]]]:
-    """Starts a server as socket activation does; returns it and the port of the socket that it was given."""
+    """Starts a server as socket activation does; returns it and the port of its socket."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         number = listener.fileno()
 
@@ -5673,7 +5689,7 @@ def test_in_the_journal_lines_have_a_priority_and_no_time(tmp_path: Path) -> Non
     assert starts == ["<6>[SERVER] liste", *["<4>[SERVER] error"] * 2, "<6>[SERVER] stopp"]
 
 
-# ---------------------------------------------------------------------------------------------------- Client
+# ------------------------------------------------------------------------------------------- Client
 
 
 def client(url: str, *arguments: str, stdin: str = "") -> tuple[int, list[str], str]:
@@ -5837,7 +5853,7 @@ def test_server_and_client_say_what_the_readme_shows(serve: Serve) -> None:
     assert len(shown) == 6
 
 
-# ---------------------------------------------------------------------------------------------- Command line
+# ------------------------------------------------------------------------------------- Command line
 
 
 def test_it_runs_from_any_folder_and_by_any_name(tmp_path: Path) -> None:
@@ -5852,15 +5868,15 @@ def test_the_bare_file_says_what_it_needs() -> None:
     assert "tornado>=6.6.1,<6.7" in block[1] and 'requires-python = ">=3.11"' in block[1]
 
 
-# ---------------------------------------------------------------------------------------------- Faults
+# ------------------------------------------------------------------------------------------- Faults
 
 
-# What peers and surroundings can do. Meanwhile a well-behaved client on another connection is served as ever.
+# What peers and surroundings can do. Meanwhile a well-behaved client is served as ever.
 
 
 @contextlib.contextmanager
 def bystander(server: Process, trust: ssl.SSLContext | None = None) -> Iterator[None]:
-    """A well-behaved client, which keeps echoing; afterwards the server has given back its descriptors."""
+    """A well-behaved client keeps echoing; afterwards the server has given back descriptors."""
     server.line("listening")
     before = descriptors(server)
     with upgraded(server, trust) as sock:
@@ -6321,7 +6337,7 @@ def test_turns_that_are_put_off_lose_nothing(serve: Serve) -> None:
 
 
 class Pipeliner:
-    """A client that sends numbers without end, and counts the replies, which have to be those numbers in order."""
+    """A client that sends numbers without end; the replies have to be those, in order."""
 
     def __init__(self) -> None:
         self.replies = self.code = self.port = 0
@@ -6363,7 +6379,8 @@ async def pipelining(
     async with asyncio.timeout(2 * PATIENCE), asyncio.TaskGroup() as group:
         for client in clients:
             group.create_task(client.run(port, *tls))
-        while min(client.replies for client in clients) < 20:  # noqa: ASYNC110  # there is no event for it
+        # There is no event for it.
+        while min(client.replies for client in clients) < 20:  # noqa: ASYNC110  # see above
             await asyncio.sleep(0.01)
         await then()
 
@@ -6435,10 +6452,12 @@ def test_sighup_under_load_loses_nothing(
         for number in range(1, 11):
             server.signal(signal.SIGHUP)
             seen = [client.replies for client in clients]
-            while len(server.matching("reloaded")) < number or any(
-                map(lambda c, n: c.replies <= n, clients, seen)
-            ):  # there is no event for it
-                await asyncio.sleep(0.001)
+
+            def is_served(number: int = number, seen: list[int] = seen) -> bool:
+                reloaded = len(server.matching("reloaded")) >= number
+                return reloaded and all(map(lambda c, n: c.replies > n, clients, seen))
+
+            await until_async(is_served)
         server.signal(signal.SIGTERM)
 
     asyncio.run(pipelining(clients, server.port, reload_often, trust if secure else None))
@@ -6635,7 +6654,7 @@ def require(condition: object, code: int) -> None:
 
 
 def may_become_text(data: bytes) -> bool:
-    """Whether there is an end with which it is UTF-8: whatever byte comes first, one of these fits."""
+    """Whether there is an end with which it is UTF-8; one of these fits whatever comes first."""
     for ending in ENDINGS:
         with contextlib.suppress(UnicodeDecodeError):
             return (data + ending).decode() is not None
@@ -6808,7 +6827,7 @@ OFFERS = ["", "permessage-deflate", "permessage-deflate; client_no_context_takeo
 
 
 class Conversation(RuleBasedStateMachine):
-    """Sends anything, in any pieces, on one connection after the other, and expects what the model says."""
+    """Sends anything, in any pieces, on one connection after the other; the model knows what comes."""
 
     server: Process
     trust: ssl.SSLContext | None
@@ -6841,7 +6860,7 @@ class Conversation(RuleBasedStateMachine):
         self.model = Model(b"", self.deflate, window)
 
     def send(self, data: bytes, pauses: Pauses) -> None:
-        """In pieces, up to where the connection is over; at some of the cuts the server has its turn."""
+        """In pieces, up to where the connection is over; at some cuts the server has its turn."""
         for size, pause in [*pauses, (len(data), False)]:
             piece, data = data[:size], data[size:]
             if piece and self.model.code is None:

@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--subject",
-        help="the server that the others are compared with (default: the first --server, or ws-echo)",
+        help="the server to compare the others with (default: the first --server, or ws-echo)",
     )
     add(
         "--ws-echo",
@@ -218,7 +218,7 @@ def tables(options: argparse.Namespace, board: Board, candidates: list[Candidate
     if subject is not None and len(board.servers) > 1:
         parts.append(report.ratios(board, subject))
     count, of = board.waited(WAITED)
-    note = f"In {count} of {of} measurements a core was busy otherwise for over {WAITED:.0%} of the time."
+    note = f"In {count} of {of} measurements a core was busy otherwise for over {WAITED:.0%}."
     versions = [f"{c.name} {c.version}" for c in candidates if c.version]
     parts.append("\n".join([footer(options) + ".", note, ", ".join(versions)]).strip())
     parts += report.errors(board)

@@ -136,7 +136,7 @@ def serving(
 
 
 def _keep_echoing(address: tuple[str, int], pipe: "Connection[bytes, bytes]") -> None:
-    """Send an echo at fixed times; the latencies, or what was wrong, go into the pipe at the end."""
+    """Send an echo at fixed times; the latencies, or what was wrong, go into the pipe."""
     latencies = array.array("d")
     frame, reply = client_frame(TEXT, message(7), MASKS[1]), reply_frame(TEXT, message(7))
     error = ""
@@ -355,7 +355,8 @@ def scans(server: Subject, seconds: float) -> list[Figure]:
 
 def hostile(server: Subject, seconds: float) -> list[Figure]:
     """31 MB of headers that nobody wants, and of messages."""
-    strange = "GET /\x9b\x85?secret HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nOrigin: {}\r\nCookie: secret\r\n\r\n"
+    strange = "GET /\x9b\x85?secret HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n"
+    strange += "Origin: {}\r\nCookie: secret\r\n\r\n"
     head = strange.format("\x1b\x9b" * 7000).encode("latin-1")
     plain = handshake(server.address[1]).replace(
         b"Host:", b"Origin: http://\x9b\x85" + b"x" * 15_000 + b"\r\nHost:"

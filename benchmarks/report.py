@@ -157,7 +157,8 @@ STYLE = """
 .back { fill: #ffffff } text { font: 13px system-ui, sans-serif; fill: #1f2328 }
 .title { font-weight: 600; font-size: 15px } .head { font-weight: 600 }
 .note { fill: #59636e; font-size: 12px }
-.best { font-weight: 700 } .bar { fill: #9ec5fe } .bar.best { fill: #2f81f7 } .line { stroke: #d1d9e0 }
+.best { font-weight: 700 } .bar { fill: #9ec5fe } .bar.best { fill: #2f81f7 }
+.line { stroke: #d1d9e0 }
 @media (prefers-color-scheme: dark) {
   .back { fill: #0d1117 }
   text { fill: #f0f6fc } .note { fill: #9198a1 } .bar { fill: #274b7a } .bar.best { fill: #2f81f7 }
@@ -194,7 +195,8 @@ def _svg_cell(
     share = value / best if metric.more_is_better else best / value if value > 0 else 1.0
     style = "best" if value == best else ""
     width = max(1.0, (COLUMN - 20) * min(1.0, share))
-    bar = f'<rect x="{right - width:.1f}" y="{y + 21}" width="{width:.1f}" height="4" class="bar {style}"/>'
+    place = f'x="{right - width:.1f}" y="{y + 21}" width="{width:.1f}" height="4"'
+    bar = f'<rect {place} class="bar {style}"/>'
     return [_text(right, y + 16, number(value, metric.digits), style, end=True), bar]
 
 

@@ -238,10 +238,10 @@ def soak(server: Subject, minutes: float) -> int:
     more = settled(server.descriptors, descriptors) - descriptors
     server.check_alive()
     counts, tracebacks = runner.counts, server.tracebacks()
+    done = ", ".join(f"{counts[what]:,} {what}" for what in ("messages", "connections", "faults"))
     print(
-        f"{counts['messages']:,} messages, {counts['connections']:,} connections, {counts['faults']:,} faults, "
-        f"{counts['lost']} lost, {tracebacks} tracebacks; memory {grown / MIB:+.1f} MiB (at most {GROWTH / MIB:+.0f}), "
-        f"descriptors {more:+d}"
+        f"{done}, {counts['lost']} lost, {tracebacks} tracebacks; "
+        f"memory {grown / MIB:+.1f} MiB (at most {GROWTH / MIB:+.0f}), descriptors {more:+d}"
     )
     return 1 if counts["lost"] or tracebacks or grown > GROWTH or more > 0 else 0
 
