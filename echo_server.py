@@ -1320,7 +1320,7 @@ class Connection(websocket.WebSocketProtocol):
             if not self._watched & READ:
                 self._find_loss(events)
                 self.settle()
-            elif self._quick or not self._deflate or self._registry.has_time():
+            elif self._quick or not self._deflate or self._discards() or self._registry.has_time():
                 self.turn(self._wire.receive())
             else:
                 # What has to be inflated or deflated may take milliseconds: it waits for its turn.
@@ -1466,14 +1466,17 @@ class Connection(websocket.WebSocketProtocol):
             outside(self._registry.loop.call_soon, self.finish)
 
     def _may_read(self) -> bool:
-        receiver = self._receiver
         if self._wire.eof:
             return False
-        if self._state >= ENDING or not receiver.in_sync:
+        if self._discards():
             return True
-        if receiver.more or not self._inbox.has_place():
+        if self._receiver.more or not self._inbox.has_place():
             return False
         return self._state != OPEN or self.handler.application not in self._registry.leaving
+
+    def _discards(self) -> bool:
+        """Whether what comes is thrown away: all has been said, or frames are not told apart."""
+        return self._state in (ENDING, LINGERING) or not self._receiver.in_sync
 
     # ---- A turn
 
@@ -1493,8 +1496,7 @@ class Connection(websocket.WebSocketProtocol):
         self._corked = True
         try:
             self._deliver_waiting()
-            takes = self._inbox.has_place() and self._state not in (ENDING, LINGERING)
-            if (data or receiver.more) and takes:
+            if (data or receiver.more) and self._inbox.has_place() and not self._discards():
                 self._handle(receiver.feed(data))
         finally:
             self._corked = False

@@ -3523,6 +3523,24 @@ async def test_data_behind_a_close_is_not_kept_while_others_keep_the_event_loop_
         peer.reset()
 
 
+@pytest.mark.gen_test
+async def test_what_comes_behind_a_fault_is_dropped_while_the_event_loop_is_busy(
+    host: Host,
+) -> None:
+    class Busy(EchoHandler):
+        def on_message(self, message: str | bytes) -> None:
+            sum(range(1_000_000))
+
+    other, peer = await host.connect(Busy, DEFLATE), await host.connect(headers=DEFLATE)
+    peer.send(b"\xff\xff")
+    assert await peer.close_code() == 1002 and await peer.rest() == b""
+    # In one batch of events.
+    other.send(text("work"))
+    peer.send(text("junk"))
+    peer.leave()
+    await eventually(lambda: len(Connections.current().open) == 1)
+
+
 @pytest.mark.parametrize("ending", [b"", masked(close_body(4001), CLOSE)], ids=["nothing", "close"])
 def test_a_peer_that_shuts_its_side_below_tls_gets_all_replies_and_our_close(
     tls: Process, trust: ssl.SSLContext, ending: bytes
