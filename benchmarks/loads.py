@@ -317,6 +317,11 @@ def _exchange(server: Process, settings: Settings, sockets: list[socket.socket])
         return meter.per_message(len(latencies)) | percentiles(latencies)
 
 
+def single(server: Process, settings: Settings) -> Result:
+    with connections(server, 1) as sockets:
+        return _exchange(server, settings, sockets)
+
+
 def one(server: Process, settings: Settings) -> Result:
     with connections(server, 100) as sockets:
         return _exchange(server, settings, sockets)
@@ -648,11 +653,18 @@ class Load:
 RATE = Metric("rate", "messages/s", 0, more_is_better=True)
 CPU = Metric("cpu", "CPU per message, µs", 2)
 CLIENT = Metric("client", "generator, µs", 2, compared=False)
-P50 = Metric("p50", "p50, ms", 2)
+P50 = Metric("p50", "p50, ms", 3)
 P99 = Metric("p99", "p99, ms", 2)
 KILOBYTES = Metric("kilobytes", "kB per connection", 2)
 
 LOADS = (
+    Load(
+        "single",
+        "1 connection, one message of 32 bytes in flight",
+        single,
+        (P50, P99, RATE, CPU, CLIENT),
+        ("p50",),
+    ),
     Load(
         "one",
         "100 connections, one message of 32 bytes in flight each",

@@ -27,16 +27,8 @@ HOST = "127.0.0.1"
 START_TIMEOUT = 15.0
 STOP_TIMEOUT = 5.0
 
-WITHOUT_UVLOOP = (
-    "import sys; sys.modules['uvloop'] = None; sys.path.insert(0, {folder!r}); "
-    "import echo_server; sys.exit(echo_server.main(sys.argv[1:]))"
-)
-OPTIONS = (
-    "--address=127.0.0.1",
-    "--port={port}",
-    "--max-message-size=16777216",
-    "--log-level=warning",
-)
+# All else is as people start it: each message is shown, up to 50 a second.
+OPTIONS = ("--address=127.0.0.1", "--port={port}", "--max-message-size=16777216")
 
 
 class EndedError(MeasurementError):
@@ -122,12 +114,8 @@ def _own(folder: Path) -> list[Candidate]:
         return []
     found = re.search(r"""^__version__ = ["'](.+)["']""", source.read_text(), re.MULTILINE)
     version = found.group(1) if found else ""
-    options = (*OPTIONS, "{no_compression}")
-    plain = (sys.executable, "-c", WITHOUT_UVLOOP.format(folder=str(folder)), *options)
-    own = [Candidate("ws-echo", (sys.executable, str(source), *options), version)]
-    if importlib.util.find_spec("uvloop") is not None:
-        own.append(Candidate("ws-echo (no uvloop)", plain, version))
-    return own
+    command = (sys.executable, str(source), *OPTIONS, "{no_compression}")
+    return [Candidate("ws-echo", command, version)]
 
 
 def find(folder: Path, node_modules: str | None) -> tuple[list[Candidate], list[str]]:
@@ -136,6 +124,7 @@ def find(folder: Path, node_modules: str | None) -> tuple[list[Candidate], list[
     peers = {
         "Bun": _bun_peer(folders),
         "picows": _python_peer("picows", "picows", "picows_server.py"),
+        "socketify": _python_peer("socketify", "socketify", "socketify_server.py"),
         "aiohttp": _python_peer("aiohttp", "aiohttp", "aiohttp_server.py"),
         "ws": _ws_peer(folders),
         "websockets": _python_peer("websockets", "websockets", "websockets_server.py"),
