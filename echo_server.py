@@ -1196,9 +1196,11 @@ class Inbox:
 # CLOSING    Our Close is decided on. It leaves when nothing waits before it, and until then pings
 #            are answered. Behind it we wait for the peer's, if that has not come and still can.
 # ENDING     Both have said all. When the kernel has taken the last of it, we shut our side.
-# LINGERING  We have. What comes is thrown away until the peer has shut its side, too: a byte that
-#            comes after close() would make the kernel throw away what is still on its way.
-# CLOSED     The socket is closed. `on_close` follows when the handler has had all that came.
+# LINGERING  We have, and `on_close` is called. What comes is thrown away until the peer has shut
+#            its side, too: a byte that comes after close() would make the kernel throw away what
+#            is still on its way.
+# CLOSED     The socket is closed. If `on_close` has not been called, that follows when the handler
+#            has had all that came.
 OPEN, CLOSING, ENDING, LINGERING, CLOSED = range(5)
 
 
@@ -1238,6 +1240,8 @@ class Connection(websocket.WebSocketProtocol):
         self._goodbye: bytes | None = None
         # We have failed the connection (7.1.7): only the peer's Close counts any more.
         self._failed = False
+        # `on_close` has been called.
+        self._told = False
 
         self._inbox = Inbox(handler.max_message_size)
         # What replies begin with while they need no call of the handler; and what `echo_texts`
@@ -1456,14 +1460,13 @@ class Connection(websocket.WebSocketProtocol):
 
     def _hand_over(self) -> None:
         """To the handler, in turns: what has come, and at last the end."""
-        if self._state in (ENDING, LINGERING):
-            return
-        inbox = self._inbox
-        if (self._receiver.more and inbox.has_place()) or inbox.has_next():
+        inbox, more = self._inbox, self._receiver.more and not self._discards()
+        if (more and inbox.has_place()) or inbox.has_next():
             self._registry.again(self)
-        elif self._state == CLOSED and not inbox.running:
-            # Never from within another method of the handler.
-            outside(self._registry.loop.call_soon, self.finish)
+        elif self._state == CLOSED or (self._state == LINGERING and not self._told):
+            if not inbox.running:
+                # Never from within another method of the handler.
+                outside(self._registry.loop.call_soon, self.finish)
 
     def _may_read(self) -> bool:
         if self._wire.eof:
@@ -1604,12 +1607,16 @@ class Connection(websocket.WebSocketProtocol):
             await asyncio.wait([self._closed], timeout=seconds)
 
     def finish(self) -> None:
-        """The last call of the handler, once."""
-        if self._registry.remove(self):
+        """The last call of the handler, once. In LINGERING it does not wait for the peer's FIN: a
+        client that does not read would keep the handler for the time limit of closing."""
+        if not self._told:
+            self._told = True
             close = self.handler.on_ws_connection_close
             self.enter(self._context.run, close, self.close_code, self.close_reason)
             if self._ended:
                 future_set_result_unless_cancelled(self._ended, None)
+        if self._state == CLOSED:
+            self._registry.remove(self)
 
     # ---- Writing
 
@@ -1784,7 +1791,7 @@ class Connections:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        # Those whose `on_close` has not been called; and what is watched, by descriptor.
+        # Those with a socket, or with an `on_close` to be called; what is watched, by descriptor.
         self.open: set[Connection] = set()
         self.watched: dict[int, Connection | Visitor] = {}
         self._epoll: Any = None
@@ -1910,16 +1917,15 @@ class Connections:
         self._period = min(self._period, limit / 4)
         self.look_at_log()
 
-    def remove(self, connection: Connection) -> bool:
-        """Takes its numbers; returns whether it was open. `/metrics` must not count backwards."""
+    def remove(self, connection: Connection) -> None:
+        """Takes its numbers: `/metrics` must not count backwards."""
         if connection not in self.open:
-            return False
+            return
         self.open.remove(connection)
         self.closed[connection.outcome] += 1
         self.traffic.add(connection.traffic)
         if not self.watched and not self.open:
             self._end()
-        return True
 
     def look_at_log(self) -> None:
         self.shows = log.isEnabledFor(logging.DEBUG) and not self.crowded
