@@ -1463,10 +1463,9 @@ class Connection(websocket.WebSocketProtocol):
         inbox, more = self._inbox, self._receiver.more and not self._discards()
         if (more and inbox.has_place()) or inbox.has_next():
             self._registry.again(self)
-        elif self._state == CLOSED or (self._state == LINGERING and not self._told):
-            if not inbox.running:
-                # Never from within another method of the handler.
-                outside(self._registry.loop.call_soon, self.finish)
+        elif self._state >= LINGERING and not (self._told or inbox.running):
+            # Never from within another method of the handler.
+            outside(self._registry.loop.call_soon, self.finish)
 
     def _may_read(self) -> bool:
         if self._wire.eof:
@@ -1609,12 +1608,13 @@ class Connection(websocket.WebSocketProtocol):
     def finish(self) -> None:
         """The last call of the handler, once. In LINGERING it does not wait for the peer's FIN: a
         client that does not read would keep the handler for the time limit of closing."""
-        if not self._told:
-            self._told = True
-            close = self.handler.on_ws_connection_close
-            self.enter(self._context.run, close, self.close_code, self.close_reason)
-            if self._ended:
-                future_set_result_unless_cancelled(self._ended, None)
+        if self._told:
+            return
+        self._told = True
+        close = self.handler.on_ws_connection_close
+        self.enter(self._context.run, close, self.close_code, self.close_reason)
+        if self._ended:
+            future_set_result_unless_cancelled(self._ended, None)
         if self._state == CLOSED:
             self._registry.remove(self)
 
@@ -1724,6 +1724,8 @@ class Connection(websocket.WebSocketProtocol):
             self._wire.close(reset)
             if self._closed:
                 future_set_result_unless_cancelled(self._closed, None)
+            if self._told:
+                self._registry.remove(self)
             self.settle()
 
     def _warn(self, text: str) -> None:

@@ -258,7 +258,7 @@ def shaken(
 
 
 def raw_echo(sock: socket.socket, text: str = "Hello!") -> str:
-    """What comes back. In some versions of Python, two threads may not use one TLS socket at a time."""
+    """What comes back. Some versions of Python let only one thread at a time use a TLS socket."""
     sock.sendall(masked(text.encode()))
     with sock.makefile("rb") as file:
         return read_frame(file)[1].decode()
@@ -286,6 +286,12 @@ def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return ended(
         sys.executable, str(MODULE), *args, input=stdin, env=os.environ | {"COLUMNS": "80"}
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_unclosed_event_loop() -> None:
+    """pytest-tornado asks asyncio for the current event loop, which would make one for ever."""
+    asyncio.set_event_loop(None)
 
 
 @pytest.fixture
@@ -815,7 +821,7 @@ def state():
     loggers += ["tornado", "tornado.access", "tornado.application", "tornado.general"]
     return {
         "options": sorted(tornado.options.options),
-        "logging": [(n, logging.getLogger(n).level, logging.getLogger(n).handlers[:]) for n in loggers],
+        "logging": [(n.name, n.level, n.handlers[:]) for n in map(logging.getLogger, loggers)],
         "raise": logging.raiseExceptions,
         "signals": [str(signal.getsignal(n)) for n in sorted(signal.valid_signals())],
         "threads": [thread.name for thread in threading.enumerate()],
@@ -1048,7 +1054,7 @@ asyncio.run(main())
 
 
 def own(level: str = "WARNING") -> str:
-    """Somebody's application, by what the README says to those who have options, log and signals."""
+    """Somebody's application, as the README says for those with options, log and signals."""
     code = shown("With options, logging and signals of your own")
     assert "WARNING" in code
     return code.replace("WARNING", level) + HOST_OF_ITS_OWN
@@ -6861,7 +6867,7 @@ OFFERS = ["", "permessage-deflate", "permessage-deflate; client_no_context_takeo
 
 
 class Conversation(RuleBasedStateMachine):
-    """Sends anything, in any pieces, on one connection after the other; the model knows what comes."""
+    """Sends anything, in any pieces, on one connection after the other, and knows what comes."""
 
     server: Process
     trust: ssl.SSLContext | None
