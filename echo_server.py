@@ -2070,13 +2070,18 @@ def check_handshake(request: httputil.HTTPServerRequest) -> None:
     if key is None or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
         given = f"it is {printable(key, 40)}" if key else "it is missing"
         raise Refusal(400, "the header Sec-WebSocket-Key must be 16 bytes in base64", given)
-    offered = listed(headers.get("Sec-WebSocket-Protocol", ""))
-    if not all(re.fullmatch(r"[!#$%&'*+.^_`|~\w-]+", name, re.ASCII) for name in offered):
-        raise Refusal(400, "the header Sec-WebSocket-Protocol must be a list of tokens")
     with contextlib.suppress(ValueError):
         urlsplit(headers.get("Origin", ""))
         return
     raise Refusal(403, "the header Origin is not a URL")
+
+
+def check_subprotocols(headers: httputil.HTTPHeaders) -> None:
+    """RFC 6455 section 4.2.1, item 8. Some applications carry other things in that header, and
+    Tornado lets them, so this is for the stand-alone server only."""
+    offered = listed(headers.get("Sec-WebSocket-Protocol", ""))
+    if not all(re.fullmatch(r"[!#$%&'*+.^_`|~\w-]+", name, re.ASCII) for name in offered):
+        raise Refusal(400, "the header Sec-WebSocket-Protocol must be a list of tokens")
 
 
 def refuse_body(headers: httputil.HTTPHeaders) -> None:
@@ -2521,6 +2526,7 @@ class ServedHandler(EchoHandler):
 
     def _check_handshake(self) -> None:
         super()._check_handshake()
+        check_subprotocols(self.request.headers)
         self._server.check_room()
 
     def shake_hands(self) -> tuple[Connection, bytes]:
