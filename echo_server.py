@@ -3237,7 +3237,9 @@ LINES_A_SECOND = 50
 LONGEST_LINE = 2_000
 # What could command a terminal, or pass for another line: C0, C1, separators of lines, what changes
 # the direction of text, and halves of characters.
-UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+UNSAFE = re.compile(
+    "[\0-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 def escaped(text: str) -> str:
@@ -3258,12 +3260,13 @@ class LineHandler(logging.Handler):
         self.counts: Counter[tuple[str, int]] = Counter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        kind = str(record.msg), record.levelno
+        text = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
+        kind = text, record.levelno
         self.counts[kind] += 1
         if self.counts[kind] <= LINES_A_SECOND:
             self.write(record)
-        elif kind[0] == RECEIVED:
-            # Messages that are not shown need not be made lines of, either.
+        elif text == RECEIVED and not self.connections.crowded:
+            # Until the next flush, no line is made of a message: it is only counted.
             self.connections.crowded = True
             self.connections.look_at_log()
             self.connections.unshown = 0
@@ -3285,13 +3288,16 @@ class LineHandler(logging.Handler):
             text = record.getMessage()
             trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
         except Exception as error:
-            text, trace = f"a line of the log that cannot be made, {record.msg!r}: {error}", ""
+            where = f"{record.pathname}:{record.lineno}"
+            text, trace = f"cannot format what {where} logs: {type(error).__name__}", ""
         priorities = {logging.DEBUG: "<7>", logging.INFO: "<6>", logging.WARNING: "<4>"}
         head = priorities.get(record.levelno, "<3>")
         if not self.journal:
             head = logging.Formatter().formatTime(record) + " "
-        for line in (text, *trace.splitlines()):
-            data = (head + escaped(line)[:LONGEST_LINE]).encode(errors="backslashreplace") + b"\n"
+        # Lines of a traceback are indented, so that an exception's text cannot pass for an event.
+        indented = (f"  {line}" for line in trace.split("\n") if line)
+        for line in (text, *indented):
+            data = (head + escaped(line[:LONGEST_LINE]))[:LONGEST_LINE].encode() + b"\n"
             with contextlib.suppress(OSError):
                 # A pipe that nobody reads must not stop the service.
                 if select.select([], [2], [], 0)[1]:

@@ -5706,6 +5706,66 @@ def test_lines_of_a_kind_are_limited_and_none_is_left_out_uncounted(serve: Serve
     assert written < 200
 
 
+def test_messages_are_shown_by_default_and_counted_when_there_are_too_many(serve: Serve) -> None:
+    """Also while a connection with a scenario, whose messages all need a call, is among them."""
+    process, numbers = serve(), itertools.count()
+    with (
+        shaken(process) as plain,
+        plain.makefile("rb") as replies,
+        shaken(process, "GET /?delay=0 HTTP/1.1") as called,
+    ):
+
+        def has_talked_for_two_seconds() -> bool:
+            texts = [b"%d" % next(numbers) for _ in range(500)]
+            plain.sendall(b"".join(map(masked, texts)))
+            assert [read_frame(replies) for _ in texts] == [(TEXT, b"ECHO:" + t) for t in texts]
+            assert raw_echo(called, f"{next(numbers)}").startswith("ECHO:")
+            return len(process.matching(" more: ")) >= 2
+
+        until(has_talked_for_two_seconds)
+    assert process.stop() == 0
+    shown = [found[1] for found in process.matching(r"\[SERVER\] Received:(\d+)$")]
+    more = process.matching(r"… and ([\d,]+) more: \[SERVER\] Received:$")
+    left_out = sum(int(found[1].replace(",", "")) for found in more)
+    assert shown[:50] == [str(number) for number in range(50)]
+    assert len(shown) <= 50 * (len(more) + 1) and len(shown) + left_out == next(numbers)
+
+
+INTRUDERS = r"""
+import asyncio, logging, echo_server
+forged = "\x1b[2J\r\n\x85\x9b31m\u2028\u2029\u202e\u2066\u061c\ud800[SERVER] forged" + "x" * 3000
+
+class Broken:
+    def __str__(self):
+        raise ZeroDivisionError
+    __repr__ = __str__
+
+async def main():
+    logging.basicConfig(handlers=[echo_server.LineHandler(echo_server.Connections.current())])
+    for name in "echo_server", "tornado.general", "asyncio", "somebody":
+        logging.getLogger(name).warning("400 GET %s", forged)
+        logging.getLogger(name).error(forged)
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        logging.exception("a traceback")
+    for message, value in ("%d", "x"), ("%s %s", "x"), ("%s", Broken()), (Broken(), None):
+        logging.error(message, value)
+    asyncio.get_running_loop().call_exception_handler({"message": forged})
+
+asyncio.run(main())
+"""
+
+
+def test_whoever_logs_each_line_is_ours_short_and_printable() -> None:
+    *lines, last = python(INTRUDERS).split("\n")
+    events = [line[len("2000-01-01 00:00:00,000 ") :] for line in lines]
+    assert last == "" and len([event for event in events if event[0] != " "]) == 8 + 1 + 4 + 1
+    assert len([event for event in events if "cannot format" in event]) == 4
+    assert all(line.isprintable() and len(line) <= 2000 for line in lines)
+    assert not [event for event in events if event.startswith("[SERVER]")]
+
+
 def test_in_the_journal_lines_have_a_priority_and_no_time(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     with path.open("w") as journal:
