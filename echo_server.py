@@ -2893,10 +2893,14 @@ class Server:
             self.lobby.watch(sock)
         log.info("[SERVER] listening on %s", self.urls)
         notify("READY=1")
-        chores = self.keep_systemd_informed(), self.dismiss_idle(), self.show_counts()
-        self.tasks = [asyncio.create_task(chore) for chore in chores]
-        await self.signalled.wait()
-        await self.drain()
+        # In a group, so that the server does not go on without one that has failed.
+        async with asyncio.TaskGroup() as group:
+            chores = self.keep_systemd_informed(), self.dismiss_idle(), self.show_counts()
+            tasks = [group.create_task(chore) for chore in chores]
+            await self.signalled.wait()
+            await self.drain()
+            for task in tasks:
+                task.cancel()
         log.info("[SERVER] stopped")
 
     async def show_counts(self) -> None:

@@ -5563,6 +5563,21 @@ def test_a_notify_socket_that_is_not_there_does_not_matter(serve: Serve, tmp_pat
     assert len(process.matching("error:")) == 1
 
 
+CRASH = """
+import sys, echo_server
+echo_server.Lobby.dismiss_idle = lambda lobby: 1 / 0
+sys.exit(echo_server.main(["--port=0"]))
+"""
+
+
+def test_a_mistake_of_ours_ends_the_server_with_a_code_that_systemd_restarts() -> None:
+    done = ended(sys.executable, "-c", CRASH, cwd=MODULE.parent)
+    assert "ZeroDivisionError" in done.stderr
+    unit = (MODULE.parent / "systemd" / "ws-echo.service").read_text()
+    kept = re.findall(r"(?m)^RestartPreventExitStatus=(.*)", unit)[0].split()
+    assert "Restart=on-failure" in unit and done.returncode not in (0, *map(int, kept))
+
+
 INHERIT = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); "
     "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid() + int(sys.argv[2]))); "
