@@ -2307,6 +2307,7 @@ class PlainGet(routing.Matcher):
         return {} if wanted else None
 
 
+@web.stream_request_body
 class PlainHandler(web.RequestHandler):
     def initialize(self, server: Server) -> None:
         self.server = server
@@ -2499,6 +2500,8 @@ async def run_server(options: Options, reread: Callable[[], Options]) -> int:
     return 0
 
 
+# There is no body. Without this, Tornado looks for one where Content-Type speaks of it.
+@web.stream_request_body
 class ServedHandler(EchoHandler):
     """EchoHandler in the stand-alone server."""
 

@@ -4395,6 +4395,7 @@ ODD = {
     "Origin: null": request(Origin="null"),
     "the path of the health check": request("GET /healthz HTTP/1.1"),
     "an unknown extension": request(Sec_WebSocket_Extensions="x-webkit-deflate-frame; y=\"1"),
+    "the type of a body that is not there": request(Content_Type="multipart/form-data; boundary=x"),
 }  # fmt: skip
 
 
@@ -6245,6 +6246,11 @@ STRANGE_REQUESTS = [
     request("GET /?%1b%9b=secret HTTP/1.1"),
     request(add=f"{RAW}: secret"),
     request(Origin="a\x1b[2J secret"),
+    request(
+        f"GET /{RAW}?token=secret HTTP/1.1",
+        without="Upgrade",
+        Content_Type="multipart/form-data; boundary=x",
+    ),
 ]
 
 
