@@ -3156,10 +3156,12 @@ async def run_client(options: Options) -> int:
 
 
 def explain(error: Exception) -> str:
-    """In a line; where a server has refused the handshake, by what it says."""
-    if isinstance(error, httpclient.HTTPClientError) and error.response and error.response.body:
-        first = error.response.body.decode(errors="replace").strip().partition("\n")[0]
-        return f"HTTP {error.code}: {printable(first.removeprefix(f'{error.code}: '))}"
+    """In a line; where a server has refused the handshake, in its own words."""
+    response = error.response if isinstance(error, httpclient.HTTPClientError) else None
+    if response and response.headers.get("Content-Type", "").startswith("text/plain"):
+        first = response.body.decode(errors="replace").strip().partition("\n")[0]
+        first = first.removeprefix(f"{response.code}: ") or response.reason
+        return f"HTTP {response.code}: {printable(first)}"
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
         return error.strerror
     return printable(str(error)) or type(error).__name__

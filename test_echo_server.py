@@ -4596,13 +4596,28 @@ def test_the_page_says_when_the_server_has_gone(
     serve: Callable[..., Process], browser: Browser
 ) -> None:
     process = serve()
-    browser.open(process.url.replace("ws", "http", 1))
+    browser.open(page_of(process))
     browser.shows("state", "Connected")
     assert process.stop() == 0
     browser.shows("detail", "1001: going away")
-    browser.click("connect")
+    browser.click("#connect")
     browser.shows("state", "Could not connect")
     browser.shows("detail", "1006")
+
+
+@pytest.mark.parametrize(("host", "exact"), [("localhost", True), ("plain.test", False)])
+def test_the_page_shows_no_time_that_the_clock_cannot_tell(
+    server: Process, browser: Browser, host: str, exact: bool
+) -> None:
+    """On localhost, clocks are exact. Elsewhere without TLS, Firefox rounds them to 1 ms."""
+    browser.open(page_of(server, host))
+    browser.shows("state", "Connected")
+    assert browser.run("crossOriginIsolated") == exact
+    browser.click("#send100")
+    stats = browser.shows("stats", "count 100")
+    least = re.match(r"min (< )?(\d+(\.\d+)?) ms", stats)
+    assert least and float(least[2]) > 0 and (not least[1] or not exact)
+    assert "0.00 ms" not in browser.text("log") + browser.text("summary")
 
 
 # ---- Other people's clients
@@ -5815,7 +5830,7 @@ def test_the_client_prints_what_the_original_sample_printed(server: Process) -> 
 
 
 @pytest.mark.parametrize(
-    "texts", [["a"], ["a", "b", "a"], [""], ["Zoë \U0001f600"], ["x" * 100_000]]
+    "texts", [["a"], ["a", "b", "a"], [""], ["Zoë \U0001f600"], ["\x1b[2J"], ["x" * 100_000]]
 )
 def test_the_client_sends_each_text_and_prints_each_answer(
     server: Process, texts: list[str]
@@ -5858,6 +5873,21 @@ def test_the_client_answers_line_by_line_as_they_are_typed(server: Process) -> N
         assert popen.wait(PATIENCE) == 0
 
 
+@pytest.mark.parametrize("scheme", ["WS", "Ws"])
+def test_the_scheme_may_be_in_capitals(server: Process, scheme: str) -> None:
+    assert client(server.url.replace("ws", scheme, 1), "--send=a")[0] == 0
+
+
+def test_at_a_terminal_control_characters_of_a_server_are_escaped(server: Process) -> None:
+    terminal, far_end = os.openpty()
+    command = [sys.executable, str(MODULE), f"--connect={server.url}", "--send=é\x1b[2J\x9bm\u202e"]
+    with start(*command, stdout=far_end) as popen, open(terminal, "rb", buffering=0) as file:
+        os.close(far_end)
+        assert popen.wait(PATIENCE) == 0
+        printed = file.read(4096).decode().splitlines()
+    assert printed == ["[CLIENT] open()", r"[CLIENT] Received: ECHO:é\x1b[2J\x9bm\u202e"]
+
+
 def test_the_client_leaves_with_1000(serve: Serve) -> None:
     process = serve()
     assert client(process.url, "--send=a")[0] == 0
@@ -5868,7 +5898,7 @@ def assert_client_fails(url: str, *arguments: str, word: str = "") -> None:
     """It ends with 1, after one line."""
     code, _, said = client(url, *arguments)
     assert (code, said.count("\n")) == (1, 1)
-    assert said.startswith("[CLIENT] error:") and word in said
+    assert said.startswith(f"[CLIENT] error:{url}: ") and word in said
 
 
 def test_the_client_ends_with_1_when_it_is_refused() -> None:
@@ -5885,7 +5915,30 @@ def test_the_client_ends_with_1_when_the_url_leads_nowhere(url: str) -> None:
 def test_the_client_ends_with_1_when_the_handshake_is_refused(serve: Serve) -> None:
     process = serve("--max-connections=1")
     with process.connect():
-        assert_client_fails(process.url, "--send=a", word="503")
+        assert_client_fails(process.url, "--send=a", word=": HTTP 503: the server is full\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "word"),
+    [
+        ("text/plain; charset=utf-8", "400: a\x1b[2J\n\nb", ": HTTP 400: a\\x1b[2J\n"),
+        ("text/plain", "", ": HTTP 400: Bad Request\n"),
+        ("text/html", "<html>\n<body>", ": HTTP 400: Bad Request\n"),
+    ],
+)
+def test_the_client_says_why_a_server_refuses_it(kind: str, body: str, word: str) -> None:
+    def refuse() -> None:
+        with listener.accept()[0] as sock:
+            assert sock.recv(4096)
+            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+
+    head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: {kind}\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        assert_client_fails(f"ws://127.0.0.1:{listener.getsockname()[1]}/", word=word)
+        thread.join(PATIENCE)
 
 
 def test_the_client_ends_with_1_when_nobody_answers_the_handshake() -> None:
@@ -5950,7 +6003,7 @@ def test_a_cafile_that_is_missing_is_named(server: Process) -> None:
 
 def test_server_and_client_say_what_the_readme_shows(serve: Serve) -> None:
     shown = re.findall(r"^ *(\[(?:SERVER|CLIENT)\] .*?)(?:   .*)?$", README, re.MULTILINE)
-    process = serve("--log-level=debug")
+    process = serve()
     said = run(
         "--connect", f"ws://localhost:{process.port}/test", "--send", "Hello!"
     ).stdout.splitlines()
