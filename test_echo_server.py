@@ -4239,6 +4239,15 @@ def test_the_policy_of_the_page_allows_its_own_script_and_style_and_nothing_else
         policy[name] for name in ("default-src", "base-uri", "form-action", "frame-ancestors")
     } == {"'none'"}
     assert policy["connect-src"] == "'self' ws://localhost wss://localhost"
+    # What makes the clocks of a page exact.
+    isolated = [headers[f"Cross-Origin-{name}-Policy"] for name in ("Opener", "Embedder")]
+    assert isolated == ["same-origin", "require-corp"]
+
+
+@pytest.mark.parametrize("host", ["*", "x'"])
+def test_no_host_widens_the_policy_of_the_page(server: Process, host: str) -> None:
+    page = f"GET / HTTP/1.1\r\nHost: {host}\r\nAccept: text/html\r\n\r\n".encode()
+    assert "connect-src 'self';" in refused(server, page)[1]["Content-Security-Policy"]
 
 
 def test_the_page_needs_nothing_from_elsewhere(server: Process) -> None:
@@ -4292,6 +4301,50 @@ def test_what_is_shown_of_a_header_is_not_without_end(server: Process) -> None:
 def test_healthz_is_ok(server: Process, path: str) -> None:
     status, headers, body = get(server, path, Accept="text/html,*/*")
     assert (status, headers.get_content_type(), body.strip()) == (200, "text/plain", "ok")
+
+
+def families(server: Process) -> dict[str, dict[str, float]]:
+    """The metrics as Prometheus reads them: values by labels, by the name of their family."""
+    text = get(server, "/metrics")[2]
+    found: dict[str, dict[str, float]] = {}
+    assert text.startswith("# HELP ") and text.endswith("\n")
+    for block in text.removeprefix("# HELP ").split("# HELP "):
+        about, kind, *samples = block.splitlines()
+        name = about.partition(" ")[0]
+        assert re.fullmatch(r"[a-z_]+ [A-Z].+\.", about) and name not in found
+        assert kind == f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
+        label = r'[a-z]+="[^"\\]*"'
+        rule = re.compile(rf"{name}((?:{{{label}(?:,{label})*}})?) ([\d.e+]+)")
+        pairs = [cast("re.Match[str]", rule.fullmatch(sample)).groups() for sample in samples]
+        found[name] = {labels: float(value) for labels, value in pairs}
+        assert len(found[name]) == len(samples)
+    return found
+
+
+def test_the_metrics_of_the_process_have_the_names_that_prometheus_knows(
+    serve: Callable[..., Process],
+) -> None:
+    before = time.time()
+    process = serve("--metrics")
+    process.line("listening")
+    found = {name: values[""] for name, values in families(process).items() if "" in values}
+    assert before - 1 < found["process_start_time_seconds"] < time.time()
+    assert 0 < found["process_cpu_seconds_total"] < 60
+    assert 1 << 20 < found["process_resident_memory_bytes"] < 1 << 30
+    assert 3 < found["process_open_fds"] < found["process_max_fds"]
+
+
+def test_close_codes_that_applications_choose_are_two_series_in_the_metrics(
+    serve: Callable[..., Process],
+) -> None:
+    process = serve("--metrics")
+    for code in (1000, 3000, 3001, 3999, 4000, 4321, 4999):
+        with shaken(process) as sock:
+            sock.sendall(close(code))
+            assert close_code_of(sock) == code
+    names = [f'{{code="{name}"}}' for name in ("1000", "3000-3999", "4000-4999")]
+    wanted = dict(zip(names, (1, 3, 3), strict=True))
+    until(lambda: families(process)["ws_echo_connections_closed_total"] == wanted)
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
@@ -4815,6 +4868,8 @@ def test_the_command_line_wins_also_with_a_default(tmp_path: Path) -> None:
         ("port = 4000.0", "port"),
         ("port = true", "port"),
         ("port = 65536", "port"),
+        (f"ping-interval = {'9' * 400}", "ping-interval"),
+        (f"prefix = {'[' * 3000}{']' * 3000}", ""),
         ("max-message-size = 1", "max-message-size"),
         ("max_message_size = 1", "max_message_size"),
         ("handshake-timeout = 0", "handshake-timeout"),
@@ -5256,16 +5311,29 @@ def test_sighup_takes_the_log_level_from_the_file(serve: Serve, tmp_path: Path) 
     assert process.line(r"\[SERVER\] Received:(.*)")[1] == "behind"
 
 
-@pytest.mark.parametrize("text", ["log-level = 'loud'", "nonsense = 1", "=", None])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "log-level = 'loud'",
+        "nonsense = 1",
+        "=",
+        f"ping-interval = {'9' * 400}",
+        f"a = {'[' * 3000}",
+        None,
+    ],
+    ids=["value", "name", "syntax", "400 digits", "3,000 arrays", "no file"],
+)
 def test_sighup_with_a_broken_file_changes_nothing_and_says_so(
-    serve: Serve, tmp_path: Path, text: str | None
+    serve: Serve, systemd: socket.socket, tmp_path: Path, text: str | None
 ) -> None:
     config = tmp_path / "ws-echo.toml"
     config.touch()
-    process = serve(f"--config={config}")
+    process = serve(f"--config={config}", env={"NOTIFY_SOCKET": systemd.getsockname()})
     with process.connect() as client:
         config.write_text(text) if text else config.unlink()
         process.signal(signal.SIGHUP)
+        told(systemd, "(?m)^RELOADING=1$")
+        told(systemd, "^READY=1")
         assert str(config) in process.line("error:").string
         assert echoed(client) == "ECHO:Hello!"
     assert process.stop() == 0
@@ -5904,7 +5972,7 @@ def assert_client_fails(url: str, *arguments: str, word: str = "") -> None:
 def test_the_client_ends_with_1_when_it_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    assert_client_fails(f"ws://127.0.0.1:{port}/", "--send=a")
+    assert_client_fails(f"ws://127.0.0.1:{port}/", "--send=a", word=": Connection refused\n")
 
 
 @pytest.mark.parametrize("url", ["ws://", "ws://localhost:99999/", "ws://[::1", "ws://.../"])
