@@ -31,7 +31,6 @@ import sys
 import threading
 import time
 import tracemalloc
-import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import (
@@ -4527,122 +4526,180 @@ def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Proc
         assert answer(sock, request())[0] == 101
 
 
-# ---- The page in a real browser
+# ---- The page in real browsers
 
-CHROMIUM, CHROMEDRIVER = (
-    shutil.which("chromium") or shutil.which("google-chrome"),
-    shutil.which("chromedriver"),
-)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
     "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
 )
+# Of each browser: its programs, how it is started, what it says when it can be driven, and what a
+# session asks for. To none of them is plain.test a safe place, as localhost is.
+BROWSERS: dict[str, tuple[list[str], list[str], str, dict[str, Any]]] = {
+    "chromium": (
+        ["chromium", "chromedriver"],
+        ["chromedriver", "--port=0"],
+        r"started successfully on port (\d+)",
+        {
+            "webSocketUrl": True,
+            "goog:chromeOptions": {
+                "binary": shutil.which("chromium"),
+                "args": [*FLAGS.split(), "--host-resolver-rules=MAP plain.test 127.0.0.1"],
+            },
+        },
+    ),
+    "firefox": (
+        ["firefox-esr"],
+        ["firefox-esr", "--headless", "--no-remote", "--remote-debugging-port=0", "--profile"],
+        r"WebDriver BiDi listening on ws://127\.0\.0\.1:(\d+)",
+        {},
+    ),
+}
+FIREFOX_PREFERENCES = """
+user_pref("network.dns.localDomains", "plain.test");
+user_pref("network.proxy.type", 0);
+"""
+# Run before any script of the page: what goes wrong in it is kept.
+WATCH_FAULTS = """() => {
+    window.faults = [];
+    const keep = event => faults.push(`${event.type}: ${event.message || event.reason}`);
+    ["error", "unhandledrejection", "securitypolicyviolation"].forEach(name =>
+        addEventListener(name, keep)); }"""
 
 
 class Browser:
-    """A headless Chromium, driven by the W3C WebDriver protocol."""
+    """A headless browser, driven by WebDriver BiDi."""
 
-    def __init__(self, driver: str, profile: Path) -> None:
-        options = {"binary": CHROMIUM, "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
-        wanted = {
-            "browserName": "chrome",
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": {"browser": "ALL"},
-        }
-        self.url = driver
-        self.url += (
-            "/session/"
-            + self.call("/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
-        )
+    def __init__(self, connection: ClientConnection, wanted: dict[str, Any]) -> None:
+        self.connection = connection
+        self.call("session.new", capabilities={"alwaysMatch": wanted})
+        self.call("script.addPreloadScript", functionDeclaration=WATCH_FAULTS)
+        self.tab = self.call("browsingContext.create", type="tab")["context"]
 
-    def call(self, path: str, body: object = None, method: str = "POST") -> Any:
-        data, headers = (
-            None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        url = self.url + path
-        call = urllib.request.Request(url, data, headers, method=method)  # noqa: S310  # it is http
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-            call, timeout=30
-        ) as reply:
-            return json.load(reply)["value"]
+    def call(self, method: str, **params: Any) -> Any:
+        self.connection.send(json.dumps({"id": 1, "method": method, "params": params}))
+        while (answer := json.loads(self.connection.recv(3 * PATIENCE))).get("id") != 1:
+            # It tells of events that nobody has asked for.
+            pass
+        assert answer["type"] == "success", answer
+        return answer["result"]
 
     def open(self, url: str) -> None:
-        self.call("/url", {"url": url})
+        self.call("browsingContext.navigate", context=self.tab, url=url, wait="complete")
 
-    def element(self, name: str) -> str:
-        found = self.call("/element", {"using": "css selector", "value": f"#{name}"})
-        return f"/element/{next(iter(found.values()))}"
+    def run(self, script: str) -> Any:
+        """The value of an expression of the page."""
+        where = {"target": {"context": self.tab}, "awaitPromise": False}
+        found = self.call("script.evaluate", expression=f"JSON.stringify({script})", **where)
+        assert found["type"] == "success", found
+        return json.loads(found["result"]["value"])
 
-    def click(self, name: str) -> None:
-        self.call(self.element(name) + "/click", {})
+    def perform(self, kind: str, *actions: dict[str, Any]) -> None:
+        all_actions = [{"type": kind, "id": kind, "actions": actions}]
+        self.call("input.performActions", context=self.tab, actions=all_actions)
 
-    def type(self, name: str, text: str) -> None:
-        self.call(self.element(name) + "/value", {"text": text})
+    def click(self, selector: str) -> None:
+        element = f"document.querySelector('{selector}')"
+        self.run(f"{element}.scrollIntoView({{ block: 'center' }}) ?? 0")
+        left, top, width, height = self.run(
+            f"(box => [box.x, box.y, box.width, box.height])({element}.getBoundingClientRect())"
+        )
+        self.perform(
+            "pointer",
+            {"type": "pointerMove", "x": int(left + width / 2), "y": int(top + height / 2)},
+            {"type": "pointerDown", "button": 0},
+            {"type": "pointerUp", "button": 0},
+        )
 
-    def clear(self, name: str) -> None:
-        self.call(self.element(name) + "/clear", {})
+    def type(self, selector: str, text: str) -> None:
+        """In place of what is there."""
+        element = f"document.querySelector('{selector}')"
+        self.run(f"({element}.focus(), {element}.select?.() ?? 0)")
+        keys = [{"type": f"key{way}", "value": char} for char in text for way in ("Down", "Up")]
+        self.perform("key", *keys)
 
-    def text(self, name: str) -> str:
-        script = f"return document.getElementById('{name}').textContent"
-        return str(self.call("/execute/sync", {"script": script, "args": []}))
-
-    def shows(self, name: str, pattern: str) -> None:
+    def shows(self, name: str, pattern: str) -> str:
+        """The text of an element, when it has this."""
         until(
             lambda: re.search(pattern, self.text(name)),
             lambda: f"{pattern!r} is not in {self.text(name)!r}",
         )
+        return self.text(name)
 
-    def errors(self) -> list[str]:
-        return [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
+    def text(self, name: str) -> str:
+        """Nothing, while the page gives way to another."""
+        with contextlib.suppress(AssertionError):
+            return str(self.run(f"document.getElementById('{name}').textContent"))
+        return ""
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if not CHROMIUM or not CHROMEDRIVER:
-        pytest.skip("there is no chromium, or no chromedriver")
+@pytest.fixture(scope="module", params=BROWSERS)
+def browser(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Browser]:
+    programs, command, pattern, wanted = BROWSERS[request.param]
+    if missing := [program for program in programs if not shutil.which(program)]:
+        pytest.skip(f"there is no {missing[0]}")
     profile = tmp_path_factory.mktemp("profile")
-    with start(CHROMEDRIVER, "--port=0", stdout=subprocess.PIPE) as driver:
-        try:
-            assert driver.stdout
-            started = (
-                re.search(r"started successfully on port (\d+)", line) for line in driver.stdout
-            )
-            port = next(found[1] for found in started if found)
-            browser = Browser(f"http://127.0.0.1:{port}", profile)
+    if command[-1] == "--profile":
+        command = [*command, str(profile)]
+        (profile / "user.js").write_text(FIREFOX_PREFERENCES)
+    said = profile / "said"
+    with (
+        said.open("w") as file,
+        start(*command, stdout=file, stderr=file) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.terminate)
+        until(lambda: re.search(pattern, said.read_text()), said.read_text)
+        (port,) = re.findall(pattern, said.read_text())
+        with connect(f"ws://127.0.0.1:{port}/session", max_size=None) as connection:
+            browser = Browser(connection, wanted)
             yield browser
-            browser.call("", method="DELETE")
-        finally:
-            driver.terminate()
+            browser.call("session.end")
+
+
+def page_of(server: Process, host: str = "localhost") -> str:
+    return f"http://{host}:{server.port}/"
 
 
 def test_the_page_talks_to_the_server_in_a_real_browser(server: Process, browser: Browser) -> None:
-    browser.open(server.url.replace("ws", "http", 1) + "ws/chat?token=x")
+    browser.open(page_of(server) + "ws/chat?token=x")
     browser.shows("state", "Connected")
-    browser.clear("message")
-    browser.type("message", "Hello <b>!\n")
+    browser.type("#message", "Hello <b>!")
+    browser.click("#send")
     browser.shows("log", r"received.*ECHO:Hello <b>!")
-    browser.click("send100")
+    browser.click("#send100")
     browser.shows("stats", "count 101")
-    browser.shows("median", r"^\d+(\.\d+)? ms$")
-    browser.click("disconnect")
+    browser.click("#disconnect")
     browser.shows("detail", "1000: normal closure")
-    assert browser.errors() == []
+    assert browser.run("faults") == []
 
 
 def test_the_page_sends_bytes_and_connects_again(server: Process, browser: Browser) -> None:
-    browser.open(server.url.replace("ws", "http", 1))
+    browser.open(page_of(server))
     browser.shows("state", "Connected")
-    browser.click("disconnect")
+    browser.click("#disconnect")
     browser.shows("state", "Closed")
-    browser.click("connect")
+    browser.click("#connect")
     browser.shows("state", "Connected")
-    browser.type("kind", "hex")
-    browser.clear("message")
-    browser.type("message", "00 fF")
-    browser.click("send")
+    browser.type("#kind", "hex")
+    browser.type("#message", "00 fF")
+    browser.click("#send")
     browser.shows("log", "received binary, 7 bytes.*45 43 48 4f 3a 00 ff")
-    assert browser.errors() == []
+    assert browser.run("faults") == []
+
+
+def test_the_page_makes_the_server_misbehave(server: Process, browser: Browser) -> None:
+    browser.open(page_of(server))
+    browser.click("summary")
+    for name, value in ("close", "4001"), ("reason", "bye"), ("after", "1"):
+        browser.type(f"[name={name}]", value)
+    browser.click("#scenarios button")
+    browser.shows("url", "close=4001&reason=bye&after=1$")
+    browser.shows("state", "Connected")
+    browser.click("#send")
+    browser.shows("detail", "4001: private use. Reason: bye")
+    assert browser.run("faults") == []
 
 
 def test_the_page_says_when_the_server_has_gone(
