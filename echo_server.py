@@ -3240,12 +3240,12 @@ async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
 # ------------------------------------------------------------------------------------- Command line
 
 __version__ = "1.0.0"
-# In the log, of each kind.
+# Most lines of a kind in the log.
 LINES_A_SECOND = 50
-# Characters of a line.
+# Most characters of a line.
 LONGEST_LINE = 2_000
-# What could command a terminal, or pass for another line: C0, C1, separators of lines, what changes
-# the direction of text, and halves of characters.
+# What could command a terminal, or pass for another text: C0, C1, separators of lines, characters
+# that are not seen or change the direction of text, and halves of characters.
 UNSAFE = re.compile(
     "[\0-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
@@ -3404,7 +3404,7 @@ PAGE = r"""<!doctype html>
 @media (prefers-color-scheme: dark) {
   :root { --bg: #11141a; --card: #1a1f28; --ink: #e6e9ef; --dim: #a4aebe; --line: #313947;
     --accent: #8bb4ff; --ok: #6fd39b; --bad: #ff9d93; --mid: #ffb366; } }
-* { box-sizing: border-box; margin: 0; min-width: 0; }
+* { box-sizing: border-box; margin: 0; min-width: 0; padding: 0; }
 body { background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 80rem; margin: auto; padding: 1rem; overflow-wrap: anywhere; }
 main, .pair, .pair > div { display: grid; gap: 1rem; }
@@ -3439,8 +3439,8 @@ line.mid { stroke: var(--mid); stroke-width: 2; stroke-dasharray: 6 4; }
 text { font-size: 12px; text-anchor: end; fill: var(--dim); }
 text { stroke: var(--card); stroke-width: 5; paint-order: stroke; }
 #feed { height: 20rem; overflow: auto; }
-#log { padding: 0; list-style: none; }
-#log li { border-top: 1px solid var(--line); padding: .3rem .1rem; }
+#log li { border-top: 1px solid var(--line); padding: .3rem .1rem; list-style: none; }
+#log:empty::before { content: 'None yet. Press Send.'; color: var(--dim); }
 @media (min-width: 60rem) {
   .pair { grid-template: auto / 3fr 2fr; }
   #feed { height: 27rem; }
@@ -3487,7 +3487,7 @@ const CODES = { 1000: 'normal closure', 1001: 'going away', 1002: 'protocol erro
   1007: 'invalid data', 1008: 'policy violation', 1009: 'message too big',
   1010: 'extension missing', 1011: 'server error', 1012: 'restart', 1013: 'try again later',
   1015: 'TLS failure', 3: 'registered use', 4: 'private use' };
-const HIDDEN = /[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+const HIDDEN = /[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
 const visible = text => text.replace(HIDDEN, c => c < ' '
   ? String.fromCharCode(c.charCodeAt() + 0x2400) : `\\u{${c.charCodeAt().toString(16)}}`);
 // Every value in a template that is tagged with "markup" is escaped.
@@ -3495,7 +3495,7 @@ const safe = value => String(value).replace(/[&<>"]/g, c => `&#${c.charCodeAt()}
 const markup = (parts, ...values) => String.raw({ raw: parts }, ...values.map(safe));
 let [ws, pending, samples, fresh] = [null, [], [], []];
 const running = () => pending.some(sent => sent.left > 0);
-// Browsers may round their clocks: a time below the clock's smallest step is known no better.
+// Browsers may round their clocks: of a time below the smallest step, no more is known.
 const clock = new Set();
 for (let i = 0; clock.size < 9 && i < 1e6; i++) clock.add(performance.now());
 const steps = [...clock].map((now, i, all) => now - all[i - 1] || 100);
@@ -3528,7 +3528,7 @@ function closed({ code, reason }) {
   if (running()) say('Send 100 stopped: the connection closed.');
   pending = [];
   draw(); }
-// Of Send 100, each goes when the reply to the one before has come: "left" counts them down.
+// Of "Send 100", each goes when the reply to the one before has come; "left" counts down.
 function submit(left) {
   const text = $('message').value;
   const hex = $('kind').value === 'hex';
@@ -3545,11 +3545,11 @@ function receive({ data }) {
   const now = performance.now();
   const push = !pending.length || String(data).startsWith('PUSH:') && data !== pending[0].data;
   const sent = push ? {} : pending.shift();
-  later('received', data, push ? ', unasked' : ', ' + ms(now - sent.at));
+  later('received', data, push ? ', unsolicited' : ', ' + ms(now - sent.at));
   if (!push) samples = [...samples, now - sent.at].slice(-MAX);
   if (sent.left > 1) send(sent.data, sent.left - 1);
   if (sent.left === 1) say('All 100 replies came.'); }
-// Drawing waits, to be out of the time that is measured.
+// Drawing waits, so that it is not part of the time that is measured.
 function later(way, data, extra = '') {
   if (fresh.length === 0) setTimeout(draw, 30);
   fresh.push({ way, data, extra, at: new Date() }); }
