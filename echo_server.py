@@ -2384,53 +2384,52 @@ class Options:
     port: int = listening(4000, "port to listen on; 0: any free one", "PORT", 0, 65535)
     reuse_port: bool = listening(False, "share the port with other processes that do the same")
     unix_socket: str = listening("", "Unix socket to listen on instead of TCP", "PATH")
-    certfile: str = tls("", "PEM file with the certificate chain, to serve TLS", "FILE")
-    keyfile: str = tls("", "PEM file with its private key, if that is in a file of its own", "FILE")
-    client_cafile: str = tls("", "PEM file of authorities that must certify the clients", "FILE")
+    certfile: str = tls("", "PEM file with the certificate chain; turns TLS on", "FILE")
+    keyfile: str = tls("", "PEM file with the private key, if it is not in --certfile", "FILE")
+    client_cafile: str = tls("", "PEM file of the authorities that must certify clients", "FILE")
     prefix: str = echo("ECHO:", "text before each reply; '' makes the server a mirror", "TEXT")
-    origins: str = echo("*", "origins whose pages may connect; '' is only our own", "LIST")
+    origins: str = echo("*", "origins whose pages may connect; *: any; '': only our own", "LIST")
     compression: bool = echo(True, "accept permessage-deflate when a client offers it")
     scenarios: bool = echo(True, "let the URL ask for delays, closes, drops and pushes")
-    max_message_size: int = limits(
-        1 << 20, "largest message, before and after inflating", "BYTES", 125
-    )
+    max_message_size: int = limits(1 << 20, "largest message, also after inflating", "BYTES", 125)
     max_connections: int = limits(
-        0, "most connections at a time; 0: as descriptors allow", "NUMBER"
+        0, "most connections at once; 0: what descriptors allow", "NUMBER"
     )
     handshake_timeout: float = limits(
-        10.0, "seconds for TLS, and for the request", "SECONDS", 0.001
+        10.0, "seconds for the TLS handshake, and again for the request", "SECONDS", 0.001
     )
     ping_interval: float = limits(
         30.0, "seconds of silence before a ping is sent; 0: never", "SECONDS"
     )
-    ping_timeout: float = limits(30.0, "seconds to answer a ping; 0: for ever", "SECONDS")
-    stall_timeout: float = limits(60.0, "seconds a message may stand still; 0: for ever", "SECONDS")
-    drain_timeout: float = limits(10.0, "seconds for clients to leave when we stop", "SECONDS")
+    ping_timeout: float = limits(30.0, "seconds to wait for a pong; 0: forever", "SECONDS")
+    stall_timeout: float = limits(60.0, "seconds a message may stand still; 0: forever", "SECONDS")
+    drain_timeout: float = limits(10.0, "seconds for clients to leave after SIGTERM", "SECONDS")
     trusted_proxies: str = operation("", "proxies whose X-Forwarded-For is believed", "LIST")
     metrics: bool = operation(False, "answer /metrics for Prometheus")
     log_level: str = operation("debug", "lowest level to log: debug, info, warning, error", "LEVEL")
     config: str = operation("", "TOML file with these options; the command line wins", "FILE")
-    connect: str = client("", "server to connect to as a client, instead of serving", "URL")
+    connect: str = client("", "connect to this server as a client, instead of serving", "URL")
     send: tuple[str, ...] = client((), "text to send; repeatable (default: lines of stdin)", "TEXT")
     timeout: float = client(
-        10.0, "seconds for the handshake, and for each answer", "SECONDS", 0.001
+        10.0, "seconds to wait for the handshake, and for each answer", "SECONDS", 0.001
     )
-    cafile: str = client("", "PEM file of authorities that certify the server", "FILE")
+    cafile: str = client("", "PEM file of authorities to trust instead of the system's", "FILE")
     insecure: bool = client(False, "do not check the server's certificate")
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 LEVELS = "debug", "info", "warning", "error"
 
 
 def check_option(name: str, value: Any) -> Any:
-    """The value in its type; ValueError says what is wrong with it."""
+    """The value, in its type. Raises ValueError, which says what is wrong with it."""
     field = FIELDS[name]
     kind: Any = type(field.default)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"{value!r} is not of type {kind.__name__}")
+        raise ValueError(f"{value!r} is not {KINDS[kind]}")
     least, most = field.metadata["least"], field.metadata["most"]
     if kind in (int, float) and not least <= value <= most:
         raise ValueError(f"{value} is not between {least:g} and {most:g}")
@@ -3323,7 +3322,7 @@ def make_parser() -> argparse.ArgumentParser:
         for field in fields:
             flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
             if field.default not in ("", (), False, True):
-                text += f" (default: {field.default})"
+                text += f" (default: {str(field.default).removesuffix('.0')})"
             group.add_argument(flag, help=text, default=argparse.SUPPRESS, **how_to_parse(field))
     return parser
 
@@ -3340,8 +3339,10 @@ def how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
 def parse_option(name: str, text: str) -> Any:
     try:
         # UTF-8 also where the locale is not. UnicodeDecodeError is a ValueError.
-        text = os.fsencode(text).decode()
-        return check_option(name, cast(Any, type(FIELDS[name].default))(text))
+        value: Any = os.fsencode(text).decode()
+        with contextlib.suppress(ValueError):
+            value = cast(Any, type(FIELDS[name].default))(value)
+        return check_option(name, value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
