@@ -143,7 +143,7 @@ class EchoHandler(websocket.WebSocketHandler):
         if self.ws_connection:
             await self.ws_connection.accept_connection(self)
         else:
-            Refusal(426, "this handler speaks no WebSocket").answer(self, self.__peer)
+            Refusal(426, "this handler does not speak WebSocket").answer(self, self.__peer)
 
     def _check_handshake(self) -> None:
         """Raises Refusal."""
@@ -253,7 +253,7 @@ class Scenario:
 
     # Of each parameter: its type, the values that it may have, and what they are in words.
     rules: ClassVar[dict[str, tuple[Any, Callable[[Any], bool], str]]] = {
-        "delay": (float, lambda value: 0 <= value <= 60, "seconds, at most 60"),
+        "delay": (float, lambda value: 0 <= value <= 60, "a number of seconds up to 60"),
         "close": (int, lambda value: value in CLOSE_CODES, "1000-1003, 1007-1014 or 3000-4999"),
         "reason": (str, lambda value: len(utf8(value)) <= 123, "a text of at most 123 bytes"),
         "after": (int, lambda value: value >= 0, "a number of messages"),
@@ -288,7 +288,7 @@ class Scenario:
             if allowed(value):
                 return value
         given = printable(b", ".join(values), 40)
-        raise Refusal(400, "the query asks for what cannot be", f"{name}={given} is not {words}")
+        raise Refusal(400, "the query has a bad value", f"{name}={given} is not {words}")
 
     def begin(self, handler: EchoHandler, connection: Connection) -> None:
         self._connection = connection
@@ -2022,8 +2022,7 @@ async def until(condition: Callable[[], bool], deadline: float) -> None:
 
 
 class Refusal(Exception):  # noqa: N818  # not always an error
-    """Why a request is refused: a text, which the metrics count, and what is the matter in this
-    case."""
+    """Why a request is refused: the reason, which the metrics count, and the detail of it."""
 
     headers: ClassVar[dict[int, dict[str, str]]] = {
         405: {"Allow": "GET"},
@@ -2037,7 +2036,7 @@ class Refusal(Exception):  # noqa: N818  # not always an error
         self.text = f"{reason}: {detail}" if detail else reason
 
     def answer(self, handler: web.RequestHandler, peer: str) -> None:
-        """A plain GET is answered, too, but is worth no line."""
+        """Answers a plain GET, too, which is not worth a line in the log."""
         headers = handler.request.headers
         if self.status != 426 or "Sec-WebSocket-Key" in headers or "Upgrade" in headers:
             self.report(peer)
@@ -2056,7 +2055,7 @@ def check_handshake(request: httputil.HTTPServerRequest) -> None:
     """RFC 6455 section 4.2.1; raises Refusal."""
     headers = request.headers
     if not has_token(headers, "Upgrade", "websocket"):
-        raise Refusal(426, "this is a WebSocket endpoint, and Upgrade: websocket is missing")
+        raise Refusal(426, "a WebSocket endpoint needs the header Upgrade: websocket")
     if not has_token(headers, "Connection", "upgrade"):
         raise Refusal(426, "the header Connection: Upgrade is missing")
     version = headers.get("Sec-WebSocket-Version", "")
@@ -2064,7 +2063,7 @@ def check_handshake(request: httputil.HTTPServerRequest) -> None:
         given = f"it is {printable(version, 40)}" if version else "it is missing"
         raise Refusal(426, "the header Sec-WebSocket-Version must be 13", given)
     if request.version != "HTTP/1.1":
-        raise Refusal(400, "a handshake is HTTP/1.1")
+        raise Refusal(400, "a handshake needs HTTP/1.1")
     refuse_body(headers)
     key = headers.get("Sec-WebSocket-Key")
     if key is None or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
@@ -2086,7 +2085,7 @@ def check_subprotocols(headers: httputil.HTTPHeaders) -> None:
 
 def refuse_body(headers: httputil.HTTPHeaders) -> None:
     if "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0":
-        raise Refusal(400, "a request has no body here")
+        raise Refusal(400, "a request may not have a body")
 
 
 # RFC 6455 section 4.2.2, item 5.4.
@@ -2109,8 +2108,8 @@ def listed(text: str) -> list[str]:
 
 @functools.lru_cache(256)
 def normal_origin(text: str) -> str:
-    """As browsers write it, RFC 6454 section 6: in small letters, an IDN in punycode, and without
-    the port that the scheme implies. Raises ValueError."""
+    """An origin as browsers write it (RFC 6454 section 6): in lower case, an IDN in punycode, and
+    without the port that the scheme implies. Raises ValueError."""
     if text in ("*", "null"):
         return text
     parts = urlsplit(text.lower())
@@ -2133,12 +2132,12 @@ def is_host(origin: str, headers: httputil.HTTPHeaders) -> bool:
 
 
 def path_of(request: httputil.HTTPServerRequest) -> str:
-    """Without the query, also of a target in absolute form (RFC 9112 section 3.2.2)."""
+    """Without the query, also where the target has the absolute form (RFC 9112 section 3.2.2)."""
     return re.sub(r"^[A-Za-z]+://[^/]*", "", request.path) or "/"
 
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-# Of proxies; the str is "unix".
+# Networks of proxies; the str is "unix", which stands for all Unix sockets.
 Proxies = Collection[ipaddress.IPv4Network | ipaddress.IPv6Network | str]
 
 
@@ -2165,8 +2164,8 @@ def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
 
 
 def peer_of(request: httputil.HTTPServerRequest, proxies: Proxies = ()) -> str:
-    """Whom the socket is from, or whom Tornado has found in a header. Through trusted proxies, from
-    the right, whom X-Forwarded-For names."""
+    """The other end of the socket, or whom Tornado has found in a header. Behind trusted proxies:
+    the last address in X-Forwarded-For that is not one of theirs."""
     address = cast(Any, request.connection).context.address
     if not isinstance(address, tuple):
         host: Address | str = "unix"
@@ -2202,15 +2201,15 @@ def is_trusted(host: Address | str, proxies: Proxies) -> bool:
 
 
 def printable(text: str | bytes | bytearray, most: int = 200) -> str:
-    """In ASCII and on one line."""
+    """In ASCII, on one line, and not too long."""
     if isinstance(text, str):
         return text[:most].encode("unicode_escape").decode()
     return repr(bytes(text[:most]))[2:-1]
 
 
 def seen_by_server(request: httputil.HTTPServerRequest, peer: str) -> list[tuple[str, str]]:
-    """For those whose proxy drops or changes it. Never cookies or credentials: a page can read
-    this."""
+    """Of the handshake, for those whose proxy drops or changes headers. Never cookies or
+    credentials: a page can read this."""
     shown = re.compile(r"Host|Connection|Upgrade|Origin|Sec-Websocket-.*|X-Forwarded-.*")
     headers = [item for item in sorted(request.headers.get_all()) if shown.fullmatch(item[0])]
     return [
@@ -2232,21 +2231,21 @@ def answer(handler: web.RequestHandler, media_type: str, body: str, **more: str)
 
 
 def metrics(connections: Connections) -> str:
-    """The text format of Prometheus, 0.0.4."""
+    """In the text format of Prometheus, version 0.0.4."""
     messages, sizes = by_type(connections.all_traffic())
     closed = Counter[str]()
     for code, count in connections.closed.items():
-        # One series for all that applications choose from, so that no peer can make thousands.
+        # Codes that applications choose share a series, so that no peer can make thousands.
         closed[f"{code // 1000}000-{code // 1000}999" if code >= 3000 else str(code)] += count
     families: list[tuple[str, str, Mapping[str, float]]] = [
-        ("ws_echo_build_info", "The version that runs.", by("version", {__version__: 1})),
+        ("ws_echo_build_info", "The version of ws-echo.", by("version", {__version__: 1})),
         ("ws_echo_connections", "Open WebSocket connections.", {"": len(connections.open)}),
-        ("ws_echo_connections_opened_total", "So far.", {"": connections.opened}),
-        ("ws_echo_connections_closed_total", "By close code; 1006: none.", by("code", closed)),
+        ("ws_echo_connections_opened_total", "Opened so far.", {"": connections.opened}),
+        ("ws_echo_connections_closed_total", "Closed, by code; 1006: none.", by("code", closed)),
         ("ws_echo_connections_cut_total", "Given up, by reason.", by("reason", connections.cut)),
         ("ws_echo_handshakes_refused_total", "By reason.", by("reason", connections.refused)),
-        ("ws_echo_messages_total", "Messages.", messages),
-        ("ws_echo_message_bytes_total", "Their payload.", sizes),
+        ("ws_echo_messages_total", "Messages, by direction and type.", messages),
+        ("ws_echo_message_bytes_total", "Bytes of payload, by direction and type.", sizes),
         *process_metrics(),
     ]
     lines = []
@@ -2258,7 +2257,7 @@ def metrics(connections: Connections) -> str:
 
 
 def by_type(traffic: Traffic) -> tuple[dict[str, int], dict[str, int]]:
-    """Messages and bytes, with their labels."""
+    """Numbers of messages, and of bytes in them, by labels."""
     messages, sizes = {}, {}
     for way in ("received", "sent"):
         for kind, plural in (("text", "texts"), ("binary", "binaries")):
@@ -2273,13 +2272,13 @@ def by(label: str, counts: Mapping[Any, int]) -> dict[str, int]:
 
 
 def process_metrics() -> list[tuple[str, str, dict[str, float]]]:
-    """What client libraries of Prometheus tell of every process, by the names that they use."""
+    """What Prometheus's client libraries tell of every process, under the same names."""
     import resource
 
     usage = resource.getrusage(resource.RUSAGE_SELF)
     values = {
-        "start_time_seconds": (STARTED, "Start, since the epoch."),
-        "cpu_seconds_total": (usage.ru_utime + usage.ru_stime, "User and system CPU time."),
+        "start_time_seconds": (STARTED, "Start time since the epoch."),
+        "cpu_seconds_total": (usage.ru_utime + usage.ru_stime, "CPU time, user and system."),
         "max_fds": (resource.getrlimit(resource.RLIMIT_NOFILE)[0], "Limit of descriptors."),
     }
     with contextlib.suppress(OSError):
@@ -2294,7 +2293,7 @@ STARTED = time.time()
 
 
 class PlainGet(routing.Matcher):
-    """Not a handshake, and of one of these paths or from somebody who accepts HTML."""
+    """A GET that is no handshake, for one of these paths or by somebody who accepts HTML."""
 
     def __init__(self, paths: Collection[str]) -> None:
         self.paths = paths
@@ -2338,7 +2337,7 @@ class PlainHandler(web.RequestHandler):
             page = page.replace("<details>", "<details hidden>")
         headers = {
             "Content-Security-Policy": page_policy(self.request.host),
-            # Isolated from all others, a page gets clocks that are exact.
+            # A page that is isolated from all others gets exact clocks.
             "Cross-Origin-Opener-Policy": "same-origin",
             "Cross-Origin-Embedder-Policy": "require-corp",
         }
@@ -2346,8 +2345,8 @@ class PlainHandler(web.RequestHandler):
 
 
 def page_policy(host: str) -> str:
-    """The page's own style and script, and connections to where it came from: to older versions of
-    Safari, 'self' does not include ws:."""
+    """Allows the page's own style and script, and connections to its own host, which is named since
+    older versions of Safari do not count ws: as 'self'."""
     import base64
     import hashlib
 
@@ -2378,7 +2377,7 @@ listening, tls, echo, limits, operation, client = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each option once: flags and the names of the configuration file are made from these."""
+    """Each option once: flags, and the names in the configuration file, are made from these."""
 
     address: str = listening("", "address to listen on (default: all of IPv4 and IPv6)", "ADDRESS")
     port: int = listening(4000, "port to listen on; 0: any free one", "PORT", 0, 65535)
@@ -2447,7 +2446,7 @@ def check_option(name: str, value: Any) -> Any:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Raises OSError when it cannot be read, ValueError when it says what is no option."""
+    """Raises OSError when it cannot be read, ValueError when something in it is wrong."""
     import tomllib
 
     options, where = {}, path
@@ -2465,34 +2464,34 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------- Server
-# Listening sockets, who is connected and no WebSocket yet, TLS, systemd, a clean stop.
+# Listening sockets, those who are connected and no WebSocket yet, TLS, systemd, a clean stop.
 
 
 class CannotServe(Exception):  # noqa: N818  # not our error, either
-    """What is around us does not let us serve. The text is one line that names what it is."""
+    """The surroundings do not let us serve. The text is one line that names what is wrong."""
 
 
 # Descriptors that are not for WebSockets: files, listening sockets, handshakes, health checks.
 RESERVE = 64
-# Handshakes of TCP that the kernel keeps for us, if net.core.somaxconn lets it.
+# Connections that wait in the kernel to be accepted, if net.core.somaxconn allows it.
 BACKLOG = 4096
-# Seconds for the requests of those who are connected when we are told to stop.
+# Seconds in which those who are connected when we are told to stop can still ask.
 GRACE = 1.0
-# Seconds without accepting when descriptors have run out.
+# Seconds in which nobody is accepted after descriptors have run out.
 PAUSE = 0.5
 # Bytes of a request before its body.
 HEAD = 16 * 1024
 
 
 async def run_server(options: Options, reread: Callable[[], Options]) -> int:
-    # Of Tornado and asyncio, what is below WARNING is a peer's doing.
+    # What Tornado and asyncio log below WARNING is a peer's doing, and is not shown.
     lines = LineHandler(Connections.current())
     logging.basicConfig(handlers=[lines])
     log.setLevel(options.log_level.upper())
     import gc
 
-    # What is there stays. The garbage of connections is little, so it is looked for less often: a
-    # tenth of the time of short connections went there.
+    # What is there now stays. Connections leave little garbage, so it is looked for less often: the
+    # search took a tenth of the time of short connections.
     gc.freeze()
     gc.set_threshold(2_000, 10, 10)
     await Server(options, reread, lines).serve()
@@ -2516,7 +2515,7 @@ class ServedHandler(EchoHandler):
         )
 
     def clear(self) -> None:
-        """The header of an answer, which takes 8 us and 1 KB. In the lobby there is none."""
+        """Makes the headers of an answer, in 8 us and 1 KB; Tornado sends none in the lobby."""
         if not isinstance(self.request.connection, Visitor):
             super().clear()
 
@@ -2533,7 +2532,7 @@ class ServedHandler(EchoHandler):
 
     def shake_hands(self) -> tuple[Connection, bytes]:
         """The handshake without Tornado's HTTP server. Returns the answer, too; raises Refusal."""
-        # For templates, of which there are none: 0.7 KB.
+        # It takes 0.7 KB, for templates, of which there are none.
         self.ui = None  # type: ignore[assignment]  # as Tornado does it at the end
         self.open_args, self.open_kwargs = (), {}
         self._check_handshake()
@@ -2541,7 +2540,7 @@ class ServedHandler(EchoHandler):
         return connection, switching_protocols(connection.negotiate())
 
     async def _switch_protocols(self, answer: dict[str, str]) -> iostream.IOStream:
-        """The same with it, and the same bytes."""
+        """The handshake with it: the same bytes leave."""
         stream = self.detach()
         self._server.lobby.leave(stream)
         with contextlib.suppress(iostream.StreamClosedError):
@@ -2550,17 +2549,15 @@ class ServedHandler(EchoHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         if status_code == 405:
-            refusal = Refusal(
-                405, "a WebSocket starts with GET", f"and not with {self.request.method}"
-            )
+            refusal = Refusal(405, "the method must be GET", f"it is {self.request.method}")
             refusal.answer(self, self._find_peer())
         else:
             super().write_error(status_code, **kwargs)
 
 
 class Visitor:
-    """Who has connected and is no WebSocket yet. To its request it is what an HTTP connection of
-    Tornado's would be."""
+    """Somebody who has connected and is no WebSocket yet. For the request, it stands in for an HTTP
+    connection of Tornado's."""
 
     protocol = "http"
     __slots__ = "address", "asked", "fd", "lobby", "remote_ip", "since", "socket", "stream"
@@ -2570,12 +2567,12 @@ class Visitor:
         self.socket = sock
         self.fd = sock.fileno()
         self.address = address
-        # As Tornado has it; what is shown is what `peer_of` finds.
+        # In Tornado's form; what is shown is what `peer_of` finds.
         self.remote_ip = address[0] if isinstance(address, tuple) else "0.0.0.0"  # noqa: S104  # no address to bind
-        # When it has come, or asked last, in time.monotonic(); and whether it has asked at all.
+        # When it came, or last asked, in time.monotonic(); and whether it has asked at all.
         self.since = time.monotonic()
         self.asked = False
-        # Once it is Tornado's.
+        # What it is to Tornado, once it has been handed over.
         self.stream: iostream.IOStream | None = None
 
     @property
@@ -2583,7 +2580,7 @@ class Visitor:
         return self
 
     def set_close_callback(self, callback: object) -> None:
-        """Tornado's handlers ask for it."""
+        """Tornado's handlers call it."""
 
     def ready(self, events: int) -> None:
         """Its first bytes have come, or it has left."""
@@ -2599,8 +2596,8 @@ class Visitor:
         return name_of(self.address)
 
     def tell(self, answer: bytes) -> None:
-        """Its last answer. What has come and is not read would make a reset of the end, which may
-        overtake the answer."""
+        """Sends its last answer, and reads what has come: otherwise the end would be a reset, which
+        may overtake the answer."""
         with contextlib.suppress(OSError):
             if self.stream:
                 self.stream.write_to_fd(memoryview(answer))
@@ -2612,11 +2609,11 @@ class Visitor:
 
 
 class Lobby:
-    """Who is connected and no WebSocket yet.
+    """Those who are connected and no WebSocket yet.
 
-    A connection that brings a handshake, complete and right, becomes a WebSocket at once. One that
-    brings something else than HTTP is told so. All others are for Tornado's HTTP server, which then
-    finds every byte. Whoever does not ask in time is dismissed.
+    A visitor who brings a handshake, complete and right, becomes a WebSocket at once. One who
+    brings anything other than HTTP is told so. All others go to Tornado's HTTP server, which finds
+    every byte still there. Whoever does not ask in time is dismissed.
     """
 
     def __init__(self, server: Server) -> None:
@@ -2639,7 +2636,7 @@ class Lobby:
             IOLoop.current().add_handler(listener, self.accept, IOLoop.READ)
 
     def accept(self, listener: Any, _: int) -> None:
-        """Not more than 32, so that those who talk wait for 7 ms rather than 45 in a flood."""
+        """At most 32 at a time: in a flood, those who talk wait for 7 ms rather than 45."""
         for number in range(32):
             try:
                 sock, address = listener.accept()
@@ -2662,7 +2659,7 @@ class Lobby:
             self.server.connections.register(visitor.fd, visitor)
 
     def receive(self, visitor: Visitor, data: bytes) -> None:
-        """Its first bytes, which stay where they are."""
+        """Looks at its first bytes, which stay in the socket."""
         tls = self.server.tls is not None
         if not tls and self.open(visitor, data):
             return
@@ -2714,7 +2711,7 @@ class Lobby:
         return True
 
     def hand_over(self, visitor: Visitor) -> None:
-        """To Tornado's HTTP server."""
+        """Hands it over to Tornado's HTTP server."""
         server, sock = self.server, visitor.socket
         server.connections.forget(visitor.fd, visitor)
         stream: VisitorStream | VisitorTlsStream
@@ -2738,7 +2735,7 @@ class Lobby:
             IOLoop.current().add_callback(stream.close)
 
     def hurry(self, handler: web.RequestHandler) -> None:
-        """Where it is crowded, an answer is the last one."""
+        """Where it is crowded, makes the answer the last one."""
         if self.is_crowded():
             handler.set_header("Connection", "close")
 
@@ -2763,7 +2760,7 @@ class Lobby:
         return True
 
     def dismiss_idle(self) -> None:
-        """Those who neither ask nor read in time, for which Tornado has no limit."""
+        """Dismisses those who do not ask, or do not read, in time: Tornado has no limit for it."""
         latest = time.monotonic() - self.server.options.handshake_timeout
         for visitor in list(self.visitors):
             closed = visitor.stream is not None and visitor.stream.closed()
@@ -2826,7 +2823,7 @@ class VisitorTlsStream(HeadCheck, iostream.SSLIOStream):
 
 
 def read_head(head: bytes, visitor: Visitor) -> httputil.HTTPServerRequest:
-    """A request that Tornado takes. Raises Refusal."""
+    """The request, if Tornado takes it. Raises Refusal."""
     line, _, rest = head.decode("latin-1").lstrip("\r\n").partition("\n")
     start = line.rstrip("\r")
     try:
@@ -2847,7 +2844,7 @@ def read_head(head: bytes, visitor: Visitor) -> httputil.HTTPServerRequest:
 
 
 def plain_answer(status: int, text: str) -> bytes:
-    """As Refusal.answer, where no handler of Tornado's does it."""
+    """Like Refusal.answer, where there is no handler to do it."""
     from http import HTTPStatus
 
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
@@ -2857,8 +2854,8 @@ def plain_answer(status: int, text: str) -> bytes:
 
 
 class Server:
-    """Serves until a signal stops it. Making one listens already, so that what cannot be served is
-    said early."""
+    """Serves until a signal stops it. It listens as soon as it is made, so that whatever is in the
+    way is said early."""
 
     def __init__(self, options: Options, reread: Callable[[], Options], lines: LineHandler) -> None:
         self.options = options
@@ -2890,12 +2887,12 @@ class Server:
         loop.add_signal_handler(signal.SIGHUP, self.reload)
         for sock in self.sockets:
             if sock.family != socket.AF_UNIX:
-                # Those that are accepted inherit it.
+                # Accepted sockets inherit it.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.lobby.watch(sock)
         log.info("[SERVER] listening on %s", self.urls)
         notify("READY=1")
-        # In a group, so that the server does not go on without one that has failed.
+        # In a group, so that the server does not go on when one of them has failed.
         async with asyncio.TaskGroup() as group:
             chores = self.keep_systemd_informed(), self.dismiss_idle(), self.show_counts()
             tasks = [group.create_task(chore) for chore in chores]
@@ -2911,11 +2908,11 @@ class Server:
             self.lines.flush()
 
     async def dismiss_idle(self) -> None:
-        """And gives memory back when many have left."""
+        """Also gives memory back to the system when many have left."""
         import ctypes
         import gc
 
-        # glibc's: what is free anywhere in the heap.
+        # A function of glibc's, which gives back what is free anywhere in the heap.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
         seen = 0
         while True:
@@ -2924,12 +2921,12 @@ class Server:
             left = self.lobby.accepted - len(self.lobby.visitors) - len(self.connections.open)
             if left - seen >= 50:
                 seen = left
-                # What errors of Tornado's hold on to.
+                # Much is held by errors of Tornado's, in cycles.
                 gc.collect(2 if len(self.connections.open) < 1_000 else 1)
                 trim(0)
 
     def check_room(self) -> None:
-        """Raises Refusal when no further WebSocket is taken. Each has a descriptor."""
+        """Raises Refusal when there is no room for one more WebSocket, and its descriptor."""
         if len(self.connections.open) >= self.max_connections:
             raise Refusal(503, "the server is stopping" if self.stopping else "the server is full")
 
@@ -2942,7 +2939,7 @@ class Server:
         self.signalled.set()
 
     async def drain(self) -> None:
-        """Sends everybody away, also who has connected and not asked yet: a restart refuses
+        """Sends everybody away, also those who have connected and not asked yet: a restart refuses
         nobody."""
         notify(f"STOPPING=1\nSTATUS=stopping with {len(self.connections.open)} connections")
         for listener in self.sockets:
@@ -2953,19 +2950,19 @@ class Server:
         seconds = self.options.drain_timeout
         leaving = asyncio.create_task(self.connections.go_away(self.application, seconds))
         await until(self.lobby.is_quiet, time.monotonic() + min(GRACE, seconds))
-        # Also for those who had connected before.
+        # From now on, those who had connected before are refused, too.
         self.max_connections = 0
         await leaving
 
     def reload(self) -> None:
-        """SIGHUP: the certificate and the log level are read again; what is wrong with them changes
-        nothing."""
+        """SIGHUP: reads the certificate and the log level again. If one of them is wrong, nothing
+        changes."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             options = self.reread()
             self.tls = tls_context(self.options)
         except (CannotServe, OSError, ValueError) as error:
-            log.error("[SERVER] error:nothing is reloaded: %s", error)
+            log.error("[SERVER] error:cannot reload, nothing has changed: %s", error)
         else:
             log.setLevel(options.log_level.upper())
             self.connections.look_at_log()
@@ -2974,8 +2971,8 @@ class Server:
             notify("READY=1")
 
     async def keep_systemd_informed(self) -> None:
-        """WATCHDOG=1 comes from the event loop: a loop that hangs is restarted, one that is busy is
-        not."""
+        """WATCHDOG=1 comes from the event loop: where that hangs, systemd restarts us; where it is
+        busy, it does not."""
         ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
         while "NOTIFY_SOCKET" in os.environ:
@@ -3012,7 +3009,7 @@ def check_free(path: str) -> None:
 
 
 def socket_file(path: str) -> tuple[str, int, int] | None:
-    """A path and the file that is there; None for what is no file, as an abstract socket."""
+    """A path and which file is there; None where there is none, as for an abstract socket."""
     with contextlib.suppress(OSError, ValueError):
         if path:
             status = os.stat(path)
@@ -3030,12 +3027,12 @@ def inherited_sockets() -> list[socket.socket]:
         return []
     sockets = [inherited_socket(number) for number in range(3, 3 + int(count))]
     if sockets:
-        log.info("[SERVER] systemd has opened the sockets, instead of --address and its like")
+        log.info("[SERVER] systemd has opened the sockets: --address and its like do not count")
     return sockets
 
 
 def inherited_socket(number: int) -> socket.socket:
-    """Raises CannotServe if it is none that connections can be accepted from."""
+    """Raises CannotServe if no connections can be accepted from it."""
     families = {socket.AF_INET: "TCP", socket.AF_INET6: "TCP", socket.AF_UNIX: "Unix"}
     try:
         sock = socket.socket(fileno=number)
@@ -3043,7 +3040,7 @@ def inherited_socket(number: int) -> socket.socket:
         raise CannotServe(f"inherited descriptor {number}: {error.strerror}") from None
     what = f"{socket.AddressFamily(sock.family).name}, {socket.SocketKind(sock.type).name}"
     if sock.family not in families or sock.type != socket.SOCK_STREAM:
-        raise CannotServe(f"inherited descriptor {number} is no TCP or Unix socket, but {what}")
+        raise CannotServe(f"inherited descriptor {number} is not a TCP or Unix socket: {what}")
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise CannotServe(f"inherited descriptor {number} does not listen (Accept=yes?): {what}")
     sock.setblocking(False)
@@ -3059,12 +3056,12 @@ def notify(state: str) -> None:
                 sock.sendto(state.encode(), re.sub("^@", "\0", path))
         except OSError as error:
             log.warning("[SERVER] error:cannot tell systemd: %s", error)
-            # It is not said again.
+            # It is not tried, or said, again.
             del os.environ["NOTIFY_SOCKET"]
 
 
 def urls_of(sockets: list[socket.socket], tls: bool) -> list[str]:
-    """What can be connected to: `localhost` is where both IPv4 and IPv6 are."""
+    """URLs that can be connected to; with `localhost` where both IPv4 and IPv6 are served."""
     scheme = "wss" if tls else "ws"
     urls = []
     bound = {sock.getsockname()[:2] for sock in sockets}
@@ -3084,7 +3081,7 @@ def urls_of(sockets: list[socket.socket], tls: bool) -> list[str]:
     return list(dict.fromkeys(urls))
 
 
-# The addresses that stand for all, and what connects to them.
+# The addresses that stand for all of a host, and what connects to them.
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # nothing is bound to these here
 
 
@@ -3129,13 +3126,13 @@ def descriptor_limit() -> int:
 
 
 async def run_client(options: Options) -> int:
-    """0: the handshake succeeded, and as many messages came as were sent."""
-    # What is wrong is said below.
+    """Returns 0 if the handshake succeeded and as many messages came as were sent, else 1."""
+    # What goes wrong is said below, not by Tornado.
     logging.basicConfig(handlers=[logging.NullHandler()])
     if sys.stdout:
         cast(Any, sys.stdout).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        # Tornado compares the scheme as it is.
+        # Tornado knows the scheme in lower case only.
         url = re.sub("^wss?", lambda match: match[0].lower(), options.connect, flags=re.IGNORECASE)
         request = client_request(url, options)
         connection = await websocket.websocket_connect(request, max_message_size=1 << 30)
@@ -3146,11 +3143,11 @@ async def run_client(options: Options) -> int:
         finally:
             connection.close(1000)
     except BrokenPipeError:
-        # Nobody reads what is printed.
+        # Nobody reads what we print.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception as error:
-        # Of the URL, the name, the connection, TLS, the handshake, or an answer.
+        # About the URL, the name, the connection, TLS, the handshake, or an answer.
         return fail(f"[CLIENT] error:{options.connect}: {explain(error)}")
 
 
@@ -3183,7 +3180,7 @@ def client_request(url: str, options: Options) -> httpclient.HTTPRequest:
 
 
 async def converse(connection: websocket.WebSocketClientConnection, options: Options) -> None:
-    """Raises ConnectionError when not as many messages come as are sent."""
+    """Raises ConnectionError when fewer messages come than are sent."""
     sent = received = 0
 
     async def send_all() -> None:
@@ -3206,13 +3203,13 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
             message, reading = reading.result(), asyncio.ensure_future(connection.read_message())
             if message is None:
                 code = connection.close_code or 1006
-                raise ConnectionError(f"closed with code {code}, {sent - received} answers missing")
+                raise ConnectionError(f"closed with {code}, answers missing: {sent - received}")
             received += 1
             print("[CLIENT] Received:", shown(message))
 
 
 def shown(message: str | bytes) -> str:
-    """What a server sends may not command a terminal."""
+    """What a server sends must not command a terminal."""
     if isinstance(message, bytes):
         return printable(message)
     return escaped(message) if sys.stdout.isatty() else message
@@ -3255,8 +3252,8 @@ def escaped(text: str) -> str:
 
 
 class LineHandler(logging.Handler):
-    """One event, one line on standard error: not too many of a kind, none that anybody else has
-    written, and none that would have to wait."""
+    """One event, one line on standard error: not too many of a kind, nothing that a peer has
+    forged, and no waiting for whoever reads it."""
 
     def __init__(self, connections: Connections) -> None:
         super().__init__()
@@ -3349,8 +3346,8 @@ def parse_option(name: str, text: str) -> Any:
 
 def parse_args(argv: list[str] | None) -> Options:
     """Defaults, then the configuration file, then the command line. Raises SystemExit(2) after
-    saying why; OSError when the configuration file cannot be read; ValueError when it, or what all
-    of them say together, is wrong."""
+    saying why; OSError when the configuration file cannot be read; ValueError when it is wrong, or
+    when options do not go together."""
     given = vars(make_parser().parse_args(argv))
     given["send"] = tuple(given.get("send", ()))
     config = read_config(given["config"]) if given.get("config") else {}
@@ -3391,7 +3388,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception:
         # systemd restarts what ends with this.
-        log.exception("[SERVER] error:it has crashed")
+        log.exception("[SERVER] error:a mistake of ours ends the server")
         return os.EX_SOFTWARE
 
 

@@ -4526,7 +4526,7 @@ def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Proc
         assert answer(sock, request())[0] == 101
 
 
-# ---- The page in real browsers
+# ---- The page in a real browser
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
