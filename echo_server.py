@@ -1335,10 +1335,10 @@ class Connection(websocket.WebSocketProtocol):
         except Exception:
             self._break()
 
-    def _find_loss(self, events: int) -> None:
+    def _find_loss(self, events: int = 0) -> None:
         """epoll tells of a reset even where nothing is to be read."""
-        if events & ERROR:
-            code = self._wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        code = self._wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code or events & ERROR:
             raise OSError(code, os.strerror(code) if code else "the peer has left")
 
     def write_message(
@@ -1735,6 +1735,9 @@ class Connection(websocket.WebSocketProtocol):
         """The sweep: looks at the deadlines."""
         if self._state == CLOSED:
             return
+        if not self._watched & READ:
+            # Where there is no epoll, nobody else looks.
+            self._find_loss()
         receiver = self._receiver
         reads = bool(self._watched & READ) and not receiver.closed
         late = self._deadlines.passed(now, self._state, self._wire, receiver.unfinished, reads)
