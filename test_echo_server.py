@@ -191,6 +191,11 @@ def until(
         select.select([], [], [], 0.01)
 
 
+def listens(address: tuple[str, int] | str) -> bool:
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as probe:
+        return probe.connect_ex(address) == 0
+
+
 def connect(url: str, **options: Any) -> ClientConnection:
     client: ClientConnection = websockets_connect(
         url, open_timeout=PATIENCE, close_timeout=PATIENCE, proxy=None, **options
@@ -3122,7 +3127,11 @@ async def test_write_message_raises_on_a_closed_connection(
 
 
 @pytest.mark.gen_test
-async def test_write_message_of_what_the_kernel_takes_is_done_at_once(host: Host) -> None:
+async def test_write_message_of_what_the_kernel_takes_is_done_at_once(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As long as the round lasts, and on a machine that is busy two milliseconds may be over.
+    monkeypatch.setattr(echo_server, "ROUND", PATIENCE)
     calls = Calls()
     peer = await host.connect(Recorder, calls=calls)
     await eventually(lambda: calls)
@@ -3346,9 +3355,9 @@ async def test_a_coroutine_that_awaits_its_writes_lets_others_live(host: Host) -
         reader = threading.Thread(target=read_all, args=(sock,))
         reader.start()
         for _ in range(20):
-            began = time.monotonic()
+            began = time.thread_time()
             await have_turns(other, 1)
-            assert time.monotonic() - began < 0.5
+            assert time.thread_time() - began < 0.5
         sock.shutdown(socket.SHUT_RDWR)
         reader.join(PATIENCE)
 
@@ -3581,18 +3590,13 @@ def test_the_end_of_the_drain_timeout_is_no_error_of_a_coroutine_that_runs(serve
     server.line(r"close\(\) 1006 .* 1 messages")
 
 
-def listens(server: Process) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", server.port)) == 0
-
-
 def test_a_second_signal_is_no_error_of_a_coroutine_that_runs(serve: Serve) -> None:
     server = serve()
     with server.connect("?delay=60") as client:
         client.send("a")
         assert client.ping().wait(PATIENCE)
         server.signal(signal.SIGTERM)
-        until(lambda: not listens(server))
+        until(lambda: not listens(("127.0.0.1", server.port)))
         server.signal(signal.SIGTERM)
         assert server.exit_code() == 128 + signal.SIGTERM
     server.line(r"close\(\) 1006 .* 1 messages")
@@ -4136,11 +4140,11 @@ async def test_a_packet_of_bombs_does_not_keep_others_waiting(host: Host) -> Non
     host.app.settings["websocket_max_message_size"] = 1 << 20
     bomber, other = await host.connect(headers=DEFLATE), await host.connect()
     bomber.send(frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20), 9)) * 60)
-    for _ in range(20):  # all of them at once would take half a second
-        start = time.monotonic()
-        other.send(text("a"))
-        assert await other.replies(b"ECHO:a")
-        assert time.monotonic() - start < 0.2
+    for _ in range(20):
+        # Of this thread alone, whatever else the machine does. All of them at once take 0.3 s.
+        began = time.thread_time()
+        await have_turns(other, 1)
+        assert time.thread_time() - began < 0.1
     for _ in range(60):
         assert inflated((await bomber.frame())[1]) == b"ECHO:" + bytes(1 << 20)
 
@@ -6821,7 +6825,7 @@ def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> N
     path = str(tmp_path / "socket")
     before = ["sh", "-c", f'exec "$@" 2>{log}', "sh"]
     with Process(f"--unix-socket={path}", "--log-level=debug", before=before) as server:
-        until(lambda: Path(path).exists())
+        until(lambda: listens(path))
         with unix_connect(path, "ws://localhost/") as client:
             assert echoed(client) == "ECHO:Hello!"
         assert server.stop() == 0
@@ -7308,6 +7312,9 @@ def test_whatever_is_sent_is_answered_as_the_contract_says(
         trust if secure else None,
         Counter(),
     )
+    # Hypothesis parses this file. When garbage of other tests is collected meanwhile, and asyncio
+    # logs an exception of it, Python 3.11 parses within its parser, and loses count of its depth.
+    gc.collect()
     with upgraded(server, Conversation.trust) as Conversation.neighbour:
         run_state_machine_as_test(Conversation, settings=budget)
         expected = expected_measures()
