@@ -431,7 +431,7 @@ touch "$work/go"
 seen=$(outcome)
 check "and a configuration" "$seen" [ "$seen" = "60 one:x" ]
 echo 'prefix = "ECHO:"' > "$CONFIG"
-systemctl restart ws-echo@{1..4}
+systemctl restart 'ws-echo@*.service'
 in_background hold 60
 client churn 4 > "$work/churn" &
 churn=$!
@@ -445,8 +445,9 @@ seen=$(outcome)
 check "and tell every open client 1001" "$seen" [ "$seen" = "60 1001" ]
 seen=$(systemctl is-enabled ws-echo@{1..4}.{socket,service} | sort | uniq -c | xargs)
 check "enabling an instance enables its socket" "$seen" [ "$seen" = "8 enabled-runtime" ]
-systemctl disable --runtime --now ws-echo@{1..4} ws-echo@{1..4}.socket 2> /dev/null
+systemctl stop 'ws-echo@*'
 check "with all stopped nobody answers" "$(clients) connections" eval '! client echo 2> /dev/null'
+systemctl disable --runtime ws-echo@{1..4} 2> /dev/null
 
 # ----------------------------------------------------------------------------------- 3. Locked down
 cat > "$ETC_DIR/probe.py" <<'PYTHON'
