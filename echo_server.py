@@ -219,6 +219,9 @@ class EchoHandler(websocket.WebSocketHandler):
         `async def on_close` returns."""
         connection, self.ws_connection = self.__connection, None
         if connection and connection.opened:
+            if not connection.is_closing():
+                # A host has called this.
+                connection.drop(reset=False)
             connection.run(self.on_close)
         # These two are cycles, which would be left to the garbage collector.
         self.__connection = None
@@ -937,6 +940,7 @@ class Wire:
                 linger = struct.pack("ii", 1, 0)
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self._owner.close()
+        self._gathered, self.backlog = [], b""
         for _, future in self._writes or ():
             fail_write(future)
 
@@ -957,25 +961,26 @@ class TlsWire(Wire):
         return taken
 
     def receive(self) -> bytes:
-        """Whole records, since no poller sees what OpenSSL has read. Behind a full one there are
-        probably others; behind our close_notify, TLS would take nothing."""
+        """Whole records, since the poller cannot see what OpenSSL holds. A full one is probably
+        followed by another."""
         pieces: list[bytes] = []
         with contextlib.suppress(*WOULD_BLOCK):
-            if self.shut:
-                pieces.append(socket.socket.recv(self.socket, READ_SIZE))
             while not pieces or (len(pieces[-1]) == RECORD and len(pieces) < 16):
-                pieces.append(b"" if self._has_ended() else self.socket.recv(READ_SIZE))
+                pieces.append(self._receive_record())
         data = b"".join(pieces)
         self.received += len(data)
         self.eof = bool(pieces) and not pieces[-1]
         return data
 
-    def _has_ended(self) -> bool:
-        """A FIN with no close_notify before it is an error to OpenSSL, which then does not write
-        any more either. So it does not get to see one."""
-        if self.socket.pending():
-            return False
-        return not socket.socket.recv(self.socket, 1, socket.MSG_PEEK)
+    def _receive_record(self) -> bytes:
+        """After our close_notify, TLS takes nothing: what comes is read below it, to be thrown
+        away. A FIN without a close_notify is an error to OpenSSL, after which it does not write
+        either, so it does not get to see one."""
+        if self.shut:
+            return socket.socket.recv(self.socket, READ_SIZE)
+        if not self.socket.pending() and not socket.socket.recv(self.socket, 1, socket.MSG_PEEK):
+            return b""
+        return self.socket.recv(READ_SIZE)
 
     def half_close(self) -> None:
         """Sends close_notify (RFC 8446 section 6.1) before the FIN, and does not wait for the
@@ -1149,7 +1154,7 @@ class Inbox:
     __slots__ = "_held", "_limit", "_waiting", "_waiting_size", "running"
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self._limit = limit + EVENT
         # Coroutines that run; the bytes of the message that they have.
         self.running = 0
         self._held = 0
@@ -1164,7 +1169,7 @@ class Inbox:
         return bool(self._waiting) and not self.running
 
     def has_place(self) -> bool:
-        return self._waiting_size + self._held <= self._limit
+        return self._waiting_size + self._held + EVENT * self.running <= self._limit
 
     def put(self, event: Event) -> None:
         self._waiting = self._waiting or deque()
@@ -1182,7 +1187,7 @@ class Inbox:
 
     def hold(self, size: int) -> None:
         """A message has been taken: if a coroutine has it, it still takes place."""
-        self._held = size + EVENT if self.running else 0
+        self._held = size if self.running else 0
 
     def release(self) -> None:
         """A coroutine is done."""
@@ -1263,7 +1268,7 @@ class Connection(websocket.WebSocketProtocol):
             return
         self.stream, early = stream, take_over(stream, self.on_connection_close)
         self.start(make_wire(stream), early)
-        if type(handler).get is not EchoHandler.get and self._state != CLOSED:
+        if type(handler).get is not EchoHandler.get and not self._told:
             # A host's own `get` goes on when the connection has ended, as in Tornado.
             self._ended = asyncio.Future()
             await self._ended
@@ -1292,14 +1297,17 @@ class Connection(websocket.WebSocketProtocol):
         # The handler's own: all of its methods run in it, and nobody else's do.
         self._context = contextvars.copy_context()
         self.opened = time.monotonic()
-        self._registry.add(self, wire.fd, self._deadlines.shortest())
         self._corked = True
-        self._call(self.handler.open, *self.handler.open_args, **self.handler.open_kwargs)
+        self.enter(self._registry.add, self, wire.fd, self._deadlines.shortest())
+        self.enter(self._open)
         self.enter(self._choose)
         self.enter(self.turn, early)
-        if isinstance(wire, TlsWire):
-            # OpenSSL may have read what no poller sees.
+        if isinstance(wire, TlsWire) and self._state != CLOSED:
+            # OpenSSL may hold bytes that the poller cannot see.
             self.ready(READ)
+
+    def _open(self) -> None:
+        self._call(self.handler.open, *self.handler.open_args, **self.handler.open_kwargs)
 
     # ---- Entries: each of them changes facts and then settles, and none of them raises
 
@@ -1313,8 +1321,10 @@ class Connection(websocket.WebSocketProtocol):
             self._break()
 
     def _break(self) -> None:
-        log.exception("[SERVER] error:a mistake of ours, %s", self.peer)
+        # Logging comes last, in all of these methods: a host's handler of the log may write to this
+        # very connection.
         self.drop()
+        log.exception("[SERVER] error:a mistake of ours, %s", self.peer)
 
     def ready(self, events: int) -> None:
         """Bytes have come, the kernel takes bytes again, or the peer is lost."""
@@ -1324,7 +1334,7 @@ class Connection(websocket.WebSocketProtocol):
             if not self._watched & READ:
                 self._find_loss(events)
                 self.settle()
-            elif self._quick or not self._deflate or self._discards() or self._registry.has_time():
+            elif not self._deflate or self._discards() or self._registry.has_time():
                 self.turn(self._wire.receive())
             else:
                 # What has to be inflated or deflated may take milliseconds: it waits for its turn.
@@ -1368,7 +1378,10 @@ class Connection(websocket.WebSocketProtocol):
         """Ends it without a Close: with a reset, or else what the kernel has still arrives. What
         waits for the handler is thrown away."""
         self._inbox.clear()
-        if self.opened:
+        if self.opened and self._state != CLOSED:
+            with contextlib.suppress(OSError):
+                self._wire.flush()
+            self._failed = True
             self._receiver.skip()
             self._receiver.take_rest()
         self._close(reset)
@@ -1408,10 +1421,12 @@ class Connection(websocket.WebSocketProtocol):
             wire.flush()
             last = receiver.fault or wire.eof or self._registry.leaving
             calm = self._inbox.is_empty() and not (self._state or wire.backlog or last)
+            calm = calm and self._late_ping is None
             self._quick = self._heads() if calm and not receiver.opcode else None
             if calm and not receiver.more and self._watched == READ:
                 # Nearly always nothing follows.
                 return
+            self._answer_late_ping()
             self._conclude()
             self._send_last()
         except OSError as error:
@@ -1438,7 +1453,7 @@ class Connection(websocket.WebSocketProtocol):
             self._fail(receiver.fault)
         elif receiver.more:
             return
-        elif wire.eof and self._goodbye is None and self._state < ENDING:
+        elif wire.eof and self._state == OPEN and self._late_ping is None:
             self.client_terminated = True
             self._state = ENDING
         elif self._state == OPEN and self.handler.application in self._registry.leaving:
@@ -1446,15 +1461,13 @@ class Connection(websocket.WebSocketProtocol):
             self._say_goodbye(1001, "the server is stopping")
 
     def _send_last(self) -> None:
-        """The answer to a late Ping, and behind all else our Close. Then both sides have said all,
-        unless the peer's Close can still come."""
-        wire = self._wire
-        if self._late_ping is not None and wire.waiting <= HIGH_WATER:
-            late, self._late_ping = self._late_ping, None
-            self._answer(late)
+        """Sends our Close, if nothing waits before it. Then both sides have said all, unless the
+        peer's Close can still come."""
+        wire, receiver = self._wire, self._receiver
         self._put_goodbye()
         wire.flush()
-        over = self.client_terminated or not self._receiver.in_sync
+        idle = self._inbox.is_empty() and not receiver.more
+        over = self.client_terminated or not receiver.in_sync or (wire.eof and idle)
         if self._state == CLOSING and self._goodbye is None and over:
             self._state = ENDING
 
@@ -1478,7 +1491,7 @@ class Connection(websocket.WebSocketProtocol):
 
     def _discards(self) -> bool:
         """Whether what comes is thrown away: all has been said, or frames are not told apart."""
-        return self._state in (ENDING, LINGERING) or not self._receiver.in_sync
+        return self._told or self._state in (ENDING, LINGERING) or not self._receiver.in_sync
 
     # ---- A turn
 
@@ -1563,8 +1576,8 @@ class Connection(websocket.WebSocketProtocol):
             self._report()
 
     def _wait_for(self, future: asyncio.Future[Any]) -> None:
-        self._inbox.running += 1
         outside(IOLoop.current().add_future, future, functools.partial(self.enter, self._resume))
+        self._inbox.running += 1
 
     def _resume(self, future: asyncio.Future[Any]) -> None:
         """A coroutine of the handler, or a write that `on_message` returned, is done."""
@@ -1651,12 +1664,18 @@ class Connection(websocket.WebSocketProtocol):
         self._wire.put(frame_header(FIN | opcode, len(payload)) + payload)
 
     def _answer(self, ping: bytes) -> None:
-        """Sections 5.5.2 and 5.5.3: until our Close is put, and of many pings the latest."""
+        """Sections 5.5.2 and 5.5.3: answers a Ping until our Close is put; while too much waits,
+        only the latest. A Close that is decided on would never leave behind ever more answers."""
         if self._state == OPEN or self._goodbye is not None:
-            if self._wire.waiting > HIGH_WATER:
+            if self._wire.waiting > (HIGH_WATER if self._state == OPEN else 0):
                 self._late_ping = ping
             else:
                 self._put_control(PONG, ping)
+
+    def _answer_late_ping(self) -> None:
+        late, self._late_ping = self._late_ping, None
+        if late is not None:
+            self._answer(late)
 
     def _count_echoes(self, number: int, size: int) -> None:
         """Texts whose frames were so many bytes."""
@@ -1686,7 +1705,7 @@ class Connection(websocket.WebSocketProtocol):
 
     def _put_goodbye(self) -> None:
         """Our Close, as soon as nothing waits before it: until then, pings are answered."""
-        if self._goodbye is not None and not self._wire.backlog:
+        if self._goodbye is not None and self._late_ping is None and not self._wire.backlog:
             self._put_control(CLOSE, self._goodbye)
             self._goodbye = None
 
@@ -1700,18 +1719,18 @@ class Connection(websocket.WebSocketProtocol):
 
     def _fail(self, fault: Fault) -> None:
         """Section 7.1.7."""
-        self._warn(f"{fault.code} {fault.reason}, from")
         self._failed = True
         self._inbox.clear()
         self._receiver.skip()
         self._say_goodbye(fault.code, fault.reason)
+        self._warn(f"{fault.code} {fault.reason}, from")
 
     def _lose(self, error: OSError) -> None:
         """The peer is lost. Who waits for a reply to leave is told so by its future."""
         owed = self._wire.backlog or (self._wire.waiting and self._state == OPEN)
+        self._close(reset=False)
         if owed and not self._inbox.running:
             self._warn(f"reply not sent: {error.strerror or error},")
-        self._close(reset=False)
 
     def _close(self, reset: bool) -> None:
         if self._state == CLOSED:
@@ -1744,10 +1763,11 @@ class Connection(websocket.WebSocketProtocol):
         if late == "taking":
             self.outcome = 1008
             self._registry.cut["stalled"] += 1
-            self._warn("1008 takes nothing,")
             self.drop()
+            self._warn("1008 takes nothing,")
         elif late == "message":
-            self._fail(Fault(1008, "message does not go on"))
+            receiver.fault = Fault(1008, "message does not go on")
+            receiver.skip()
         elif late == "answer":
             self._registry.cut["silent"] += 1
             self._fail(Fault(1008, "no answer to a ping"))
@@ -1844,10 +1864,11 @@ class Connections:
     def register(self, fd: int, who: Connection | Visitor) -> None:
         if not self.watched:
             self._begin()
-        known = fd in self.watched
+        known = isinstance(self.watched.get(fd), Visitor)
         self.watched[fd] = who
         if known:
-            # A visitor has become a connection.
+            # A visitor has become a connection. Any other that had this descriptor was closed
+            # behind our back.
             return
         if self._epoll:
             self._epoll.register(fd, READ)
@@ -1989,7 +2010,7 @@ class Connections:
             if time.monotonic() >= self._round_ends:
                 break
         self._round_ends = 0.0
-        if self._line:
+        if self._line or self._next_round:
             self.has_time()
 
     # ---- The sweep

@@ -4271,6 +4271,180 @@ def peak_memory(server: Process) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
+# ---- Ends that are reached by a rare way
+
+
+either = pytest.mark.parametrize("transport", ["tcp", "tls"])
+
+
+@either
+@pytest.mark.gen_test
+async def test_of_pings_in_one_turn_the_latest_is_answered_though_all_leaves_at_once(
+    host: Host,
+) -> None:
+    peer = await host.connect()
+    peer.send(text("a" * 900))
+    assert await peer.replies(b"ECHO:" + b"a" * 900)
+    pings = [masked(b"%0125d" % number, PING) for number in range(80)]
+    # More than the high-water mark, in one turn.
+    peer.send(text("b" * 900) * 70, *pings)
+    while await peer.frame() != (FIN | PONG, b"%0125d" % 79):
+        pass
+
+
+@either
+@pytest.mark.gen_test
+async def test_after_on_close_no_method_of_the_handler_is_called(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    peer.send(close(4001), masked(b"a", PING))
+    await eventually(lambda: calls.closes)
+    peer.leave()
+    await eventually(lambda: not Connections.current().open)
+    assert calls[-1][0] == "close"
+
+
+@pytest.mark.gen_test
+async def test_a_write_to_somebody_else_that_waits_for_the_next_round_gets_it(host: Host) -> None:
+    handlers: list[EchoHandler] = []
+
+    class Relay(EchoHandler):
+        def open(self, *args: str, **kwargs: str) -> None:
+            handlers.append(self)
+
+        def on_message(self, message: str | bytes) -> asyncio.Future[None] | None:
+            if message != "relay":
+                self.write_message(message)
+                return None
+            # Longer than a round.
+            sum(range(1_000_000))
+            return handlers[0].write_message(message)
+
+    first, second = await host.connect(Relay), await host.connect(Relay)
+    # So much that the next read is a long one, of more messages than a turn handles.
+    second.send(text("a" * 1000))
+    assert await second.replies(b"a" * 1000)
+    second.send(text("b") * 500, text("relay"), text("c"))
+    assert await first.replies(b"relay")
+    assert await second.replies(*[b"b"] * 500, b"c")
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("end", [b"", frame(FIN | TEXT, b"\xff")], ids=["eof", "fault"])
+async def test_behind_the_peers_fin_ours_waits_for_no_time_limit(
+    host: Host, monkeypatch: pytest.MonkeyPatch, end: bytes
+) -> None:
+    monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
+
+    class Handler(EchoHandler):
+        async def on_message(self, message: str | bytes) -> None:
+            await asyncio.sleep(0)
+            self.write_message(bytes(6 << 20), binary=True)
+            if not end:
+                self.close(4001)
+
+    peer = await host.connect(Handler)
+    peer.send(text("a"), end)
+    await peer.shut()
+    await peer.receive(10 + (6 << 20))
+    assert await peer.close_code() == (1007 if end else 4001) and await peer.rest() == b""
+
+
+@either
+@pytest.mark.gen_test
+async def test_a_message_that_stalls_costs_a_coroutine_before_it_no_reply(host: Host) -> None:
+    calls = Calls()
+    calls.gate = asyncio.Event()
+    peer = await host.connect(Waiting, calls=calls, stall_timeout=0.2)
+    other = await host.connect(stall_timeout=0.2)
+    for unfinished in (peer, other):
+        unfinished.send(text("a"), masked(b"unfinished")[:9])
+    # What is failed later has stalled for no longer.
+    assert await other.replies(b"ECHO:a") and await other.close_code() == 1008
+    calls.gate.set()
+    assert await peer.replies(b"a") and await peer.close_code() == 1008
+
+
+@either
+@pytest.mark.gen_test
+async def test_what_was_written_before_a_connection_is_dropped_still_leaves(host: Host) -> None:
+    messages = []
+
+    class Handler(EchoHandler):
+        def on_message(self, message: str | bytes) -> None:
+            messages.append(message)
+            self.write_message("last words")
+            cast(Any, self.ws_connection)._abort()
+
+    peer = await host.connect(Handler)
+    peer.send(text("a") * 3)
+    assert await peer.replies(b"last words") and await peer.rest() == b""
+    assert messages == ["a"]
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("result", [gen.moment, 1])
+async def test_what_on_message_returns_and_nobody_can_await_is_an_error(
+    host: Host, result: Any
+) -> None:
+    class Handler(EchoHandler):
+        def on_message(self, message: str | bytes) -> Any:
+            return result
+
+    peer = await host.connect(Handler)
+    peer.send(text("a"))
+    assert await peer.goodbye() == 1011 and host.errors()
+    await eventually(lambda: not Connections.current().open)
+
+
+@pytest.mark.gen_test
+async def test_open_and_log_exception_may_both_fail(host: Host) -> None:
+    class Handler(EchoHandler):
+        def open(self, *args: str, **kwargs: str) -> None:
+            raise ZeroDivisionError
+
+        def log_exception(self, *args: Any) -> None:
+            raise ZeroDivisionError
+
+    with contextlib.suppress(ConnectionError):
+        await (await host.connect(Handler)).rest()
+    await eventually(lambda: not Connections.current().open)
+    assert host.errors() == ["echo_server"]
+
+
+@pytest.mark.gen_test
+async def test_a_handler_of_the_log_may_write_to_the_connection_that_is_logged(host: Host) -> None:
+    viewers: list[EchoHandler] = []
+
+    class Viewer(EchoHandler):
+        def open(self, *args: str, **kwargs: str) -> None:
+            viewers.append(self)
+
+    class ToViewers(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            for viewer in viewers:
+                viewer.write_message(record.getMessage())
+
+    to_viewers, log = ToViewers(), logging.getLogger("echo_server")
+    log.addHandler(to_viewers)
+    try:
+        peer = await host.connect(Viewer)
+        peer.send(frame(FIN | TEXT, b"\xff"))
+        assert await peer.goodbye() == 1007
+    finally:
+        log.removeHandler(to_viewers)
+
+
+@pytest.mark.gen_test
+async def test_a_host_may_call_on_connection_close(host: Host) -> None:
+    calls = Calls()
+    peer = await host.connect(Recorder, calls=calls)
+    calls.handler.on_connection_close()
+    assert await peer.rest() == b""
+    await eventually(lambda: not Connections.current().open)
+    assert len(calls.closes) == 1
+
+
 # --------------------------------------------------------------------------------------------- HTTP
 
 
