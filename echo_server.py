@@ -2503,8 +2503,9 @@ BACKLOG = 4096
 GRACE = 1.0
 # Seconds in which nobody is accepted after descriptors have run out.
 PAUSE = 0.5
-# Bytes of a request before its body.
+# Bytes of a request before its body, and what ends them, as Tornado has it.
 HEAD = 16 * 1024
+END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 
 
 async def run_server(options: Options, reread: Callable[[], Options]) -> int:
@@ -2716,21 +2717,22 @@ class Lobby:
 
     def open(self, visitor: Visitor, data: bytes) -> bool:
         """Makes it a WebSocket if the whole handshake is there and right."""
-        end = data.find(b"\r\n\r\n") + 4
-        if end < 4 or b"websocket" not in data[:end].lower():
+        head = END_OF_HEAD.search(data)
+        if not head or b"websocket" not in data[: head.end()].lower():
             return False
         try:
-            request = read_head(data[:end], visitor)
-            if request.method != "GET":
+            request = read_head(data[: head.end()], visitor)
+            if request.method != "GET" or "Expect" in request.headers:
                 return False
             handler = ServedHandler(self.server.application, request, server=self.server)
             connection, answer = handler.shake_hands()
         except (httputil.HTTPInputError, Refusal):
             return False
-        visitor.socket.recv(end)
+        visitor.socket.recv(head.end())
         self.visitors.discard(visitor)
         wire = Wire(visitor.socket)
-        wire.put(answer)
+        # Before the handler is told, since that may drop the connection.
+        wire.send(answer)
         connection.start(wire, b"")
         return True
 
