@@ -2624,10 +2624,7 @@ class Visitor:
         """Sends its last answer, and reads what has come: otherwise the end would be a reset, which
         may overtake the answer."""
         with contextlib.suppress(OSError):
-            if self.stream:
-                self.stream.write_to_fd(memoryview(answer))
-            else:
-                self.socket.send(answer)
+            self.socket.send(answer)
             socket.socket.shutdown(self.socket, socket.SHUT_WR)
             for _ in range(16):
                 socket.socket.recv(self.socket, READ_SIZE)
