@@ -2687,18 +2687,24 @@ class Lobby:
             return
         if not data:
             self.dismiss(visitor)
-        elif wrong := self.find_stranger(data, tls):
+        elif not self.turn_away(visitor, data, tls):
+            self.hand_over(visitor)
+
+    def turn_away(self, visitor: Visitor, data: bytes, tls: bool) -> bool:
+        """Dismisses whoever speaks another protocol, and says so."""
+        wrong = self.find_stranger(data, tls)
+        if wrong:
             log.warning("[SERVER] error:%s, from %s: %s", wrong[0], visitor, wrong[1])
             self.server.connections.refused[wrong[0]] += 1
             visitor.tell(wrong[2])
             self.dismiss(visitor)
-        else:
-            self.hand_over(visitor)
+        return wrong is not None
 
     def find_stranger(self, data: bytes, tls: bool) -> tuple[str, str, bytes] | None:
-        """Whoever speaks another protocol: what it is, what to do about it, and the answer."""
+        """Whoever speaks another protocol: what it is, what to do about it, and the answer. What is
+        no stranger by its first bytes may become one by more of them, but not the reverse."""
         is_tls, line = data[:1] == b"\x16", data.lstrip(b"\r\n").partition(b"\n")
-        http = b" HTTP/1" in line[0] if line[1] else re.match(rb"[!-~]+( |$)", line[0])
+        http = re.match(rb"[!-~]+ .*HTTP/1" if line[1] else rb"[!-~]*( |$)", line[0])
         if is_tls and not tls:
             return "TLS on a plain port", "use ws:// or --certfile", b""
         if tls and http and not is_tls:
@@ -2818,7 +2824,8 @@ class HeadCheck(iostream.IOStream):
 
     def _check(self, head: asyncio.Future[bytes]) -> None:
         try:
-            refuse_body(read_head(head.result(), self.visitor).headers)
+            if not self.visitor.lobby.turn_away(self.visitor, head.result(), tls=False):
+                refuse_body(read_head(head.result(), self.visitor).headers)
         except Refusal as refusal:
             self._refuse(refusal)
         except (Exception, asyncio.CancelledError):
