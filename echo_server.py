@@ -2792,8 +2792,7 @@ class Lobby:
         """Dismisses those who do not ask, or do not read, in time: Tornado has no limit for it."""
         latest = time.monotonic() - self.server.options.handshake_timeout
         for visitor in list(self.visitors):
-            closed = visitor.stream is not None and visitor.stream.closed()
-            if closed or visitor.since < latest:
+            if visitor.since < latest:
                 self.dismiss(visitor)
 
     def is_quiet(self) -> bool:
@@ -2837,6 +2836,7 @@ class HeadCheck(iostream.IOStream):
             status, what = (431, "header") if self.knows_target else (414, "target")
             self._refuse(Refusal(status, f"the {what} of the request has more than {HEAD} bytes"))
         super().close(exc_info)
+        self.visitor.lobby.visitors.discard(self.visitor)
 
     def _refuse(self, refusal: Refusal) -> None:
         refusal.report(str(self.visitor))
