@@ -2803,17 +2803,19 @@ class HeadCheck(iostream.IOStream):
     """Says why a request cannot be read, where Tornado closes the connection without a word."""
 
     visitor: Visitor
-    # Whether the first line of what is read has ended.
+    # Bytes of the head that may still come, and whether its first line has ended.
+    room = HEAD
     knows_target = False
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
         size = super().read_from_fd(buf)
-        self.knows_target = self.knows_target or b"\n" in bytes(buf[: min(size or 0, HEAD)])
+        self.knows_target |= b"\n" in bytes(buf[: min(size or 0, self.room)])
+        self.room = max(0, self.room - (size or 0))
         return size
 
     def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> Awaitable[bytes]:
         """The head of a request."""
-        self.knows_target = False
+        self.room, self.knows_target = HEAD, False
         head = cast("asyncio.Future[bytes]", super().read_until_regex(regex, max_bytes))
         if head.done():
             self._check(head)
