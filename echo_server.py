@@ -2680,6 +2680,14 @@ class Lobby:
             self.visitors.add(visitor)
             self.server.connections.register(visitor.fd, visitor)
 
+    def accept_rest(self, listener: socket.socket) -> None:
+        """Whoever is in the queue of a listening socket is reset when that is closed."""
+        latest = self.accepted + BACKLOG
+        before = -1
+        while before < self.accepted < latest:
+            before = self.accepted
+            self.accept(listener, IOLoop.READ)
+
     def receive(self, visitor: Visitor, data: bytes) -> None:
         """Looks at its first bytes, which stay in the socket."""
         tls = self.server.tls is not None
@@ -2901,6 +2909,8 @@ class Server:
         self.tls = tls_context(options)
         inherited = inherited_sockets()
         self.sockets = inherited or listening_sockets(options)
+        # Those that end with us: what is inherited may be served again by the next process.
+        self.own = [] if inherited else self.sockets
         # The socket file to remove at the end, if it is still ours then.
         self.file = socket_file(options.unix_socket) if not inherited else None
         self.urls = ", ".join(urls_of(self.sockets, self.tls is not None))
@@ -2974,6 +2984,8 @@ class Server:
         """Sends everybody away, also those who have connected and not asked yet: a restart refuses
         nobody."""
         notify(f"STOPPING=1\nSTATUS=stopping with {len(self.connections.open)} connections")
+        for listener in self.own:
+            self.lobby.accept_rest(listener)
         for listener in self.sockets:
             IOLoop.current().remove_handler(listener)
             listener.close()
