@@ -2821,25 +2821,18 @@ class HeadCheck(iostream.IOStream):
         self.room = max(0, self.room - (size or 0))
         return size
 
-    def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> Awaitable[bytes]:
-        """The head of a request."""
+    async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
+        """The head of a request. Of one that is refused, Tornado gets to see nothing."""
         self.room, self.knows_target = HEAD, False
-        head = cast("asyncio.Future[bytes]", super().read_until_regex(regex, max_bytes))
-        if head.done():
-            self._check(head)
-        else:
-            head.add_done_callback(self._check)
-        return head
-
-    def _check(self, head: asyncio.Future[bytes]) -> None:
+        head = await super().read_until_regex(regex, max_bytes)
         try:
-            if not self.visitor.lobby.turn_away(self.visitor, head.result(), tls=False):
-                refuse_body(read_head(head.result(), self.visitor).headers)
+            if not self.visitor.lobby.turn_away(self.visitor, head, tls=False):
+                refuse_body(read_head(head, self.visitor).headers)
         except Refusal as refusal:
             self._refuse(refusal)
-        except (Exception, asyncio.CancelledError):
-            # It is for whoever reads the head.
-            return
+        if self.closed():
+            raise iostream.StreamClosedError
+        return head
 
     def close(self, exc_info: Any = False) -> None:
         if isinstance(exc_info, iostream.UnsatisfiableReadError) and not self.closed():
@@ -2878,7 +2871,7 @@ def read_head(head: bytes, visitor: Visitor) -> httputil.HTTPServerRequest:
     except httputil.HTTPInputError as error:
         # Tornado quotes the value, which may be a secret.
         raise Refusal(
-            400, "the request cannot be read", re.split(" ['\"]", str(error))[0]
+            400, "the request cannot be read", re.split(":? ['\"]", str(error))[0]
         ) from None
     return request
 
