@@ -4619,17 +4619,17 @@ REFUSED = {
     "no Connection": (request(without="Connection"), 426, "Connection"),
     "Connection: keep-alive": (request(Connection="keep-alive"), 426, "Connection"),
     "no version": (request(without="Sec-WebSocket-Version"), 426, "Sec-WebSocket-Version"),
-    "version 8": (request(Sec_WebSocket_Version="8"), 426, "Sec-WebSocket-Version"),
+    "version 8": (request(Sec_WebSocket_Version="8"), 426, "Version must be 13: it is 8"),
     "version 0": (request(Sec_WebSocket_Version="0"), 426, "Sec-WebSocket-Version"),
     "version 13, 8": (request(Sec_WebSocket_Version="13, 8"), 426, "Sec-WebSocket-Version"),
     "version 013": (request(Sec_WebSocket_Version="013"), 426, "Sec-WebSocket-Version"),
     "no version and no key": (
         request("GET / HTTP/1.1", without="Sec-WebSocket-Version", Sec_WebSocket_Key=""),
         426,
-        "",
+        "Sec-WebSocket-Version must be 13: it is missing",
     ),
     "two versions": (request(add="Sec-WebSocket-Version: 13"), 426, "Sec-WebSocket-Version"),
-    "no key": (request(without="Sec-WebSocket-Key"), 400, "Sec-WebSocket-Key"),
+    "no key": (request(without="Sec-WebSocket-Key"), 400, "Sec-WebSocket-Key must be"),
     "an empty key": (request(Sec_WebSocket_Key=""), 400, "Sec-WebSocket-Key"),
     "two keys": (request(add=f"Sec-WebSocket-Key: {NONCE}"), 400, "Sec-WebSocket-Key"),
     "a key of 15 bytes": (
@@ -4655,24 +4655,36 @@ REFUSED = {
     ),
     "a key that is not ASCII": (request(Sec_WebSocket_Key="\xe9" * 24), 400, "Sec-WebSocket-Key"),
     "HTTP/1.0": (request("GET / HTTP/1.0"), 400, "HTTP/1.1"),
-    "two Hosts": (request(add="Host: other"), 400, ""),
-    "no Host": (request(without="Host"), 400, ""),
-    "a body": (request(add="Content-Length: 5").replace(b"\r\n\r\n", b"\r\n\r\nhello"), 400, ""),
-    "a chunked body": (
-        request(add="Transfer-Encoding: chunked").replace(b"\r\n\r\n", b"\r\n\r\n0\r\n\r\n"),
-        400,
-        "",
-    ),
-    "two lengths": (request(add="Content-Length: 0\r\nContent-Length: 5"), 400, ""),
-    "a negative length": (request(add="Content-Length: -1"), 400, ""),
+    "HTTP/1.2": (request("GET / HTTP/1.2"), 400, "HTTP/1.1"),
+    "no target": (request("GET  HTTP/1.1"), 400, "request line"),
+    "two Hosts": (request(add="Host: other"), 400, "Multiple host headers"),
+    "no Host": (request(without="Host"), 400, "Missing Host header"),
+    "a Host with a space": (request(Host="a b"), 400, "Invalid Host header"),
+    "a body": (request(add="Content-Length: 5") + b"hello", 400, "no body"),
+    "a body in chunks": (request(add="Transfer-Encoding: chunked") + b"0\r\n\r\n", 400, "no body"),
+    "two lengths": (request(add="Content-Length: 0\r\nContent-Length: 5"), 400, "no body"),
+    "a negative length": (request(add="Content-Length: -1"), 400, "no body"),
     "an Origin that is not a URL": (request(Origin="http://[::1"), 403, "Origin"),
-    "a POST": (request("POST / HTTP/1.1", add="Content-Length: 0"), 405, ""),
-    "a NUL in a header": (request(Origin="a\0b"), 400, ""),
-    "a control character in a header": (request(Origin="a\x01b"), 400, ""),
-    "a bare CR in a header": (request(Origin="a\rb"), 400, ""),
-    "a header without a colon": (request(add="nonsense"), 400, ""),
-    "a space before the colon": (request(add="X-A : b"), 400, ""),
-    "1,001 arguments": (request(f"GET /?{'a=1&' * 1000}a=1 HTTP/1.1"), 400, ""),
+    "a POST": (request("POST / HTTP/1.1", add="Content-Length: 0"), 405, "GET: and not with POST"),
+    "a HEAD": (request("HEAD / HTTP/1.1"), 405, ""),
+    "a NUL in a header": (request(Origin="a\0b"), 400, "Invalid header value"),
+    "a control character in a header": (request(Origin="a\x01b"), 400, "Invalid header value"),
+    "a bare CR in a header": (request(Origin="a\rb"), 400, "Invalid header value"),
+    "a header without a colon": (request(add="nonsense"), 400, "no colon"),
+    "a header that is folded": (request(add="X-A: b\r\n c"), 400, "folding not supported"),
+    "a space before the colon": (request(add="X-A : b"), 400, "Invalid header name"),
+    "1,001 arguments": (request(f"GET /?{'a=1&' * 1000}a=1 HTTP/1.1"), 400, "number of fields"),
+    "a cookie of 17 KB": (request(Cookie="x" * 17_000), 431, "more than 16384 bytes"),
+    "1,500 headers": (request(add="X-Many: 1\r\n" * 1_500 + "X-Last: 1"), 431, "more than 16384"),
+    "a target of 17 KB": (request(f"GET /{'x' * 17_000} HTTP/1.1"), 414, "more than 16384 bytes"),
+    "a protocol that is no token": (request(Sec_WebSocket_Protocol="a b"), 400, "list of tokens"),
+    "a code that may not be": (
+        request("GET /?close=77 HTTP/1.1"),
+        400,
+        "close=77 is not 1000-1003, 1007-1014 or 3000-4999",
+    ),
+    "a delay that is no number": (request("GET /?delay=x HTTP/1.1"), 400, "delay=x is not seconds"),
+    "a scenario twice": (request("GET /?drop=1&drop=0 HTTP/1.1"), 400, "drop=1, 0 is not 0 or 1"),
 }
 
 
@@ -4685,7 +4697,23 @@ def test_a_bad_handshake_is_refused_with_the_status_and_the_header_at_fault(
     if status == 426:
         assert (headers["Upgrade"], headers["Sec-WebSocket-Version"]) == ("websocket", "13")
         assert "upgrade" in headers["Connection"].lower()
+    assert headers["Allow"] == ("GET" if status == 405 else None)
     assert not server.tracebacks()
+
+
+def test_each_refusal_is_one_line_with_the_reason_of_the_answer(serve: Serve) -> None:
+    """Forty at a time, since the log has no more than fifty of a kind in a second."""
+    for first in range(0, len(REFUSED), 40):
+        process, expected = serve(), []
+        for data, status, _ in itertools.islice(REFUSED.values(), first, first + 40):
+            with process.dial() as sock:
+                body = (
+                    answer(sock, data)[2] or "405: a WebSocket starts with GET: and not with HEAD"
+                )
+                reason = body.partition("\n")[0].removeprefix(f"{status}: ")
+                expected.append(f"{status} {reason}, 127.0.0.1:{sock.getsockname()[1]}")
+        assert process.stop() == 0
+        assert [found[1] for found in process.matching("error:(.*)")] == expected
 
 
 ODD = {
@@ -4728,10 +4756,8 @@ def test_an_odd_but_valid_handshake_is_taken(server: Process, data: bytes) -> No
         request("GET /" + "x" * 60_000 + " HTTP/1.1"),
         request(Origin="http://" + "x" * 70_000),
         request(add="X-Many: 1\r\n" * 5000 + "X-Last: 1"),
-        b"\0" * 20_000,
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 20_000,
     ],
-    ids=["60 KB of path", "70 KB of header", "5,000 headers", "zeros", "TLS"],
+    ids=["60 KB of path", "70 KB of header", "5,000 headers"],
 )
 def test_above_the_limit_of_the_header_the_connection_is_closed(
     server: Process, data: bytes
@@ -4785,6 +4811,151 @@ def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Proc
     with server.dial() as sock:
         assert answer(sock, request(Sec_WebSocket_Version="8"))[0] == 426
         assert answer(sock, request())[0] == 101
+
+
+# ---- Both ways: a handshake in one piece does not pass through Tornado's HTTP server, others do
+
+METHODS = "GET", "get", "HEAD", "POST", "CONNECT", "BREW", "G(T", "GET\t"
+TARGETS = "/", "/x?y=1", "ws://h:1/p?q", "http://h", "http://[::1", "*", "x", "/\xe9", "/ /", ""
+VERSIONS = "HTTP/1.1", "HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "http/1.1", "HTTP/1.1 ", "HTTP/11"
+VALUES = {
+    "Upgrade": ["WEBSOCKET", "websocket,", "h2c, websocket", "websocket/13", '"websocket"', ""],
+    "Connection": [
+        "keep-alive, upgrade",
+        "close, Upgrade",
+        ",,Upgrade,,",
+        "close",
+        "Upgrade\t",
+        "",
+    ],
+    "Host": ["h:1", "[::1]:4000", "", "a,b", "a b", "h:x", "user@h", "\xe9", "a/b"],
+    "Sec-WebSocket-Version": ["13 ", "8, 13", "13,13", "013", "+13", "14", ""],
+    "Sec-WebSocket-Key": [NONCE + " ", NONCE[:-1], NONCE + "=", "_" * 22 + "==", f"{NONCE}, x", ""],
+    "Sec-WebSocket-Protocol": ["a, b", "a,a", "a,,b", "a b", "a;b", "a/b", "\xe9", "x" * 9000, ","],
+    "Sec-WebSocket-Extensions": [
+        "permessage-deflate",
+        "PERMESSAGE-DEFLATE",
+        "x, permessage-deflate; client_max_window_bits",
+        "permessage-deflate; server_max_window_bits=8, permessage-deflate; server_max_window_bits=9",
+        "permessage-deflate; client_max_window_bits=9; client_max_window_bits=9",
+        "permessage-deflate;;",
+        "permessage-deflate\xa0",
+        '"',
+    ],
+    "Origin": [
+        "null",
+        "*",
+        "http://localhost",
+        "http://a:b",
+        "http://[::1",
+        "http://a\xbd",
+        "\xff",
+    ],
+    "Sec-Fetch-Site": ["cross-site", "same-origin", "none", ""],
+    "Content-Length": ["0", "00", "+0", "0,0", "1", "x", ""],
+    "Transfer-Encoding": ["chunked", "identity", ""],
+    "Expect": ["100-continue", "100-Continue", "x"],
+    "X-Forwarded-For": ["203.0.113.7", "," * 500],
+    "Accept": ["text/html", "*/*"],
+    "Cookie": ["a=b", "x" * 9000],
+    "X-A": ["\t", "\x7f", "a\0b", "a\rb", "\x85"],
+}
+QUERIES = (
+    "delay=0", "delay=nan", "delay=1e400", "delay=\xff", "delay", "close=1000", "close=%d9%a3000",
+    "close=1001&reason=x", "close=4999&reason=%f0%9f%98%80", "close=1000&reason=%ff", "drop=1",
+    "drop=1&after=1", "drop=0&drop=1", "after=-1", "reason=" + "x" * 124, "push=2", "&&&", "%", "a;b",
+)  # fmt: skip
+END = b"\r\n\r\n"
+FORMS = [
+    request().replace(b"\r\n", b"\n"),
+    request().replace(b"\r\n", b"\r\r\n"),
+    *(lead + request() for lead in (b"\r\n", END, b"\n", b"\n\n", b"\r\n\n", b"\r", b" ", b"\0")),
+    *(
+        request()[:-4] + end
+        for end in (b"\n\r\n", b"\r\n\n", b"\n\n", b"\n\n" + END, b"\r\r" + END)
+    ),
+    *(request().replace(b"\r\nUp", end + b"Up") for end in (b"\n\n", b"\r\n\n", b"\n\r\n", END)),
+    *(
+        line + b"\r\n\r\n"
+        for line in (b"GET /", b"GET", b"hello", b"hello world", b" ", b"*1", b":")
+    ),
+    b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + request(),
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + request(),
+    b"HTTP/1.1 200 OK\r\n\r\n",
+]
+# Around the limit of 16 KiB: of the head, and of its first line.
+LONG = [
+    made(length - len(made(0)))
+    for length in (16_383, 16_384, 16_385, 17_000)
+    for made in (
+        lambda size: request(X_Filler="x" * size),
+        lambda size: request(f"GET /{'x' * size} HTTP/1.1"),
+    )
+]
+
+
+def all_requests() -> Iterator[bytes]:
+    """Right, wrong, and odd ones."""
+    yield from (data for data, *_ in REFUSED.values())
+    yield from ODD.values()
+    for words in itertools.product(METHODS, TARGETS, VERSIONS):
+        yield request(" ".join(words))
+    for name, value in ((name, value) for name, values in VALUES.items() for value in values):
+        yield request(without=name, add=f"{name}: {value}")
+        yield request(add=f"{name.lower()}:{value}")
+    for name in VALUES:
+        yield request(without=name)
+        yield request(without=name, add=f"{name} : {HEADERS.get(name)}")
+        yield request(without=name, add=f"{name}:\r\n {HEADERS.get(name)}")
+    yield from (request(f"GET /?{query} HTTP/1.1") for query in QUERIES)
+    yield from (*FORMS, *LONG)
+
+
+@pytest.mark.parametrize("way", ["tcp", "unix"])
+def test_a_request_has_the_same_answer_in_one_piece_and_in_two(
+    serve: Serve, tmp_path: Path, way: str
+) -> None:
+    path = str(tmp_path / "s")
+    server = serve(*([f"--unix-socket={path}"] if way == "unix" else []))
+    server.line("listening")
+
+    def dial() -> socket.socket:
+        if way == "tcp":
+            return server.dial()
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(PATIENCE)
+        sock.connect(path)
+        return sock
+
+    def answers(some: list[tuple[int, bytes]], cut: bool) -> list[bytes]:
+        """Behind each request there are a message and a Close; dates and ports do not matter."""
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(dial()) for _ in some]
+            ends = [number % (len(data) - 1) + 1 if cut else 0 for number, data in some]
+            for sock, end, (_, data) in zip(socks, ends, some, strict=True):
+                sock.sendall(data[:end])
+            for _ in range(3 if cut else 0):
+                # Three rounds of the server later, it has looked at what has come.
+                raw_echo(other)
+            for sock, end, (_, data) in zip(socks, ends, some, strict=True):
+                with contextlib.suppress(OSError):
+                    sock.sendall(data[end:] + masked(b"Hello!") + masked(b"\x03\xe8", CLOSE))
+                    sock.shutdown(socket.SHUT_WR)
+            varies = rb"(Date|Etag): .*\r\n|127\.0\.0\.1:\d+"
+            return [re.sub(varies, b"", everything(sock)) for sock in socks]
+
+    requests = list(enumerate(all_requests()))
+    assert len(requests) > 500
+    statuses = Counter[bytes]()
+    with dial() as other:
+        assert answer(other, request())[0] == 101
+        for first in range(0, len(requests), 12):
+            some = requests[first : first + 12]
+            one, two = answers(some, cut=False), answers(some, cut=True)
+            assert one == two, some
+            statuses.update(data[9:12] for data in one)
+    assert min(statuses[status] for status in (b"101", b"400", b"405", b"426", b"431", b"")) > 3
 
 
 # ---- The page in a real browser
