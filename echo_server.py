@@ -3075,7 +3075,8 @@ def inherited_socket(number: int) -> socket.socket:
         sock = socket.socket(fileno=number)
     except OSError as error:
         raise CannotServe(f"inherited descriptor {number}: {error.strerror}") from None
-    what = f"{socket.AddressFamily(sock.family).name}, {socket.SocketKind(sock.type).name}"
+    # Python has no names for some.
+    what = ", ".join(str(getattr(kind, "name", kind)) for kind in (sock.family, sock.type))
     if sock.family not in families or sock.type != socket.SOCK_STREAM:
         raise CannotServe(f"inherited descriptor {number} is not a TCP or Unix socket: {what}")
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
