@@ -570,6 +570,7 @@ def app() -> Application:
             (r"/mirror", EchoHandler, {"prefix": ""}),
             (r"/anybody", EchoHandler, {"origins": ["*"]}),
             (r"/friends", EchoHandler, {"origins": ["https://friend.example"]}),
+            (r"/list", EchoHandler, {"origins": "https://Friend.example/, https://b.example"}),
             (r"/shout", Shout),
             (r"/diary/(\w+)", Diary),
         ],
@@ -676,6 +677,8 @@ async def test_the_subprotocol_that_is_offered_first_is_selected(
         ("/echo", "http://[::1"),
         ("/friends", "http://friend.example"),
         ("/friends", "https://friend.example.evil.example"),
+        ("/list", "https://b"),
+        ("/list", "h"),
         ("/shout", "http://evil.example"),
         ("/anybody", "http://[::1"),
     ],
@@ -716,6 +719,8 @@ async def test_the_warning_says_which_origin_was_refused_and_from_where(
         ("/anybody", "null"),
         ("/friends", "https://friend.example"),
         ("/friends", ""),
+        ("/list", "https://friend.example"),
+        ("/list", "https://b.example"),
     ],
 )
 async def test_an_origin_that_may_connect_does(
@@ -984,9 +989,9 @@ async def test_as_the_readme_shows_what_makes_no_sense_gets_an_answer_that_says_
 
 
 @contextlib.asynccontextmanager
-async def listening(app: Application) -> AsyncIterator[int]:
+async def listening(app: Application, **options: Any) -> AsyncIterator[int]:
     """Its port."""
-    http, sockets = HTTPServer(app), bind_sockets(0, "127.0.0.1")
+    http, sockets = HTTPServer(app, **options), bind_sockets(0, "127.0.0.1")
     http.add_sockets(sockets)
     yield sockets[0].getsockname()[1]
     http.stop()
@@ -4836,7 +4841,7 @@ VALUES = {
         "permessage-deflate",
         "PERMESSAGE-DEFLATE",
         "x, permessage-deflate; client_max_window_bits",
-        "permessage-deflate; server_max_window_bits=8, permessage-deflate; server_max_window_bits=9",
+        "permessage-deflate; server_max_window_bits=8, permessage-deflate",
         "permessage-deflate; client_max_window_bits=9; client_max_window_bits=9",
         "permessage-deflate;;",
         "permessage-deflate\xa0",
@@ -4863,7 +4868,7 @@ VALUES = {
 QUERIES = (
     "delay=0", "delay=nan", "delay=1e400", "delay=\xff", "delay", "close=1000", "close=%d9%a3000",
     "close=1001&reason=x", "close=4999&reason=%f0%9f%98%80", "close=1000&reason=%ff", "drop=1",
-    "drop=1&after=1", "drop=0&drop=1", "after=-1", "reason=" + "x" * 124, "push=2", "&&&", "%", "a;b",
+    "drop=1&after=1", "drop=0&drop=1", "after=-1", "reason=" + "x" * 124, "push=2", "&&", "a;b",
 )  # fmt: skip
 END = b"\r\n\r\n"
 FORMS = [
@@ -4885,13 +4890,10 @@ FORMS = [
     b"HTTP/1.1 200 OK\r\n\r\n",
 ]
 # Around the limit of 16 KiB: of the head, and of its first line.
+LIMITS = 16_383, 16_384, 16_385, 17_000
 LONG = [
-    made(length - len(made(0)))
-    for length in (16_383, 16_384, 16_385, 17_000)
-    for made in (
-        lambda size: request(X_Filler="x" * size),
-        lambda size: request(f"GET /{'x' * size} HTTP/1.1"),
-    )
+    *(request(X_Filler="x" * (limit - len(request(X_Filler="")))) for limit in LIMITS),
+    *(request(f"GET /{'x' * (limit - len(request()))} HTTP/1.1") for limit in LIMITS),
 ]
 
 
@@ -5279,6 +5281,11 @@ USAGE = [
     "--log-level=INFO",
     "--trusted-proxies=localhost",
     "--trusted-proxies=10.0.0.0/33",
+    "--origins=example.org",
+    "--origins=https://example.org/app",
+    "--origins=https://example.org, https://",
+    "--origins=https://example.org:x",
+    "--origins=https://[::1",
     "--compression=yes",
     "--reuse-port=1",
     "--no-prefix",
@@ -5485,6 +5492,28 @@ def test_a_live_unix_socket_is_in_use_and_stays(serve: Serve, tmp_path: Path) ->
         assert echoed(client) == "ECHO:Hello!"
 
 
+def test_a_unix_socket_that_another_server_has_taken_over_stays(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    first = serve(f"--unix-socket={path}")
+    first.line("listening")
+    path.unlink()
+    serve(f"--unix-socket={path}").line("listening")
+    assert first.stop() == 0
+    with unix_connect(str(path), "ws://localhost/") as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_a_unix_socket_whose_queue_is_full_is_in_use(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)
+        assert_cannot_serve([f"--unix-socket={path}"], path, "in use")
+
+
 def assert_cannot_serve(arguments: list[str], *words: str) -> None:
     """It ends with 1, after one line that has these words."""
     done = run(*arguments)
@@ -5567,6 +5596,17 @@ def test_tls_1_2_is_enough(serve: Serve, certificate: Path, trust: ssl.SSLContex
     trust.maximum_version = ssl.TLSVersion.TLSv1_2
     with shaken(serve(f"--certfile={certificate}"), trust=trust) as client:
         assert raw_echo(client) == "ECHO:Hello!"
+
+
+@pytest.mark.parametrize(
+    ("offered", "selected"), [(["h2", "http/1.1"], "http/1.1"), (["h2"], None)]
+)
+def test_of_protocols_above_tls_http_1_1_is_selected(
+    tls: Process, trust: ssl.SSLContext, offered: list[str], selected: str | None
+) -> None:
+    trust.set_alpn_protocols(offered)
+    with shaken(tls, trust=trust) as sock:
+        assert cast(ssl.SSLSocket, sock).selected_alpn_protocol() == selected
 
 
 @pytest.fixture
@@ -5949,6 +5989,24 @@ def test_while_stopping_nobody_is_let_in_and_the_health_check_says_so(serve: Ser
             process.dial()
 
 
+def test_who_is_in_the_queue_of_the_listening_socket_is_let_in_and_sent_away(serve: Serve) -> None:
+    process = serve()
+    process.line("listening")
+    process.signal(signal.SIGSTOP)
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(process.dial()) for _ in range(100)]
+        for sock in socks:
+            sock.sendall(request())
+        process.signal(signal.SIGTERM)
+        process.signal(signal.SIGCONT)
+        for sock in socks:
+            with sock.makefile("rb") as file:
+                assert b" 101 " in file.readline()
+                assert b"" not in iter(file.readline, b"\r\n")
+                assert read_frame(file) == (CLOSE, b"\x03\xe9the server is stopping")
+    assert process.exit_code() == 0
+
+
 def test_who_has_connected_and_says_nothing_does_not_keep_it_from_stopping(serve: Serve) -> None:
     process = serve("--drain-timeout=0.2")
     with process.dial(), process.dial() as sock:
@@ -5986,6 +6044,49 @@ def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_
         with process.connect() as another:
             assert echoed(another) == "ECHO:Hello!"
     assert process.stop() == 0
+
+
+def ask(sock: socket.socket) -> tuple[int, str | None]:
+    """For the health, on a connection that stays open: the status, and the header Connection."""
+    status, headers, _ = answer(sock, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return status, headers["Connection"]
+
+
+def test_plain_connections_do_not_take_the_descriptors_of_health_checks_and_handshakes(
+    serve: Serve,
+) -> None:
+    """With 200 descriptors, of which 64 are kept for these."""
+    process = serve(before=["sh", "-c", 'ulimit -n 200; exec "$@"', "sh"])
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(shaken(process)) for _ in range(136)]
+        asked = [ask(stack.enter_context(process.dial())) for _ in range(80)]
+        assert asked[:32] == [(200, None)] * 32
+        assert asked[32:] == [(200, "close")] * 48
+        assert refused(process, request())[0] == 503
+        clients.pop().close()
+        process.line(r"close\(\)")
+        stack.enter_context(shaken(process))
+    assert process.stop() == 0
+
+
+def test_when_descriptors_run_out_who_has_been_idle_for_the_longest_time_goes_first(
+    serve: Serve,
+) -> None:
+    process = serve(before=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
+    with process.dial() as first, process.dial() as second, contextlib.ExitStack() as stack:
+        assert ask(second) == ask(first) == (200, None)
+        while not process.matching("run out"):
+            stack.enter_context(process.dial())
+        idlest = process.line("error:descriptors have run out, closing the idlest: (.*)")[1]
+        assert idlest == f"127.0.0.1:{second.getsockname()[1]}"
+        assert second.recv(1) == b""
+
+
+def test_who_has_left_is_not_counted(serve: Serve) -> None:
+    process = serve()
+    for _ in range(40):
+        with process.dial() as sock:
+            assert ask(sock) == (200, None)
 
 
 SLOW = [
@@ -6156,42 +6257,80 @@ def test_a_mistake_of_ours_ends_the_server_with_a_code_that_systemd_restarts() -
 
 
 INHERIT = (
-    "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+    "import os, sys; sys.argv[1] == 'none' or os.dup2(int(sys.argv[1]), 3); "
     "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid() + int(sys.argv[2]))); "
     "os.execv(sys.argv[3], sys.argv[3:])"
 )
 
 
+def inheriting(serve: Serve, given: Any, *arguments: str, offset: int = 0) -> Process:
+    """A server that is started as by socket activation, with this as its descriptor 3."""
+    numbers = [] if given is None else [given.fileno()]
+    number = str(*numbers or ["none"])
+    before = [sys.executable, "-c", INHERIT, number, str(offset)]
+    return serve(*arguments, before=before, pass_fds=[*numbers, *([3] if numbers else [])])
+
+
 @pytest.fixture
-def inheriting(serve: Serve) -> Iterator[Callable[..., tuple[Process, int]]]:
-    """Starts a server as socket activation does; returns it and the port of its socket."""
+def listener() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        number = listener.fileno()
-
-        def start(offset: int = 0) -> tuple[Process, int]:
-            before = [sys.executable, "-c", INHERIT, str(number), str(offset)]
-            return serve(before=before, pass_fds=[number, 3]), listener.getsockname()[1]
-
-        yield start
+        yield listener
 
 
 def test_the_socket_that_systemd_has_opened_is_served(
-    inheriting: Callable[..., tuple[Process, int]],
+    serve: Serve, listener: socket.socket
 ) -> None:
-    process, port = inheriting()
+    process = inheriting(serve, listener)
     process.line(r"systemd.*--address")
-    assert process.port == port
+    assert process.port == listener.getsockname()[1]
     with process.connect() as client:
         assert echoed(client) == "ECHO:Hello!"
 
 
-def test_sockets_for_another_process_are_left_alone(
-    inheriting: Callable[..., tuple[Process, int]],
+def test_sockets_for_another_process_are_left_alone(serve: Serve, listener: socket.socket) -> None:
+    process = inheriting(serve, listener, offset=1)
+    assert process.port != listener.getsockname()[1]
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+OTHER_KINDS: dict[str, tuple[Callable[[socket.socket], Any], str]] = {
+    # The number may be taken by the event loop before it is looked at.
+    "nothing": (lambda _: None, ""),
+    "a file": (lambda _: MODULE.open(), "Socket operation on non-socket"),
+    "UDP": (
+        lambda _: socket.socket(type=socket.SOCK_DGRAM),
+        "is no TCP or Unix socket, but AF_INET, SOCK_DGRAM",
+    ),
+    "Unix packets": (
+        lambda _: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET),
+        "is no TCP or Unix socket, but AF_UNIX, SOCK_SEQPACKET",
+    ),
+    "vsock": (lambda _: socket.socket(socket.AF_VSOCK), "but AF_VSOCK, SOCK_STREAM"),
+    # KCM, of Linux.
+    "a family that Python has no name for": (lambda _: socket.socket(41, socket.SOCK_DGRAM), "41"),
+    "connected": (
+        lambda listener: socket.create_connection(listener.getsockname()),
+        "does not listen (Accept=yes?)",
+    ),
+    "not listening": (lambda _: socket.socket(), "does not listen (Accept=yes?)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_an_inherited_descriptor_of_another_kind_is_named(
+    serve: Serve, listener: socket.socket, name: str
 ) -> None:
-    process, port = inheriting(1)
-    assert process.port != port
-    with process.connect() as client:
-        assert echoed(client) == "ECHO:Hello!"
+    make, words = OTHER_KINDS[name]
+    try:
+        given = make(listener)
+    except (AttributeError, OSError) as error:
+        pytest.skip(f"there is none here: {error}")
+    with given or contextlib.nullcontext():
+        process = inheriting(serve, given)
+        assert process.exit_code() == 1
+    (line,) = process.lines
+    assert line.startswith("echo_server: inherited descriptor 3") and words in line
 
 
 def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
@@ -6214,6 +6353,62 @@ def test_an_empty_origin_is_not_our_own(serve: Serve) -> None:
     assert refused(serve("--origins="), request(add="Origin:"))[0] == 403
 
 
+ORIGINS = "https://App.Example.org:443/, http://b\xfccher.example:8080,https://[2001:DB8::7]"
+
+
+@pytest.fixture(scope="module")
+def choosy() -> Iterator[Process]:
+    with Process("--port=0", f"--origins={ORIGINS}") as process:
+        yield process
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://app.example.org"},
+        {"Origin": "HTTPS://APP.example.org:443"},
+        {"Origin": "http://xn--bcher-kva.example:8080"},
+        {"Origin": "http://b\xfccher.example:8080"},
+        {"Origin": "https://[2001:db8::7]"},
+        {"Origin": "http://localhost"},
+        {"Origin": "https://app.example.org", "Sec-Fetch-Site": "cross-site"},
+        {"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+        {},
+    ],
+)
+def test_origins_are_compared_as_browsers_write_them(
+    choosy: Process, headers: dict[str, str]
+) -> None:
+    shaken(choosy, "GET / HTTP/1.1", None, **headers).close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"Origin": "http://app.example.org"}, "http://app.example.org"),
+        ({"Origin": "https://app.example.org:444"}, "https://app.example.org:444"),
+        ({"Origin": "https://example.org"}, "https://example.org"),
+        ({"Origin": "https://x.app.example.org"}, "https://x.app.example.org"),
+        ({"Origin": "null"}, "null"),
+        ({"Origin": "https://b.example", "Sec-Fetch-Site": "cross-site"}, "https://b.example"),
+        ({"Origin": "http://localhost:1", "Sec-Fetch-Site": "same-site"}, "http://localhost:1"),
+        ({"Sec-Fetch-Site": "cross-site"}, "it is cross-site"),
+        ({"Sec-Fetch-Site": "same-site"}, "it is same-site"),
+    ],
+)
+def test_pages_of_other_origins_are_refused_in_our_words(
+    choosy: Process, headers: dict[str, str], reason: str
+) -> None:
+    status, _, body = refused(choosy, request(**headers))
+    assert (status, body.partition("\n")[0]) == (403, f"403: this page may not connect: {reason}")
+    choosy.line(f"error:403 this page may not connect: {re.escape(reason)}, 127")
+
+
+def test_without_a_choice_of_origins_pages_of_all_sites_may_connect(server: Process) -> None:
+    shaken(server, Sec_Fetch_Site="cross-site").close()
+
+
 @pytest.fixture(scope="module")
 def behind_proxies() -> Iterator[Process]:
     with Process("--port=0", "--trusted-proxies=127.0.0.0/8, 198.18.0.1,::1") as process:
@@ -6226,6 +6421,16 @@ def behind_proxies() -> Iterator[Process]:
         ("203.0.113.7", "203.0.113.7"),
         ("203.0.113.9, 203.0.113.7", "203.0.113.7"),
         ("203.0.113.9, 203.0.113.7,198.18.0.1", "203.0.113.7"),
+        ("203.0.113.7:41234", "203.0.113.7"),
+        ("[2001:db8::7]:41234", "2001:db8::7"),
+        ("[2001:db8::7]", "2001:db8::7"),
+        ('"[2001:db8::7]:41234"', "2001:db8::7"),
+        ("::ffff:203.0.113.7", "203.0.113.7"),
+        ("203.0.113.7, ", "203.0.113.7"),
+        ("203.0.113.7,,198.18.0.1:80,", "203.0.113.7"),
+        ("203.0.113.7, ::ffff:198.18.0.1", "203.0.113.7"),
+        ("203.0.113.7, [::1]:80", "203.0.113.7"),
+        ("203.0.113.7\r\nX-Forwarded-For: [::1]", "203.0.113.7"),
         ("10.0.0.1, nonsense", "127.0.0.1:PORT"),
         ("2001:db8::1", "2001:db8::1"),
         ("2001:db8::1%\x9b31m and more", "2001:db8::1"),
@@ -6239,6 +6444,42 @@ def test_a_trusted_proxy_says_who_the_peer_is(
     with shaken(behind_proxies, f"GET {path} HTTP/1.1", X_Forwarded_For=forwarded) as sock:
         found = behind_proxies.line(rf"connection\(\) from (.*) {path}$")
         assert found[1] == peer.replace("PORT", str(sock.getsockname()[1]))
+
+
+@pytest.mark.parametrize(
+    "proxies", ["::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "[::1], 127.0.0.1"]
+)
+def test_the_address_of_a_proxy_may_be_written_in_other_forms(serve: Serve, proxies: str) -> None:
+    process = serve(f"--trusted-proxies={proxies}")
+    with shaken(process, X_Forwarded_For="203.0.113.7"):
+        assert process.line(r"connection\(\) from (.*) /$")[1] == "203.0.113.7"
+
+
+def test_on_a_socket_of_both_families_ipv4_is_known_as_such(serve: Serve) -> None:
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        process = inheriting(serve, listener, "--trusted-proxies=127.0.0.0/8")
+        assert process.url == f"ws://localhost:{listener.getsockname()[1]}/"
+        with shaken(process, "GET /a HTTP/1.1") as sock:
+            peer = f"127.0.0.1:{sock.getsockname()[1]}"
+            assert process.line(r"connection\(\) from (.*) /a$")[1] == peer
+        with shaken(process, "GET /b HTTP/1.1", X_Forwarded_For="203.0.113.7"):
+            assert process.line(r"connection\(\) from (.*) /b$")[1] == "203.0.113.7"
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("name", ["X-Real-Ip", "X-Forwarded-For"])
+async def test_embedded_the_peer_is_whom_tornado_has_found_in_a_header(
+    app: Application, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level("INFO")
+    async with listening(app, xheaders=True) as port:
+        headers = {name: "203.0.113.7"}
+        client = await websocket_connect(
+            HTTPRequest(f"ws://127.0.0.1:{port}/echo", headers=headers)
+        )
+        client.close()
+        lines = await log_lines(caplog, 2)
+        assert [" 203.0.113.7 " in line for line in lines] == [True, True]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--trusted-proxies=10.0.0.0/8,unix"]])
@@ -6763,6 +7004,7 @@ MOMENTS = {
     "with replies on their way": request() + masked(b"x" * 70_000) * 9,
     "behind a fault": request() + b"\xff\xff",
     "behind a close": request() + masked(b"", CLOSE),
+    "behind a good request and a bad one": b"GET / HTTP/1.1\r\nHost: x\r\n\r\nbad\r\n\r\n",
     "in the hello of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
 }
 
@@ -6807,38 +7049,57 @@ def client_hello() -> bytes:
     return outgoing.read()
 
 
-SCANS = {
-    "a port scan": b"",
-    "HTTP": request(),
-    "TLS": client_hello(),
-    "SSH": b"SSH-2.0-x\r\n",
-    "zeros": bytes(99),
-}
+TLS_HERE = "TLS on a plain port, from {}: use ws:// or --certfile"
+HTTP_HERE = "plain HTTP on a TLS port, from {}: use wss:// or https://"
+PROXY_HERE = "a header of the PROXY protocol, from {}: it is not understood here"
+HTTP_2_HERE = "HTTP/2, from {}: only HTTP/1.1 is spoken here"
+NO_HTTP = "no HTTP, from {}: it begins with "
+STRANGERS = [
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", HTTP_2_HERE),
+    (b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + request(), PROXY_HERE),
+    (b"\r\n\r\n\0\r\nQUIT\n!\x11\0\x0c" + bytes(12), PROXY_HERE),
+    (b"SSH-2.0-x\r\n", NO_HTTP + r"SSH-2.0-x\r\n"),
+    (b"GET /\r\n", NO_HTTP + r"GET /\r\n"),
+    (b"\3\0\0\x13", NO_HTTP + r"\x03\x00\x00\x13"),
+    (bytes(99), NO_HTTP + r"\x00" * 40),
+]
+ON_PLAIN_PORT = [(client_hello(), TLS_HERE), (client_hello()[:1], TLS_HERE)]
+ON_TLS_PORT = [(request(), HTTP_HERE), (b"GET / HT", HTTP_HERE)]
+
+
+@pytest.mark.parametrize(
+    ("secure", "data", "line"),
+    [
+        *((False, *stranger) for stranger in STRANGERS + ON_PLAIN_PORT),
+        *((True, *stranger) for stranger in STRANGERS + ON_TLS_PORT),
+    ],
+)
+def test_who_speaks_another_protocol_is_told_so_at_once_and_is_worth_one_line(
+    server: Process, tls: Process, trust: ssl.SSLContext, secure: bool, data: bytes, line: str
+) -> None:
+    process = tls if secure else server
+    with bystander(process, trust if secure else None), process.dial() as sock:
+        peer = f"127.0.0.1:{sock.getsockname()[1]}"
+        sock.settimeout(2)
+        sock.sendall(data)
+        said = everything(sock)
+        assert process.line(rf"error:.* {peer}\b").string.endswith("error:" + line.format(peer))
+    assert len(process.matching(rf"{peer}\b")) == 1
+    assert (b"400: this port speaks TLS" in said) == (line == HTTP_HERE) == (said != b"")
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
-@pytest.mark.parametrize("name", SCANS)
-def test_who_speaks_another_protocol_is_worth_one_line(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool, name: str
+@pytest.mark.parametrize("data", [b"", client_hello()], ids=["port scan", "TLS"])
+def test_who_connects_and_leaves_is_worth_at_most_one_line(
+    server: Process, tls: Process, trust: ssl.SSLContext, secure: bool, data: bytes
 ) -> None:
-    server = serve("--handshake-timeout=0.2", *([f"--certfile={certificate}"] if secure else []))
-    with (
-        bystander(server, trust if secure else None),
-        server.dial() as sock,
-        contextlib.suppress(ConnectionError),
-    ):
-        sock.sendall(SCANS[name])
-        if name == "a port scan" or (name == "HTTP" and not secure):
-            sock.close()
-        else:
-            assert b" 101 " not in sock.recv(999)
-            assert sock.recv(999) == b""
-    assert server.stop() == 0
-    assert (
-        len(server.lines)
-        - len(server.matching(r"listening|connection\(\)|Received:|close\(\)|stopped"))
-        <= 1
-    )
+    process = tls if secure else server
+    with bystander(process, trust if secure else None), process.dial() as sock:
+        peer = f"127.0.0.1:{sock.getsockname()[1]}"
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        everything(sock)
+    assert len(process.matching(rf"{peer}\b")) <= 1
 
 
 # ---- The log
