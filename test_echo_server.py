@@ -6307,8 +6307,10 @@ OTHER_KINDS: dict[str, tuple[Callable[[socket.socket], Any], str]] = {
         "is no TCP or Unix socket, but AF_UNIX, SOCK_SEQPACKET",
     ),
     "vsock": (lambda _: socket.socket(socket.AF_VSOCK), "but AF_VSOCK, SOCK_STREAM"),
-    # KCM, of Linux.
-    "a family that Python has no name for": (lambda _: socket.socket(41, socket.SOCK_DGRAM), "41"),
+    "what Python has no name for": (
+        lambda _: socket.socket(socket.AF_INET, 10),
+        "but AF_PACKET, 10",
+    ),
     "connected": (
         lambda listener: socket.create_connection(listener.getsockname()),
         "does not listen (Accept=yes?)",
@@ -7471,6 +7473,68 @@ def test_sighup_under_load_loses_nothing(
 
     asyncio.run(pipelining(clients, server.port, reload_often, trust if secure else None))
     assert {client.code for client in clients} == {1001} and server.exit_code() == 0
+
+
+HAPROXY = """
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 10s
+    timeout server 10s
+    timeout tunnel 1m
+    retries 3
+    option redispatch 1
+listen echo
+    bind fd@{}
+    option httpchk GET /healthz
+    default-server check inter 100ms fall 1 rise 1
+    server one 127.0.0.1:{}
+    server two 127.0.0.1:{}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="there is no haproxy")
+def test_behind_haproxy_a_server_that_stops_under_load_refuses_nobody(
+    serve: Serve, listener: socket.socket, tmp_path: Path
+) -> None:
+    one, two = serve(), serve()
+    config = HAPROXY.format(listener.fileno(), one.port, two.port)
+    (tmp_path / "config").write_text(config)
+    statuses: list[object] = []
+    over = threading.Event()
+
+    def come() -> socket.socket:
+        sock = socket.create_connection(listener.getsockname(), PATIENCE)
+        statuses.append(answer(sock, request())[0])
+        return sock
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            try:
+                come().close()
+            except (OSError, http.client.HTTPException) as error:
+                statuses.append(error)
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    command = ["haproxy", "-db", "-f", str(tmp_path / "config")]
+    with contextlib.ExitStack() as stack:
+        haproxy = stack.enter_context(start(*command, pass_fds=[listener.fileno()], stderr=PIPE))
+        stack.callback(haproxy.kill)
+        clients = [stack.enter_context(come()) for _ in range(20)]
+        for thread in threads:
+            stack.callback(thread.join, PATIENCE)
+            thread.start()
+        stack.callback(over.set)
+        until(lambda: len(statuses) > 200)
+        one.signal(signal.SIGTERM)
+        seen = len(statuses)
+        until(lambda: len(statuses) > seen + 200)
+        for client in clients:
+            client.sendall(masked(b"Hello!"))
+        ends = Counter(client.recv(4) for client in clients)
+        assert ends == {b"\x88\x18\x03\xe9": 10, b"\x81\x0bEC": 10}
+    assert one.exit_code() == 0
+    assert Counter(statuses) == {101: len(statuses)}
 
 
 # ---- Surroundings
