@@ -2136,10 +2136,16 @@ def normal_origin(text: str) -> str:
     without the port that the scheme implies. Raises ValueError."""
     if text in ("*", "null"):
         return text
-    parts = urlsplit(text.lower())
-    if not parts.scheme or not parts.hostname or parts.path not in ("", "/") or parts.query:
+    # The name of a host has 253 characters at most.
+    match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/?#@]{1,300})/?", text.lower())
+    if not match or match[1] in ("ws", "wss"):
         raise ValueError(f"{text!r} is no origin such as https://example.org")
-    host = parts.hostname.encode("idna").decode() if ":" not in parts.hostname else parts.hostname
+    parts = urlsplit(match[0])
+    host = parts.hostname or ""
+    if ":" not in host:
+        host = host.encode("idna").decode()
+        if not re.fullmatch(r"[a-z0-9._-]+", host):
+            raise ValueError(f"{text!r} names no host")
     implied = {"http": 80, "https": 443}.get(parts.scheme)
     port = f":{parts.port}" if parts.port and parts.port != implied else ""
     return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
@@ -2168,7 +2174,7 @@ Proxies = Collection[ipaddress.IPv4Network | ipaddress.IPv6Network | str]
 def read_address(text: str) -> Address:
     """As it may be written: in brackets, with a port or a zone, IPv4 mapped into IPv6. Raises
     ValueError."""
-    bracketed = re.fullmatch(r"\[(.*)\](:\d+)?|([\d.]+):\d+", text.strip().strip('"'))
+    bracketed = re.fullmatch(r"\[(.+)\](:\d+)?|([\d.]+):\d+", text.strip().strip('"'))
     host = (bracketed[1] or bracketed[3]) if bracketed else text.strip()
     address = ipaddress.ip_address(host.partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
