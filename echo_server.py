@@ -2646,7 +2646,8 @@ class Lobby:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.visitors: set[Visitor] = set()
+        # In the order of `since`.
+        self.visitors: OrderedDict[Visitor, None] = OrderedDict()
         self.accepted = 0
         limit = server.options.handshake_timeout
         self.http = httpserver.HTTPServer(
@@ -2683,7 +2684,7 @@ class Lobby:
             sock.setblocking(False)
             visitor = Visitor(self, sock, address)
             self.accepted += 1
-            self.visitors.add(visitor)
+            self.visitors[visitor] = None
             self.server.connections.register(visitor.fd, visitor)
 
     def accept_rest(self, listener: socket.socket) -> None:
@@ -2746,7 +2747,7 @@ class Lobby:
         except (httputil.HTTPInputError, Refusal):
             return False
         visitor.socket.recv(head.end())
-        self.visitors.discard(visitor)
+        self.visitors.pop(visitor, None)
         wire = Wire(visitor.socket)
         # Before the handler is told, since that may drop the connection.
         wire.send(answer)
@@ -2774,6 +2775,8 @@ class Lobby:
         stream = cast(Any, handler.request.connection).stream
         visitor = stream.visitor
         visitor.asked, visitor.since = True, time.monotonic()
+        if visitor in self.visitors:
+            self.visitors.move_to_end(visitor)
         if self.is_crowded():
             IOLoop.current().add_callback(stream.close)
 
@@ -2786,16 +2789,16 @@ class Lobby:
         return len(self.visitors) > self.server.reserve // 2
 
     def leave(self, stream: Any) -> None:
-        self.visitors.discard(stream.visitor)
+        self.visitors.pop(stream.visitor, None)
 
     def dismiss(self, visitor: Visitor) -> None:
-        self.visitors.discard(visitor)
+        self.visitors.pop(visitor, None)
         self.server.connections.forget(visitor.fd, visitor)
         (visitor.stream or visitor.socket).close()
 
     def make_room(self) -> bool:
         """Dismisses the one that has been idle for the longest time, if there is one."""
-        oldest = min(self.visitors, key=lambda visitor: visitor.since, default=None)
+        oldest = next(iter(self.visitors), None)
         if oldest is None:
             return False
         log.warning("[SERVER] error:descriptors have run out, closing the idlest: %s", oldest)
@@ -2805,9 +2808,8 @@ class Lobby:
     def dismiss_idle(self) -> None:
         """Dismisses those who do not ask, or do not read, in time: Tornado has no limit for it."""
         latest = time.monotonic() - self.server.options.handshake_timeout
-        for visitor in list(self.visitors):
-            if visitor.since < latest:
-                self.dismiss(visitor)
+        while self.visitors and (oldest := next(iter(self.visitors))).since < latest:
+            self.dismiss(oldest)
 
     def is_quiet(self) -> bool:
         return all(visitor.asked for visitor in self.visitors)
@@ -2845,7 +2847,7 @@ class HeadCheck(iostream.IOStream):
             status, what = (431, "header") if self.knows_target else (414, "target")
             self._refuse(Refusal(status, f"the {what} of the request has more than {HEAD} bytes"))
         super().close(exc_info)
-        self.visitor.lobby.visitors.discard(self.visitor)
+        self.visitor.lobby.leave(self)
 
     def _refuse(self, refusal: Refusal) -> None:
         refusal.report(str(self.visitor))
