@@ -523,9 +523,10 @@ class Receiver:
         return events
 
     def keep(self, data: bytes) -> None:
-        """Keeps it for the next call of `feed`."""
-        self.rest += data
-        self.more = True
+        """Keeps it for the next call of `feed`, if that will look at it."""
+        if data and self.in_sync:
+            self.rest += data
+            self.more = True
 
     def take_rest(self) -> bytes:
         rest, self.rest, self.more = self.rest, b"", False

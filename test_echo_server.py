@@ -1293,6 +1293,8 @@ def test_nothing_is_looked_at_behind_a_wrong_header() -> None:
     assert receiver.feed(b"\xff" * 2) == []
     assert receiver.fault is not None and not receiver.in_sync and not receiver.more
     assert receiver.feed(text("hi") + frame(FIN | PING)) == []
+    receiver.keep(text("hi"))
+    assert (receiver.rest, receiver.more) == (b"", False)
 
 
 STILL_TOLD_APART = {  # a fault of the content, and what ends its message
