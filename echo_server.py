@@ -1155,7 +1155,7 @@ class Inbox:
     __slots__ = "_held", "_limit", "_waiting", "_waiting_size", "running"
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit + EVENT
+        self._limit = limit
         # Coroutines that run; the bytes of the message that they have.
         self.running = 0
         self._held = 0
@@ -1170,7 +1170,7 @@ class Inbox:
         return bool(self._waiting) and not self.running
 
     def has_place(self) -> bool:
-        return self._waiting_size + self._held + EVENT * self.running <= self._limit
+        return self._waiting_size + self._held <= self._limit
 
     def put(self, event: Event) -> None:
         self._waiting = self._waiting or deque()
