@@ -2574,9 +2574,10 @@ class ServedHandler(EchoHandler):
     async def _switch_protocols(self, answer: dict[str, str]) -> iostream.IOStream:
         """The handshake with it: the same bytes leave."""
         stream = self.detach()
-        self._server.lobby.leave(stream)
         with contextlib.suppress(iostream.StreamClosedError):
             await stream.write(switching_protocols(answer))
+        # Not before, since a peer that reads nothing does not take this either.
+        self._server.lobby.leave(stream)
         return stream
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
