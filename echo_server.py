@@ -2522,6 +2522,9 @@ async def run_server(options: Options, reread: Callable[[], Options]) -> int:
     log.setLevel(options.log_level.upper())
     import gc
 
+    # Python loads these when they are first used, and by then there may be no descriptor left.
+    for codec in ("unicode_escape", "idna"):
+        codecs.lookup(codec)
     # What is there now stays. Connections leave little garbage, so it is looked for less often: the
     # search took a tenth of the time of short connections.
     gc.freeze()

@@ -19,6 +19,7 @@ import logging
 import os
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -6061,6 +6062,11 @@ def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_
     assert process.stop() == 0
 
 
+with_prlimit = pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="needs to limit another process"
+)
+
+
 def ask(sock: socket.socket) -> tuple[int, str | None]:
     """For the health, on a connection that stays open: the status, and the header Connection."""
     status, headers, _ = answer(sock, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -6095,6 +6101,19 @@ def test_when_descriptors_run_out_who_has_been_idle_for_the_longest_time_goes_fi
         idlest = process.line("error:descriptors have run out, closing the idlest: (.*)")[1]
         assert idlest == f"127.0.0.1:{second.getsockname()[1]}"
         assert second.recv(1) == b""
+
+
+@with_prlimit
+def test_a_handshake_needs_no_further_descriptor(serve: Serve) -> None:
+    process = serve()
+    with process.dial() as one, process.dial() as two:
+        # Neither is asked for more before both are accepted.
+        assert ask(two) == (200, None)
+        resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, (3, 3))
+        for sock in (one, two):
+            assert answer(sock, request())[0] == 101
+            assert raw_echo(sock) == "ECHO:Hello!"
+        process.line(r"connection\(\) from", 2)
 
 
 def test_who_has_left_is_not_counted(serve: Serve) -> None:
