@@ -2095,6 +2095,7 @@ def host(
 DEFLATE = {"Sec-WebSocket-Extensions": "permessage-deflate"}
 
 
+@pytest.mark.parametrize("transport", ["tcp", "tls"])  # what the codec says needs no more
 @pytest.mark.gen_test
 @pytest.mark.parametrize(("data", "code"), FAULTS)
 async def test_a_fault_is_answered_by_its_code_and_the_end(
@@ -2107,6 +2108,7 @@ async def test_a_fault_is_answered_by_its_code_and_the_end(
     await peer.is_failed(code)
 
 
+@pytest.mark.parametrize("transport", ["tcp"])  # what the codec says needs no more
 @pytest.mark.gen_test
 @pytest.mark.parametrize(("data", "code"), SHORT_FAULTS)
 async def test_a_fault_that_comes_byte_by_byte_is_answered_too(
