@@ -10,12 +10,12 @@ Embed it:  from echo_server import EchoHandler
            app = tornado.web.Application([(r"/echo", EchoHandler)])
            app.listen(8888)
 
-Importing this does nothing: it defines names and gets the logger "echo_server". The bands of this
-file: Handler, Frames (RFC 6455 without I/O), Connection (frames on a socket), HTTP, Options,
-Server, Client, Command line, Page. The way of a message in, and of its reply out:
+Importing this only defines names and gets the logger "echo_server". The bands of this file are
+Handler, Frames (RFC 6455 without I/O), Connection (frames on a socket), HTTP, Options, Server,
+Client, Command line, Page. A message that `echo_texts` does not answer at once takes this path:
 
-  Connections.poll > Connection.ready > Receiver.feed > on_message, or echo_texts > Wire.put
-  Connection.settle > Wire.flush > the kernel; what it does not take: Wire.backlog > Wire.drain
+  in:   Connections.poll > Connection.ready > Receiver.feed > on_message > Wire.put
+  out:  Connection.settle > Wire.flush > kernel; if that is full, Wire.backlog > Wire.drain
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from tornado.concurrent import future_set_result_unless_cancelled
 from tornado.escape import json_encode, utf8, xhtml_escape
 from tornado.ioloop import IOLoop
 
-# The one private name: masking in C. In Python it takes 300 times as long.
+# The only private name that is imported. It masks in C; Python would take 300 times as long.
 from tornado.util import _websocket_mask as unmask
 from tornado.websocket import WebSocketClosedError
 
@@ -79,7 +79,7 @@ class EchoHandler(websocket.WebSocketHandler):
         return None
 
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
-        """Returns the future of a reply that cannot leave at once: later messages wait for it."""
+        """Returns a future if the reply cannot leave yet; later messages wait until it is done."""
         log.debug(RECEIVED, printable(message))
         if self.__scenario:
             return self.__scenario.reply(self, message)
@@ -99,8 +99,8 @@ class EchoHandler(websocket.WebSocketHandler):
     def on_close(self) -> None:
         log.info("[SERVER] close() %s", self.__connection)
 
-    # These hold where a host's `initialize` does not call ours. All but the prefix are private to
-    # this class, so that they are in nobody's way.
+    # The defaults, in case the `initialize` of a subclass does not call ours. All but the prefix
+    # have private names, which cannot clash with those of a subclass.
     prefix = "ECHO:"
     __compression = True
     __origins: Collection[str] = ()
@@ -119,20 +119,20 @@ class EchoHandler(websocket.WebSocketHandler):
         scenarios: bool = False,
     ) -> None:
         """`prefix` goes before each message. `compression`: permessage-deflate (RFC 7692) is
-        accepted when it is offered. `origins`: pages of these may connect, beside our own; "*" is
-        any. `stall_timeout`: seconds without progress of a message, in or out; 0 is for ever.
-        `scenarios`: the URL may ask for trouble, see Scenario."""
+        accepted if offered. `origins`: pages of these may connect in addition to our own; "*"
+        means any. `stall_timeout`: for how many seconds a message, in or out, may make no progress;
+        0 means for ever. `scenarios`: the URL may ask for misbehaviour, see Scenario."""
         self.prefix = prefix
         self.__compression = compression
         self.__origins = parse_origins(origins if isinstance(origins, str) else ",".join(origins))
         self.__stall_timeout = stall_timeout
         self.__takes_scenarios = scenarios
 
-    # With Tornado's type, which lets a subclass take parameters of its own.
+    # Tornado declares this type, too, so that a subclass can have parameters of its own.
     initialize: Callable[..., None] = __take_options
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
-        """The handshake. What is wrong with it is said in the answer."""
+        """Does the handshake. If it fails, the answer says why."""
         self.open_args, self.open_kwargs = args, kwargs
         try:
             self._check_handshake()
@@ -146,7 +146,7 @@ class EchoHandler(websocket.WebSocketHandler):
             Refusal(426, "this handler does not speak WebSocket").answer(self, self.__peer)
 
     def _check_handshake(self) -> None:
-        """Raises Refusal."""
+        """Raises Refusal if something is wrong with the handshake."""
         self.__peer = self._find_peer()
         check_handshake(self.request)
         self.__check_page()
@@ -157,8 +157,8 @@ class EchoHandler(websocket.WebSocketHandler):
         return peer_of(self.request)
 
     def __check_page(self) -> None:
-        """Whether the page that connects may, as Tornado decides it: 6.6 looks at Sec-Fetch-Site,
-        and does not ask `check_origin` about pages of this host. Only browsers send these."""
+        """Applies Tornado's rules about the page that connects: 6.6 looks at Sec-Fetch-Site, and
+        does not ask `check_origin` about pages of this host. Only browsers send these headers."""
         headers, modern = self.request.headers, hasattr(self, "check_trusted_origin")
         site, origin = headers.get("Sec-Fetch-Site") if modern else None, headers.get("Origin")
         if "*" in self.__origins or site in ("same-origin", "none"):
@@ -175,7 +175,7 @@ class EchoHandler(websocket.WebSocketHandler):
         return super().check_origin(origin)
 
     def select_subprotocol(self, subprotocols: list[str]) -> str | None:
-        """The first one: a browser fails the handshake when none is selected."""
+        """Selects the first one, since a browser fails the handshake if none is selected."""
         return subprotocols[0] if subprotocols else None
 
     def get_compression_options(self) -> dict[str, Any] | None:
@@ -186,7 +186,7 @@ class EchoHandler(websocket.WebSocketHandler):
         return self.__connection
 
     async def _switch_protocols(self, answer: dict[str, str]) -> iostream.IOStream:
-        """Sends the answer to a handshake that is right. Returns what the connection runs on."""
+        """Accepts the handshake with this answer. Returns the stream for the connection."""
         self.clear_header("Content-Type")
         self.set_status(101)
         for name, value in answer.items():
@@ -197,8 +197,8 @@ class EchoHandler(websocket.WebSocketHandler):
         return stream
 
     def _only_echoes(self) -> bool:
-        """Whether nobody can tell that `on_message` is not called, since it is the one above, and
-        would do nothing but reply."""
+        """Whether replies can be sent without calling `on_message`, since it is the one above, and
+        would do nothing else."""
         methods = EchoHandler.on_message, EchoHandler.on_sent, EchoHandler.write_message
         return self.__scenario is None and all(
             getattr(getattr(self, method.__name__), "__func__", None) is method
@@ -208,22 +208,22 @@ class EchoHandler(websocket.WebSocketHandler):
     def write_message(
         self, message: str | bytes | dict[str, Any], binary: bool = False
     ) -> asyncio.Future[None]:
-        """As Tornado's, but that a peer who has just left is a failed future until `on_close` has
-        been called, rather than an exception in whoever writes to all."""
+        """Like Tornado's, except that a write to a closing connection returns a failed future until
+        `on_close` is called. An exception would stop a handler that writes to many clients."""
         if self.ws_connection is None:
             raise WebSocketClosedError
         return self.ws_connection.write_message(message, binary)
 
     def on_connection_close(self) -> None:
-        """Tells `on_close`, once, if `open` has been called. Tornado's own has no use for what an
-        `async def on_close` returns."""
+        """Calls `on_close`, once, if `open` has been called. Tornado's method would not run an
+        `async def on_close`."""
         connection, self.ws_connection = self.__connection, None
         if connection and connection.opened:
             if not connection.is_closing():
-                # A host has called this.
+                # It is the host that has called this method.
                 connection.drop(reset=False)
             connection.run(self.on_close)
-        # These two are cycles, which would be left to the garbage collector.
+        # Both are parts of reference cycles, which only the garbage collector would free.
         self.__connection = None
         self.ui = None  # type: ignore[assignment]  # as Tornado does it
 
@@ -232,8 +232,8 @@ class EchoHandler(websocket.WebSocketHandler):
 
 
 def until_open(name: str) -> Any:
-    """A method of Tornado's that makes no sense behind the handshake, and fails there as its own
-    does."""
+    """Wraps a method of Tornado's that is not allowed after the handshake: it then raises what it
+    raises in Tornado."""
 
     def method(self: EchoHandler, *args: Any, **kwargs: Any) -> Any:
         if self._has_opened():
@@ -246,15 +246,15 @@ def until_open(name: str) -> Any:
 for name in "write", "redirect", "set_header", "set_cookie", "set_status", "flush", "finish":
     setattr(EchoHandler, name, until_open(name))
 
-# Its own kind of line in the log, of which not all are shown.
+# The log recognises these lines by this text. When there are too many, they are only counted.
 RECEIVED = "[SERVER] Received:%s"
 
 
 class Scenario:
-    """What the query of the URL asks for, so that people see how their client takes it. Other names
-    are ignored."""
+    """The misbehaviour that the query of the URL asks for, so that people see how their client
+    copes with it. Other parameters of the query are ignored."""
 
-    # Of each parameter: its type, the values that it may have, and what they are in words.
+    # For each parameter: its type, a test of its value, and the allowed values in words.
     rules: ClassVar[dict[str, tuple[Any, Callable[[Any], bool], str]]] = {
         "delay": (float, lambda value: 0 <= value <= 60, "a number of seconds up to 60"),
         "close": (int, lambda value: value in CLOSE_CODES, "1000-1003, 1007-1014 or 3000-4999"),
@@ -275,7 +275,7 @@ class Scenario:
 
     @classmethod
     def of(cls, request: httputil.HTTPServerRequest) -> Scenario | None:
-        """Raises Refusal."""
+        """Returns None if the query asks for nothing. Raises Refusal if a value is bad."""
         asked = {
             name: cls._value(name, values)
             for name, values in request.query_arguments.items()
@@ -307,7 +307,7 @@ class Scenario:
                 await handler.write_message(f"PUSH:{number}")
 
     def reply(self, handler: EchoHandler, message: str | bytes) -> Awaitable[None]:
-        """Keeps bytes, since Python keeps some text in four bytes a character for all the delay."""
+        """Encodes the reply before the delay, since a str may occupy four bytes per character."""
         return self._reply(
             handler, utf8(handler.prefix) + utf8(message), isinstance(message, bytes)
         )
@@ -327,7 +327,7 @@ class Scenario:
 
 
 def make_app(server: Server) -> web.Application:
-    """The stand-alone application: WebSocket on every path, and what answers a plain GET."""
+    """Makes the stand-alone application: WebSocket on every path, and the answers to plain GETs."""
     options = server.options
     paths = ["/healthz", "/metrics"] if options.metrics else ["/healthz"]
     return web.Application(
@@ -338,47 +338,47 @@ def make_app(server: Server) -> web.Application:
         websocket_ping_interval=options.ping_interval,
         websocket_ping_timeout=options.ping_timeout,
         websocket_max_message_size=options.max_message_size,
-        # Instead of a line of Tornado's: our own say more, and have no query.
+        # This replaces Tornado's line for each request: our lines say more, and omit the query.
         log_function=lambda handler: server.lobby.on_answer(handler),
     )
 
 
 # ------------------------------------------------------------------------------------------- Frames
-# RFC 6455 sections 5 to 8 and RFC 7692 without I/O: bytes in, events out; messages in, bytes out.
+# RFC 6455 sections 5 to 8 and RFC 7692 without I/O: bytes become events, and messages become bytes.
 
-# Section 5.2.
+# The opcodes and the bits of section 5.2.
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = OPCODES = 0, 1, 2, 8, 9, 10
 FIN, RSV1, MASK = 0x80, 0x40, 0x80
-# First bytes of the frames that stand for themselves: whole messages and control frames.
+# First bytes of the frames that are events by themselves: whole messages and control frames.
 WHOLE = {FIN | TEXT, FIN | BINARY, FIN | CLOSE, FIN | PING, FIN | PONG}
-# Section 7.4, and IANA's registry.
+# The codes that a Close may carry (section 7.4 and IANA's registry).
 CLOSE_CODES: frozenset[int] = frozenset(
     (*range(1000, 1004), *range(1007, 1015), *range(3000, 5000))
 )
 
-# Opcode and payload of a whole message or a control frame, both valid.
+# The opcode and the payload of a message or a control frame, after all checks.
 Event = tuple[int, bytes | bytearray]
 
-# What a turn may take, so that one peer does not keep the others waiting: so many bytes of events,
-# where each counts as EVENT beside its bytes (256 of them are half a millisecond of work), or so
-# many bytes of texts that are answered without an event.
+# What one turn of a connection may cost, so that no peer keeps the others waiting: the bytes of its
+# events; what each event costs besides its bytes (256 events are half a millisecond of work); and
+# the bytes of texts that are answered without events.
 TURN = 256 * 1024
 EVENT = 1024
 ECHO_TURN = 32 * 1024
 
-# Frames of a message, of which Autobahn sends 65,536; and those of them without a byte.
+# The most frames in a message, of which Autobahn sends 65,536, and the most empty ones among them.
 MAX_FRAGMENTS = 131_072
 MAX_EMPTY = 1_024
-# Deflate streams in a message: each that ends with BFINAL is followed by another.
+# The most deflate streams in a message: a block with BFINAL ends one, and another may follow.
 MAX_STREAMS = 1_024
-# Deflate refers back by so many bytes at most (RFC 1951 section 2).
+# The number of bytes by which deflate can refer back (RFC 1951 section 2).
 WINDOW = 32_768
-# zlib copies what is behind the end of a stream, so it is not given much at a time.
+# The bytes given to zlib at a time: few, since it copies those that follow the end of a stream.
 DEFLATE_PIECE = 8_192
 
 
 class Fault(Exception):  # noqa: N818  # the peer's error, not ours
-    """The peer's fault, which fails the connection with this close code (section 7.1.7)."""
+    """An error of the peer, for which we fail the connection with this code (section 7.1.7)."""
 
     def __init__(self, code: int, reason: str) -> None:
         self.code = code
@@ -386,20 +386,20 @@ class Fault(Exception):  # noqa: N818  # the peer's error, not ours
 
 
 def check_text(data: bytes | bytearray, final: bool) -> bytes:
-    """Section 8.1: a Fault unless `data` is UTF-8. Returns the unfinished character at its end."""
+    """Section 8.1: raises Fault if `data` is not UTF-8. Returns the unfinished last character."""
     try:
         rest = bytes(data[codecs.utf_8_decode(data, "strict", final)[1] :])
     except UnicodeDecodeError:
         raise Fault(1007, "text is not UTF-8") from None
-    # The decoder takes a surrogate for an unfinished character until its third byte comes.
+    # The decoder considers a surrogate an unfinished character until its third byte arrives.
     if rest[:1] == b"\xed" and rest[1:2] > b"\x9f":
         raise Fault(1007, "text is not UTF-8")
     return rest
 
 
 def check_close(payload: bytes) -> None:
-    """Section 5.5.1: a Close frame has no body, or a code that may be sent (section 7.4) and a
-    reason. One byte is no code either."""
+    """Section 5.5.1: the body of a Close is empty, or a code that may be sent (section 7.4) and a
+    reason. One byte is not a code."""
     if len(payload) == 1:
         raise Fault(1002, "body of a close frame is one byte")
     code = int.from_bytes(payload[:2], "big")
@@ -409,12 +409,12 @@ def check_close(payload: bytes) -> None:
 
 
 def check_frame(first: int, second: int, deflate: bool, unfinished: int) -> None:
-    """Sections 5.1 to 5.5: the first two bytes of a frame. `unfinished` is the opcode of the
-    message that has begun before it and not ended, or 0."""
+    """Sections 5.1 to 5.5: checks the first two bytes of a frame. `unfinished` is the opcode of the
+    message that began in an earlier frame and has not ended, or 0."""
     opcode = first & 0x0F
     if not second & MASK:
         raise Fault(1002, "frame is not masked")
-    # RSV1 on the first frame of a message is permessage-deflate's (RFC 7692 section 6).
+    # RSV1 on the first frame of a message belongs to permessage-deflate (RFC 7692 section 6).
     if first & (0x30 if deflate and opcode in (TEXT, BINARY) else 0x70):
         raise Fault(1002, "reserved bit is set")
     if opcode not in OPCODES:
@@ -427,8 +427,8 @@ def check_frame(first: int, second: int, deflate: bool, unfinished: int) -> None
 
 
 def payload_at(data: bytes, pos: int) -> tuple[int, int]:
-    """Section 5.2: where the payload of the frame at `pos` starts, and its length; -1 when that has
-    not come. The length takes as few bytes as it needs, and its most significant bit is 0."""
+    """Section 5.2: returns where the payload of the frame at `pos` starts, and its length, or -1 if
+    that has not arrived yet. A length uses as few bytes as possible, and its top bit is 0."""
     length = data[pos + 1] & 0x7F
     if length < 126:
         return pos + 6, length
@@ -443,42 +443,44 @@ def payload_at(data: bytes, pos: int) -> tuple[int, int]:
 
 
 class Receiver:
-    """What one peer sends: `feed` it bytes, and it returns the events that have become complete.
+    """Parses what one peer sends: `feed` takes bytes and returns the events that they complete.
 
     Section 5.2, a frame:    FIN RSV1-3 opcode(4), MASK length(7), 0, 2 or 8 bytes of length,
                              key(4), payload
-    Section 5.4, a message:  a frame with its opcode, then any number with opcode 0, FIN on the
-                             last of them; control frames may stand in between
-    RFC 7692 section 7.2.2:  RSV1 on the first frame: the payloads of all frames are one deflate
-                             stream, which may refer back to messages before (context takeover)
+    Section 5.4, a message:  one frame with its opcode, then any number with opcode 0. FIN is set on
+                             the last of these frames. Control frames may come between them.
+    RFC 7692 section 7.2.2:  If RSV1 is set on the first frame, the payloads of all frames form one
+                             deflate stream, which may refer to earlier messages (context takeover).
     """
 
     def __init__(self, limit: int, deflate: Deflate | None = None) -> None:
-        """`limit`: bytes of a message, before and after inflating. `deflate`: what has been agreed
-        on about compression."""
+        """`limit` is the largest size of a message, in bytes. `deflate` is the compression that has
+        been agreed on, if any."""
         self.limit = limit
         self.deflate = deflate is not None
-        # The last bytes that came compressed, to which the peer may refer back. A zlib object that
-        # keeps them takes 40 KB.
+        # The last bytes of earlier compressed messages, once inflated: the peer may refer back to
+        # them. A zlib object that kept them would cost 40 KB.
         self._window: bytes | None = b"" if deflate and deflate.takeover else None
 
-        # What has become of it. Frames are told apart until a header is wrong; behind a Close
-        # (section 1.4) or a fault all but control frames are skipped.
+        # The error for which the connection is to be failed, if any.
         self.fault: Fault | None = None
+        # A Close has arrived.
         self.closed = False
+        # Frames can still be told apart: no header and no Close was wrong.
         self.in_sync = True
+        # Data frames are skipped, as after a Close (section 1.4) or a fault.
         self.skipping = False
 
-        # Fed and not parsed: less than a header or a control frame, unless there is `more`.
+        # Bytes not parsed yet: an incomplete header or control frame, unless `more` is set.
         self.rest = b""
         self.more = False
 
-        # The data frame of which payload is still to come.
+        # Of the present data frame: the payload bytes still to come, FIN, and the key.
         self._left = 0
         self._final = True
         self._key = b""
 
-        # The opcode of the unfinished message; 0: there is none.
+        # The opcode of the unfinished message, or 0; and a count of data frames and their bytes.
         self.opcode = 0
         self._progress = 0
         self._begin_message(0)
@@ -486,35 +488,35 @@ class Receiver:
     def _begin_message(self, opcode: int, compressed: bool = False) -> None:
         self.opcode = opcode
         self._message: bytes | bytearray = b""
-        # Its bytes as sent, its frames, those of them without a byte, its deflate streams.
+        # Its bytes as sent, its frames, its empty frames, and its deflate streams that have ended.
         self._size = self._fragments = self._empty = self._streams = 0
-        # The unfinished character at the end of its text.
+        # The unfinished character at the end of its text so far.
         self._tail = b""
         self._inflater = zlib.decompressobj(-15, zdict=self._window or b"") if compressed else None
 
     @property
     def unfinished(self) -> tuple[int, int] | None:
-        """Changes with every byte of an unfinished message or frame; None when there is none."""
+        """Changes with each byte of an unfinished message or frame; None if we wait for neither."""
         if self.skipping or self.more or not (self.opcode or self.rest):
             return None
         return self._progress, len(self.rest)
 
     def skip(self) -> None:
-        """Takes no message any more."""
+        """From now on, data frames are skipped."""
         self.skipping = True
         self._window = None
         self._begin_message(self.opcode if self._left or not self._final else 0)
 
     def feed(self, data: bytes = b"") -> list[Event]:
-        """Returns what has become complete, or a turn's worth of it: then there is `more`, for
-        which to feed again, if only b"". A `fault` stands behind the events."""
+        """Returns the events that are complete, or a turn's worth of them: then `more` is set, and
+        `feed` has to be called again, if only with b"". A `fault` comes after these events."""
         events: list[Event] = []
         try:
             if self.in_sync:
                 self._parse(self.rest + data if self.rest else data, events)
         except Fault as fault:
             if not self.skipping:
-                # Without the traceback, whose frames hold the data.
+                # This copy has no traceback, whose frames would keep the data in memory.
                 self.fault = Fault(fault.code, fault.reason)
             self.in_sync = fault.code != 1002 and not self.closed
             self.rest = self.rest if self.in_sync else b""
@@ -523,7 +525,7 @@ class Receiver:
         return events
 
     def keep(self, data: bytes) -> None:
-        """Keeps it for the next call of `feed`, if that will look at it."""
+        """Keeps `data` for the next call of `feed`, unless that would ignore it."""
         if data and self.in_sync:
             self.rest += data
             self.more = True
@@ -533,7 +535,7 @@ class Receiver:
         return rest
 
     def _parse(self, data: bytes, events: list[Event]) -> None:
-        """Each piece is passed before it is looked at, so that a fault in it lies behind `pos`."""
+        """Passes each piece before it is checked, so that parsing can go on after a fault in it."""
         pos, end, budget = 0, len(data), TURN
         try:
             while pos < end and budget > 0:
@@ -560,17 +562,17 @@ class Receiver:
             self.more = budget <= 0 and pos < end
 
     def _header(self, data: bytes, pos: int) -> tuple[int, int]:
-        """As `payload_at`, of a frame that may stand here and is not too long."""
+        """Like `payload_at`, but raises Fault if the frame is not allowed here, or is too long."""
         if pos + 2 > len(data):
             return pos + 6, -1
         first = data[pos]
         check_frame(first, data[pos + 1], self.deflate, self.opcode)
         start, length = payload_at(data, pos)
         if first & 0x0F < CLOSE and not self.skipping:
-            # Deflate makes some data longer, by less than 1/64.
+            # Deflate makes some data longer, but by less than 1/64.
             room = self.limit // 64 + 256 if first & RSV1 or self._inflater else 0
             if self._size + length > self.limit + room:
-                # Its key may not have come: the header is a part of what is skipped.
+                # The key may not have arrived, so the header is skipped with the payload.
                 self._left = start + length - pos
                 self._final = bool(first & FIN)
                 self.opcode = first & 0x0F or self.opcode
@@ -578,8 +580,8 @@ class Receiver:
         return start, length
 
     def _take(self, opcode: int, payload: bytes, events: list[Event]) -> int:
-        """A frame that stands for itself. Returns what it takes of TURN beside EVENT; a Close ends
-        the turn, since what is behind it depends on whether ours has left."""
+        """Handles a whole message or control frame. Returns its cost besides EVENT. A Close uses up
+        the turn, since later pings are answered only if our own Close has not left by then."""
         if opcode == CLOSE:
             again, self.closed = self.closed, True
             check_close(payload)
@@ -595,7 +597,7 @@ class Receiver:
         return len(payload)
 
     def _begin_frame(self, first: int, length: int, key: bytes, events: list[Event]) -> int:
-        """A data frame that has to be put together, inflated or waited for."""
+        """Begins a data frame that is a fragment, is compressed, or has not arrived completely."""
         if first & 0x0F != CONTINUATION:
             self._begin_message(first & 0x0F, bool(first & RSV1) and not self.skipping)
         self._left, self._final, self._key = length, bool(first & FIN), key
@@ -609,7 +611,7 @@ class Receiver:
         return 0 if length else self._add(b"", events)
 
     def _add(self, data: bytes, events: list[Event]) -> int:
-        """Payload of the present frame. Returns what the message that it ends takes of TURN."""
+        """Adds payload of the present frame. Returns the cost of the message if that ends here."""
         self._left -= len(data)
         self._progress += len(data)
         if not self.skipping:
@@ -623,7 +625,7 @@ class Receiver:
 
     def _append(self, data: bytes) -> None:
         content: bytes | bytearray = unmask(self._key, data)
-        # Section 5.3: byte i goes with key byte i mod 4.
+        # Section 5.3: byte i of the payload is masked with byte i mod 4 of the key.
         shift = len(data) & 3
         self._key = self._key[shift:] + self._key[:shift]
         if self._inflater:
@@ -640,7 +642,7 @@ class Receiver:
             raise Fault(1009, "message too big")
 
     def _inflate(self, data: bytes | bytearray) -> bytearray:
-        """Stops one byte above the limit."""
+        """Inflates, but no further than one byte above the limit."""
         content = bytearray()
         for start in range(0, len(data), DEFLATE_PIECE):
             piece = bytes(data[start : start + DEFLATE_PIECE])
@@ -654,8 +656,8 @@ class Receiver:
         return content
 
     def _next_stream(self, content: bytearray) -> zlib._Decompress:
-        """Behind a block with BFINAL there may be another stream, which refers back to the same
-        window (RFC 7692 section 7.2.3.4)."""
+        """A block with BFINAL ends one stream, and another may follow, which can refer back to the
+        same window (RFC 7692 section 7.2.3.4)."""
         inflater = cast("zlib._Decompress", self._inflater)
         if inflater.eof:
             self._streams += 1
@@ -665,7 +667,7 @@ class Receiver:
         return inflater
 
     def _recent(self, content: bytes | bytearray = b"") -> bytes:
-        """The window behind `content`, which is behind the message, which is behind others."""
+        """Returns the last WINDOW bytes of earlier messages, this message and `content`."""
         recent = bytes(content[-WINDOW:])
         for before in (self._message, self._window or b""):
             recent = bytes(before[len(recent) - WINDOW :] if len(recent) < WINDOW else b"") + recent
@@ -682,9 +684,9 @@ class Receiver:
         return cost
 
     def _end_inflating(self) -> None:
-        """The sender cut off the end of an empty stored block (RFC 7692 section 7.2.1). As zlib
-        takes most truncated streams without complaint, a last block (03 00) has to end this one. A
-        stream that BFINAL has ended is complete."""
+        """The sender has cut off 00 00 FF FF (RFC 7692 section 7.2.1), so it is put back. zlib
+        accepts most truncated streams, so an empty final block (03 00) must then end this one,
+        unless BFINAL has."""
         if not cast("zlib._Decompress", self._inflater).eof:
             content = bytearray()
             with contextlib.suppress(Fault):
@@ -696,7 +698,7 @@ class Receiver:
 
 
 def frame_header(first: int, length: int) -> bytes:
-    """Section 5.2, of an unmasked frame."""
+    """Section 5.2: the header of an unmasked frame."""
     if length < 126:
         return bytes((first, length))
     if length < 65536:
@@ -706,8 +708,8 @@ def frame_header(first: int, length: int) -> bytes:
 
 @functools.lru_cache(16)
 def echo_heads(prefix: bytes, limit: int) -> list[bytes]:
-    """What stands before the payload of a reply, by the second byte of the text; b"" where that is
-    no masked length below 126, or one above the limit."""
+    """What goes before the payload of a reply, indexed by the second byte of the text's frame. It
+    is b"" unless that byte is MASK with a length below 126 and within the limit."""
     heads = [b""] * 256
     for length in range(min(limit, 125) + 1):
         heads[MASK | length] = frame_header(FIN | TEXT, len(prefix) + length) + prefix
@@ -715,11 +717,11 @@ def echo_heads(prefix: bytes, limit: int) -> list[bytes]:
 
 
 def echo_texts(data: bytes, heads: list[bytes]) -> tuple[list[bytes], int]:
-    """The replies to the whole, short, ASCII texts that `data` starts with, and where the rest
-    begins. It takes 0.3 us a text, where an event and `on_message` take 1.3."""
+    """Returns the replies to the whole, short ASCII texts at the start of `data`, and where the
+    rest begins. A text costs 0.3 us; with an event and `on_message`, it would cost 1.3."""
     replies, pos, end = [], 0, len(data)
     while end - pos > 5 and data[pos] == 0x81 and (head := heads[data[pos + 1]]):
-        # Of the second byte, MASK is the highest bit, and the length the others.
+        # The second byte is MASK, which is its highest bit, plus the length.
         stop = pos + data[pos + 1] - (MASK - 6)
         payload = unmask(data[pos + 2 : pos + 6], data[pos + 6 : stop])
         if stop > end or pos > ECHO_TURN or not payload.isascii():
@@ -738,31 +740,31 @@ DEFLATE_PARAMETER = re.compile(r';\s*(\w+)(?:="?(\d+))?')
 
 
 class Deflate(NamedTuple):
-    """What has been agreed on about permessage-deflate."""
+    """The parameters of permessage-deflate that have been agreed on."""
 
-    # To the offer.
+    # What we answer to the offer.
     answer: str
-    # Whether the peer may refer back to its messages before (context takeover).
+    # Whether the peer may refer back to its earlier messages (context takeover).
     takeover: bool
-    # Of ours, as zlib wants them. Others wait for 9 ms while a megabyte of text is compressed at
-    # level 1, and for 30 ms at zlib's default.
+    # zlib's parameters for our messages. All other connections wait while a megabyte of text is
+    # compressed: for 9 ms at level 1, and for 30 ms at zlib's default.
     window_bits: int
     level: int = 1
     mem_level: int = 8
 
     def compress(self, payload: bytes) -> bytes:
-        """RFC 7692 section 7.2.1, without context takeover."""
+        """RFC 7692 section 7.2.1: compresses a message, without context takeover."""
         level, bits, memory = self.level, -self.window_bits, self.mem_level
         compressor = zlib.compressobj(level, zlib.DEFLATED, bits, memory)
         return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
 def accept_deflate(offers: str, options: Mapping[str, int]) -> Deflate | None:
-    """RFC 7692 section 7.1: the first offer that suits. A parameter is answered only where it was
-    offered, since some clients fail otherwise; client_max_window_bits only with a value. Ours is
-    never a context takeover, which needs no answer.
+    """RFC 7692 section 7.1: accepts the first suitable offer. A parameter is answered only if it
+    was offered, since some clients fail otherwise; client_max_window_bits only if it had a value.
+    That we do without context takeover needs no announcement.
 
-    An offer does not suit with a parameter that is unknown, repeated or malformed, nor with
+    An offer is unsuitable if a parameter is unknown, repeated or malformed, or if it contains
     server_max_window_bits=8, for which zlib has no raw compressor."""
     for offer in re.findall(r'(?:[^,"]|"[^"]*")+', offers) if offers.count('"') % 2 == 0 else ():
         given = DEFLATE_PARAMETER.findall(offer)
@@ -783,37 +785,37 @@ def accept_deflate(offers: str, options: Mapping[str, int]) -> Deflate | None:
 
 
 # --------------------------------------------------------------------------------------- Connection
-# Frames on a socket, in three rooms: Wire (one socket), Connection (the protocol on it) and
-# Connections (all of them in one event loop). Two rules hold throughout:
+# Frames on a socket, in three classes: Wire (one socket), Connection (the protocol on it) and
+# Connections (all of them in one event loop). Two rules apply throughout:
 #
 # 1. Whatever happens only changes facts; then Connection.settle decides what follows from them.
-# 2. Progress is what the peer's kernel has acknowledged: deadlines of a peer that reads count from
-#    there.
+# 2. Progress is what the peer's kernel has acknowledged: the deadlines of a peer that reads count
+#    from the last progress that it made.
 
-# Bytes of ours that wait to leave, above which a write is not done at once, and only the latest
-# Ping is answered (section 5.5.3).
+# If more bytes of ours than this wait to leave, the future of a write is not done at once, and only
+# the latest Ping is answered (section 5.5.3).
 HIGH_WATER = 64 * 1024
-# Bytes to ask for at a time, so that a message of 64 KiB comes in one piece; and where little
-# comes: Python's own allocator has those, in 0.2 us less.
+# Bytes to ask for in a read, so that a message of 64 KiB arrives in one piece.
 READ_SIZE = 256 * 1024
+# Bytes to ask for after little has arrived: Python's own allocator provides them, 0.2 us faster.
 SHORT_READ = 470
-# Pieces of so many bytes together are written as they are rather than joined.
+# If pieces contain this many bytes in total, they are written as they are rather than joined.
 SCATTER = 16 * 1024
-# A record of TLS (RFC 8446 section 5.1).
+# The most bytes in a record of TLS (RFC 8446 section 5.1).
 RECORD = 16 * 1024
-# Below so many bytes of a message, deflate does not pay.
+# If a message is shorter than this many bytes, deflate does not pay.
 COMPRESS_FROM = 1024
 
-# Seconds of turns after which the event loop looks after others.
+# Seconds that all turns may take before the event loop goes on with its other callbacks.
 ROUND = 0.002
-# Seconds without progress after which a closing peer is given up: while our last frames leave or
-# its Close is awaited, as in Tornado; and behind our FIN.
+# Seconds without progress after which we give up on a closing peer: while our last frames leave or
+# its Close is awaited (as long as in Tornado); and after our FIN.
 CLOSE_TIMEOUT = 5.0
 LINGER_TIMEOUT = 2.0
-# Seconds between looks at the deadlines, at most.
+# The most seconds between two looks at the deadlines.
 PERIOD = 0.5
 
-# What a socket is watched for: the numbers of epoll(7), which are those of Tornado's IOLoop.
+# What a socket is watched for. Tornado's IOLoop uses the numbers of epoll(7).
 READ, WRITE, ERROR = IOLoop.READ, IOLoop.WRITE, IOLoop.ERROR
 WOULD_BLOCK = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 
@@ -821,27 +823,28 @@ WOULD_BLOCK = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 class Wire:
     """One socket, and what waits to leave it.
 
-    What is `put` is gathered until `flush`, so that a turn ends in one write. What the kernel does
-    not take then is the backlog, which `drain` goes on with when there is room. All that reads or
-    writes raises OSError when the peer is lost.
+    `put` gathers pieces until `flush` writes them, so that a turn ends in one write. What the
+    kernel does not take then is the backlog, which `drain` writes when there is room again. All
+    methods that read or write raise OSError when the peer is lost.
     """
 
     def __init__(self, sock: socket.socket, stream: iostream.IOStream | None = None) -> None:
-        """`stream` is Tornado's, if it is that which closes the socket."""
+        """`stream` is Tornado's, if the socket has to be closed through it."""
         self.socket = sock
         self.fd = sock.fileno()
         self._owner = stream or sock
         self._gathered: list[bytes | bytearray] = []
         self.backlog: bytes | bytearray = b""
-        # Who waits until how many bytes have been taken.
+        # Each future is done when the kernel has taken this many bytes in all.
         self._writes: deque[tuple[int, asyncio.Future[None]]] | None = None
 
-        # Bytes: received, ever; put, ever; of these, not taken by the kernel; put when all of them
-        # had been acknowledged; to ask for.
+        # All bytes received; all bytes put; and those of them that the kernel has not taken yet.
         self.received = 0
         self.total = 0
         self.waiting = 0
+        # The `total` when everything was last acknowledged.
         self._acknowledged = 0
+        # How many bytes to ask for in the next read.
         self._ask = SHORT_READ
         # The peer has shut its side; we have shut ours.
         self.eof = False
@@ -867,7 +870,7 @@ class Wire:
             del self.backlog[:taken]
 
     def send(self, piece: bytes) -> bool:
-        """As `put` and `flush`, where nothing waits. Returns whether nothing does now."""
+        """Like `put` and `flush`, for a wire where nothing waits. Returns whether all has left."""
         size = len(piece)
         self.total += size
         taken = self._send([piece])
@@ -889,7 +892,7 @@ class Wire:
             future_set_result_unless_cancelled(self._writes.popleft()[1], None)
 
     def _send(self, pieces: list[bytes | bytearray]) -> int:
-        """Returns how many bytes the kernel has taken."""
+        """Returns how many of the bytes the kernel has taken."""
         try:
             if len(pieces) == 1:
                 return self.socket.send(pieces[0])
@@ -900,14 +903,14 @@ class Wire:
             return 0
 
     def written(self) -> asyncio.Future[None]:
-        """Done when the kernel has taken all that waits now; or fails with the wire."""
+        """The future is done when the kernel has taken all that waits now, or fails in `close`."""
         future: asyncio.Future[None] = asyncio.Future()
         self._writes = self._writes or deque()
         self._writes.append((self.total, future))
         return future
 
     def receive(self) -> bytes:
-        """What has come: b"" is nothing, for now or, with `eof`, for ever."""
+        """Returns what has arrived. b"" means nothing yet or, if `eof` is set, nothing any more."""
         try:
             data = self.socket.recv(self._ask)
         except BlockingIOError:
@@ -919,8 +922,8 @@ class Wire:
         return data
 
     def held(self) -> int:
-        """Bytes that the peer's kernel has not acknowledged: those that wait, and those that ours
-        has, if it tells."""
+        """Bytes that the peer's kernel has not acknowledged: those that wait, and those in our
+        kernel, if it tells their number."""
         if self._acknowledged == self.total:
             return 0
         held = self.waiting + unacknowledged(self.fd)
@@ -929,13 +932,13 @@ class Wire:
         return held
 
     def half_close(self) -> None:
-        """A FIN, behind all else (section 7.1.1)."""
+        """Sends a FIN after everything else (section 7.1.1)."""
         self.shut = True
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_WR)
 
     def close(self, reset: bool) -> None:
-        """Returns nothing of what waits to those who wait for it."""
+        """Closes the socket. Fails the futures of what has not left."""
         if reset:
             with contextlib.suppress(OSError):
                 linger = struct.pack("ii", 1, 0)
@@ -947,13 +950,13 @@ class Wire:
 
 
 class TlsWire(Wire):
-    """A wire of TLS records."""
+    """A wire on which TLS records travel."""
 
     socket: ssl.SSLSocket
 
     def _send(self, pieces: list[bytes | bytearray]) -> int:
-        """A record at a time, and only while the kernel has room for a whole one: OpenSSL fails
-        where it has to answer a KeyUpdate while half a record waits (RFC 8446 section 4.6.3)."""
+        """Writes one record at a time, and only while the kernel has room for a whole one: OpenSSL
+        fails if it has to answer a KeyUpdate while half a record waits (RFC 8446 section 4.6.3)."""
         taken = 0
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         with memoryview(data) as view, contextlib.suppress(*WOULD_BLOCK):
@@ -962,8 +965,8 @@ class TlsWire(Wire):
         return taken
 
     def receive(self) -> bytes:
-        """Whole records, since the poller cannot see what OpenSSL holds. A full one is probably
-        followed by another."""
+        """Reads whole records, since the poller cannot see what OpenSSL has read from the socket. A
+        full record is probably followed by another."""
         pieces: list[bytes] = []
         with contextlib.suppress(*WOULD_BLOCK):
             while not pieces or (len(pieces[-1]) == RECORD and len(pieces) < 16):
@@ -974,9 +977,9 @@ class TlsWire(Wire):
         return data
 
     def _receive_record(self) -> bytes:
-        """After our close_notify, TLS takes nothing: what comes is read below it, to be thrown
-        away. A FIN without a close_notify is an error to OpenSSL, after which it does not write
-        either, so it does not get to see one."""
+        """After our close_notify, OpenSSL cannot read: what arrives is read from the socket itself,
+        to be thrown away. A FIN without a close_notify would be an error to OpenSSL, after which it
+        would not write either. So we look for a FIN first, and hide it from OpenSSL."""
         if self.shut:
             return socket.socket.recv(self.socket, READ_SIZE)
         if not self.socket.pending() and not socket.socket.recv(self.socket, 1, socket.MSG_PEEK):
@@ -984,8 +987,7 @@ class TlsWire(Wire):
         return self.socket.recv(READ_SIZE)
 
     def half_close(self) -> None:
-        """Sends close_notify (RFC 8446 section 6.1) before the FIN, and does not wait for the
-        peer's."""
+        """Sends close_notify (RFC 8446 section 6.1) and a FIN, without waiting for the peer's."""
         with contextlib.suppress(OSError, ValueError):
             self.socket.unwrap()
         super().half_close()
@@ -997,9 +999,9 @@ def make_wire(stream: iostream.IOStream) -> Wire:
 
 
 def take_over(stream: iostream.IOStream, on_close: Callable[[], None]) -> bytes:
-    """From now on the socket is ours to read and to write. The stream is asked for what it has read
-    already, and only closes the socket, or tells us when somebody else closes the stream."""
-    stream.read_from_fd = lambda buf: None  # type: ignore[method-assign]  # it asks no socket
+    """From now on, only we read and write the socket. Returns what the stream has already read. The
+    stream still closes the socket, and calls `on_close` if somebody else closes the stream."""
+    stream.read_from_fd = lambda buf: None  # type: ignore[method-assign]  # so it reads no more
     early = cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True))
     stream.set_close_callback(on_close)
     stream.io_loop.remove_handler(stream.socket)
@@ -1007,7 +1009,7 @@ def take_over(stream: iostream.IOStream, on_close: Callable[[], None]) -> bytes:
 
 
 def unacknowledged(fd: int) -> int:
-    """Bytes that our kernel has for the peer's: SIOCOUTQ, see tcp(7) and unix(7)."""
+    """Bytes in our kernel that the peer's has not acknowledged: SIOCOUTQ in tcp(7) and unix(7)."""
     try:
         import fcntl
         import termios
@@ -1019,7 +1021,7 @@ def unacknowledged(fd: int) -> int:
 
 
 def has_room(sock: socket.socket) -> bool:
-    """Whether the kernel would take bytes: on Linux, a third of its buffer is free then."""
+    """Whether the kernel would take bytes: on Linux, whether a third of its buffer is free."""
     if not hasattr(select, "poll"):
         return bool(select.select([], [sock], [], 0)[1])
     poll = select.poll()
@@ -1028,7 +1030,7 @@ def has_room(sock: socket.socket) -> bool:
 
 
 def failed_write() -> asyncio.Future[None]:
-    """What a write returns when the peer has left."""
+    """Returns the future of a write to a connection that is closing."""
     future: asyncio.Future[None] = asyncio.Future()
     fail_write(future)
     return future
@@ -1037,13 +1039,13 @@ def failed_write() -> asyncio.Future[None]:
 def fail_write(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_exception(WebSocketClosedError("the peer has left"))
-        # Nobody has to look at it.
+        # asyncio would complain about an exception that nobody looks at.
         future.exception()
 
 
 @dataclasses.dataclass(slots=True)
 class Traffic:
-    """Messages and the bytes of their payload, by type, in each direction."""
+    """Counts messages and the bytes of their payloads, by type and direction."""
 
     texts_received: int = 0
     text_bytes_received: int = 0
@@ -1071,7 +1073,7 @@ class Traffic:
             self.binary_bytes_sent += size
 
     def received(self) -> tuple[int, int]:
-        """How many messages, and their bytes."""
+        """Returns the number of messages, and that of their bytes."""
         size = self.text_bytes_received + self.binary_bytes_received
         return self.texts_received + self.binaries_received, size
 
@@ -1081,7 +1083,7 @@ class Traffic:
 
 
 class Since:
-    """Since when a value has not changed."""
+    """Remembers since when a value has not changed."""
 
     __slots__ = ("at", "value")
 
@@ -1097,8 +1099,8 @@ class Since:
 
 
 class Deadlines:
-    """What a peer has to do in time: the limits, in seconds (0: none), and the clocks, in those of
-    Connections.now."""
+    """What a peer has to do in time. The limits are in seconds, where 0 means none; the clocks show
+    the time of Connections.now."""
 
     __slots__ = (
         "arrival", "message", "ping_interval", "ping_timeout", "pinged", "progress",
@@ -1112,10 +1114,10 @@ class Deadlines:
         timeout = handler.ping_timeout
         self.ping_timeout = self.ping_interval if timeout is None else timeout
         self.stall_timeout = stall_timeout
-        # Of bytes that come, the unfinished message, bytes that are acknowledged, and the state.
+        # The clocks: for bytes received, the unfinished message, bytes acknowledged, and the state.
         self.arrival, self.message = Since(now), Since(now)
         self.progress, self.state = Since(now), Since(now)
-        # When the Ping was sent that nothing has come behind; 0: none was.
+        # When we sent a Ping after which nothing has arrived yet; 0 if there is none.
         self.pinged = 0.0
 
     def shortest(self) -> float:
@@ -1123,8 +1125,7 @@ class Deadlines:
         return min(limit for limit in limits if limit > 0)
 
     def passed(self, now: float, state: int, wire: Wire, unfinished: object, reads: bool) -> str:
-        """What has taken too long, if anything. Where we do not read, it is not the peer who keeps
-        us waiting."""
+        """What has taken too long, or "". While we do not read, it is not the peer who is late."""
         held = wire.held()
         progress = self.progress.seconds((wire.total - held, held > 0), now)
         standing = self.state.seconds(state, now)
@@ -1146,20 +1147,20 @@ class Deadlines:
 
 
 class Inbox:
-    """What has come for the handler, which takes one message at a time: while a coroutine of it
-    runs, later messages wait here, with the Close behind them.
+    """The messages that the handler has not got yet. It gets one at a time: while a coroutine of it
+    runs, later messages are queued here, and so is the Close after them.
 
-    There is place for as many bytes as a message may have; then we stop reading.
+    There is room for as many bytes as one message may contain; above that, we stop reading.
     """
 
     __slots__ = "_held", "_limit", "_waiting", "_waiting_size", "running"
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        # Coroutines that run; the bytes of the message that they have.
+        # The number of coroutines that run, and the bytes of the message that they work on.
         self.running = 0
         self._held = 0
-        # What waits for them, and its bytes.
+        # The queue, and its bytes, to which each entry adds EVENT.
         self._waiting: deque[Event] | None = None
         self._waiting_size = 0
 
@@ -1187,40 +1188,41 @@ class Inbox:
         self._waiting_size = 0
 
     def hold(self, size: int) -> None:
-        """A message has been taken: if a coroutine has it, it still takes place."""
+        """The handler has got a message. It still needs room if a coroutine works on it."""
         self._held = size if self.running else 0
 
     def release(self) -> None:
-        """A coroutine is done."""
+        """Called when a coroutine is done."""
         self.running -= 1
         self._held = self._held if self.running else 0
 
 
 # The states of a connection, and what ends each of them:
 #
-# OPEN       Messages go both ways, until a Close is decided on, or the peer shuts its side.
-# CLOSING    Our Close is decided on. It leaves when nothing waits before it, and until then pings
-#            are answered. Behind it we wait for the peer's, if that has not come and still can.
-# ENDING     Both have said all. When the kernel has taken the last of it, we shut our side.
-# LINGERING  We have, and `on_close` is called. What comes is thrown away until the peer has shut
-#            its side, too: a byte that comes after close() would make the kernel throw away what
-#            is still on its way.
-# CLOSED     The socket is closed. If `on_close` has not been called, that follows when the handler
-#            has had all that came.
+# OPEN       Messages go both ways, until we decide to send a Close, or the peer shuts its side.
+# CLOSING    We have decided to send a Close. It leaves when nothing waits before it; until then,
+#            pings are answered. Then we wait for the peer's, unless it has come or no longer can.
+# ENDING     Both sides have sent their last frame, or we have given up on the peer's. When the
+#            kernel has taken the last of ours, we shut our side.
+# LINGERING  Our side is shut; `on_close` is called as soon as no coroutine runs. What arrives is
+#            thrown away until the peer has shut its side, too: a byte that arrives after close()
+#            would make the kernel throw away what is still on its way to the peer.
+# CLOSED     The socket is closed. If `on_close` has not been called, it is called when the handler
+#            has got all messages.
 OPEN, CLOSING, ENDING, LINGERING, CLOSED = range(5)
 
 
 class Connection(websocket.WebSocketProtocol):
-    """RFC 6455 on a wire, for one handler: turns, flow control, the closing handshake.
+    """RFC 6455 on a wire, for one handler: turns, flow control and the closing handshake.
 
-    While a coroutine of the handler runs, later messages and the Close behind them are held back,
-    and reading stops when those are more than a message. That is all the back-pressure there is:
-    `on_message` of EchoHandler has not finished as long as its reply cannot leave.
+    While a coroutine of the handler runs, later messages and the Close after them queue in the
+    inbox, and reading stops when that is full. There is no other back-pressure: while a reply
+    cannot leave, the future that EchoHandler.on_message returned is not done.
     """
 
     handler: EchoHandler
     selected_subprotocol: str | None = None
-    # What the peer's Close said.
+    # The code and the reason of the peer's Close.
     close_code: int | None = None
     close_reason: str | None = None
 
@@ -1228,54 +1230,55 @@ class Connection(websocket.WebSocketProtocol):
         super().__init__(handler)
         self._registry = Connections.current()
         self._deadlines = Deadlines(handler, stall_timeout, self._registry.now)
-        # For the log and the metrics. The code is 1006 as long as no Close was sent (7.1.5), and
-        # `opened`, a time.monotonic(), is 0 as long as the handshake is not done.
+        # For the log and the metrics.
         self.peer = peer
         self.traffic = Traffic()
+        # The code of our Close. Without one: 1006 (7.1.5), or 1008 if the peer took no bytes.
         self.outcome = 1006
+        # When the handshake was done, in time.monotonic(); 0 before.
         self.opened = 0.0
 
         self._state = OPEN
         # What the socket is watched for.
         self._watched = READ
-        # In a turn: what is put leaves at its end.
+        # A turn is going on: what is put leaves at its end.
         self._corked = False
-        # The latest Ping, if too much waits to answer it.
+        # The latest Ping, if it cannot be answered before other bytes have left.
         self._late_ping: bytes | None = None
         # The body of our Close, until it is put.
         self._goodbye: bytes | None = None
-        # We have failed the connection (7.1.7): only the peer's Close counts any more.
+        # We have failed the connection (7.1.7): only a Close of the peer still counts.
         self._failed = False
         # `on_close` has been called.
         self._told = False
 
         self._inbox = Inbox(handler.max_message_size)
-        # What replies begin with while they need no call of the handler; and what `echo_texts`
-        # takes, while it may answer what comes next.
+        # The prefix of replies, while they need no call of the handler; and the heads for
+        # `echo_texts`, while that may answer what arrives next.
         self._prefix: bytes | None = None
         self._quick: list[bytes] | None = None
-        # Who waits for the end: the handler's `sleep`s, and a `get` of its own.
+        # Done when the socket is closed, for `sleep`; and after `on_close`, for a host's own `get`.
         self._closed: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[None] | None = None
 
     # ---- The beginning
 
     async def accept_connection(self, handler: websocket.WebSocketHandler) -> None:
-        """The server's half of the handshake, RFC 6455 section 4.2.2."""
+        """RFC 6455 section 4.2.2: does the server's part of the handshake."""
         stream = await self.handler._switch_protocols(self.negotiate())
         if stream.closed() or self._state == CLOSED:
-            # It has left before it was let in, or was sent away.
+            # During the handshake, the peer has left, or the connection was closed.
             stream.close()
             return
         self.stream, early = stream, take_over(stream, self.on_connection_close)
         self.start(make_wire(stream), early)
         if type(handler).get is not EchoHandler.get and not self._told:
-            # A host's own `get` goes on when the connection has ended, as in Tornado.
+            # As in Tornado, a host's own `get` goes on when the connection has ended.
             self._ended = asyncio.Future()
             await self._ended
 
     def negotiate(self) -> dict[str, str]:
-        """Agrees on subprotocol and extension. Returns the headers of the answer."""
+        """Chooses the subprotocol and the extension. Returns the headers of the answer."""
         handler, headers = self.handler, self.handler.request.headers
         answer = {"Upgrade": "websocket", "Connection": "Upgrade"}
         answer["Sec-WebSocket-Accept"] = accept_key(headers["Sec-WebSocket-Key"])
@@ -1293,9 +1296,9 @@ class Connection(websocket.WebSocketProtocol):
         return answer
 
     def start(self, wire: Wire, early: bytes) -> None:
-        """The handshake is done, and `early` has come behind it."""
+        """Begins when the handshake is done. `early` is what has already arrived after it."""
         self._wire = wire
-        # The handler's own: all of its methods run in it, and nobody else's do.
+        # All methods of this handler run in this context, and those of no other handler.
         self._context = contextvars.copy_context()
         self.opened = time.monotonic()
         self._corked = True
@@ -1304,16 +1307,16 @@ class Connection(websocket.WebSocketProtocol):
         self.enter(self._choose)
         self.enter(self.turn, early)
         if isinstance(wire, TlsWire) and self._state != CLOSED:
-            # OpenSSL may hold bytes that the poller cannot see.
+            # OpenSSL may have read bytes already, which the poller cannot see.
             self.ready(READ)
 
     def _open(self) -> None:
         self._call(self.handler.open, *self.handler.open_args, **self.handler.open_kwargs)
 
-    # ---- Entries: each of them changes facts and then settles, and none of them raises
+    # ---- Entries: each of them changes facts and then settles; they raise for wrong arguments only
 
     def enter(self, step: Callable[..., None], *args: Any) -> None:
-        """Whatever a connection raises never reaches a round, the sweep or the event loop."""
+        """Calls `step`. An exception ends this connection, but no round, sweep or event loop."""
         try:
             step(*args)
         except OSError as error:
@@ -1322,13 +1325,12 @@ class Connection(websocket.WebSocketProtocol):
             self._break()
 
     def _break(self) -> None:
-        # Logging comes last, in all of these methods: a host's handler of the log may write to this
-        # very connection.
+        # All of these methods log last, since a host's log handler may write to this connection.
         self.drop()
         log.exception("[SERVER] error:a mistake of ours, %s", self.peer)
 
     def ready(self, events: int) -> None:
-        """Bytes have come, the kernel takes bytes again, or the peer is lost."""
+        """Called when bytes have arrived, the kernel takes bytes again, or the peer is lost."""
         try:
             if events & WRITE:
                 self._wire.drain()
@@ -1338,7 +1340,7 @@ class Connection(websocket.WebSocketProtocol):
             elif not self._deflate or self._discards() or self._registry.has_time():
                 self.turn(self._wire.receive())
             else:
-                # What has to be inflated or deflated may take milliseconds: it waits for its turn.
+                # Inflating and deflating may take milliseconds: the data waits for a later turn.
                 self._receiver.keep(self._wire.receive())
                 self.settle()
         except OSError as error:
@@ -1347,7 +1349,7 @@ class Connection(websocket.WebSocketProtocol):
             self._break()
 
     def _find_loss(self, events: int = 0) -> None:
-        """epoll tells of a reset even where nothing is to be read."""
+        """Raises OSError if the peer is lost, which epoll reports even if we do not read."""
         code = self._wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code or events & ERROR:
             raise OSError(code, os.strerror(code) if code else "the peer has left")
@@ -1355,8 +1357,8 @@ class Connection(websocket.WebSocketProtocol):
     def write_message(
         self, message: str | bytes | dict[str, Any], binary: bool = False
     ) -> asyncio.Future[None]:
-        """The future is done when the message has left for the kernel, up to HIGH_WATER bytes; it
-        fails with WebSocketClosedError when it cannot."""
+        """Returns a future that is done when the kernel has taken the message, or at once if at
+        most HIGH_WATER bytes wait. It fails with WebSocketClosedError if this is impossible."""
         if self._state != OPEN:
             return failed_write()
         payload = utf8(json_encode(message) if isinstance(message, dict) else message)
@@ -1368,7 +1370,7 @@ class Connection(websocket.WebSocketProtocol):
             self.settle()
 
     def close(self, code: int | None = None, reason: str | None = None) -> None:
-        """As Tornado's: a Close with this code and reason, then the peer's is waited for."""
+        """Like Tornado's: sends a Close with this code and reason, and waits for the peer's."""
         if not self.opened:
             self._close(reset=False)
         elif self._state == OPEN:
@@ -1376,8 +1378,8 @@ class Connection(websocket.WebSocketProtocol):
             self.settle()
 
     def drop(self, reset: bool = True) -> None:
-        """Ends it without a Close: with a reset, or else what the kernel has still arrives. What
-        waits for the handler is thrown away."""
+        """Closes the socket without a closing handshake. If there is no reset, bytes that our
+        kernel has taken may still arrive. Messages that the handler has not got are thrown away."""
         self._inbox.clear()
         if self.opened and self._state != CLOSED:
             with contextlib.suppress(OSError):
@@ -1391,16 +1393,16 @@ class Connection(websocket.WebSocketProtocol):
         self._close(reset=False)
 
     def _abort(self) -> None:
-        """Hosts call it to be rid of a connection."""
+        """Some hosts call this method of Tornado's to get rid of a connection."""
         self.drop(reset=False)
 
     def end(self) -> None:
-        """At once, whatever runs: the event loop ends, or the time to stop is over."""
+        """Ends the connection at once: the event loop ends, or the time for a clean end is over."""
         self.enter(self.drop, False)
         self.finish()
 
     def read_rest(self) -> None:
-        """What has come already, before the server stops: two reads, or 64 records of TLS."""
+        """Before the server stops, reads what has arrived: in at most 2 reads, or 64 with TLS."""
         for _ in range(64 if isinstance(self._wire, TlsWire) else 2):
             before = self._wire.received
             if self._state == OPEN and self._watched & READ:
@@ -1411,7 +1413,7 @@ class Connection(websocket.WebSocketProtocol):
     # ---- What follows
 
     def settle(self) -> None:
-        """The one place that decides what follows from how things stand."""
+        """The only place that decides what follows from the facts."""
         if self._corked:
             return
         if self._state == CLOSED:
@@ -1425,7 +1427,7 @@ class Connection(websocket.WebSocketProtocol):
             calm = calm and self._late_ping is None
             self._quick = self._heads() if calm and not receiver.opcode else None
             if calm and not receiver.more and self._watched == READ:
-                # Nearly always nothing follows.
+                # Nearly always, nothing follows.
                 return
             self._answer_late_ping()
             self._conclude()
@@ -1446,7 +1448,7 @@ class Connection(websocket.WebSocketProtocol):
             self._registry.watch(wire.fd, watched)
 
     def _conclude(self) -> None:
-        """Everything that came has been handled: is that all that comes?"""
+        """When all that arrived is handled, acts on a fault, a FIN, or the server's stop."""
         wire, receiver = self._wire, self._receiver
         if not self._inbox.is_empty():
             return
@@ -1462,8 +1464,8 @@ class Connection(websocket.WebSocketProtocol):
             self._say_goodbye(1001, "the server is stopping")
 
     def _send_last(self) -> None:
-        """Sends our Close, if nothing waits before it. Then both sides have said all, unless the
-        peer's Close can still come."""
+        """Sends our Close if nothing waits before it. Then both sides have sent their last frame,
+        unless the peer's Close can still come."""
         wire, receiver = self._wire, self._receiver
         self._put_goodbye()
         wire.flush()
@@ -1473,12 +1475,12 @@ class Connection(websocket.WebSocketProtocol):
             self._state = ENDING
 
     def _hand_over(self) -> None:
-        """To the handler, in turns: what has come, and at last the end."""
+        """Arranges that the handler gets what has arrived, in turns, and `on_close` in the end."""
         inbox, more = self._inbox, self._receiver.more and not self._discards()
         if (more and inbox.has_place()) or inbox.has_next():
             self._registry.again(self)
         elif self._state >= LINGERING and not (self._told or inbox.running):
-            # Never from within another method of the handler.
+            # `on_close` is never called from within another method of the handler.
             outside(self._registry.loop.call_soon, self.finish)
 
     def _may_read(self) -> bool:
@@ -1491,13 +1493,13 @@ class Connection(websocket.WebSocketProtocol):
         return self._state != OPEN or self.handler.application not in self._registry.leaving
 
     def _discards(self) -> bool:
-        """Whether what comes is thrown away: all has been said, or frames are not told apart."""
+        """Whether what arrives is thrown away: no frame counts any more, or none can be parsed."""
         return self._told or self._state in (ENDING, LINGERING) or not self._receiver.in_sync
 
     # ---- A turn
 
     def turn(self, data: bytes = b"") -> None:
-        """Handles what has come, in order; what is put meanwhile leaves at its end."""
+        """Handles what has arrived, in order. What is put meanwhile leaves at the end."""
         receiver, wire = self._receiver, self._wire
         if self._quick and not self._registry.shows:
             if receiver.rest:
@@ -1506,7 +1508,7 @@ class Connection(websocket.WebSocketProtocol):
             if replies:
                 self._count_echoes(len(replies), size)
                 if wire.send(b"".join(replies)) and size == len(data) and self._watched == READ:
-                    # All have been answered: nothing has changed that `settle` looks at.
+                    # All is answered, and nothing that `settle` looks at has changed.
                     return
                 data = data[size:]
         self._corked = True
@@ -1519,7 +1521,7 @@ class Connection(websocket.WebSocketProtocol):
         self.settle()
 
     def _handle(self, events: Iterable[Event]) -> None:
-        """Messages, and the Close behind them, wait for the handler; pings and pongs do not."""
+        """Messages, and the Close after them, queue for a busy handler; pings and pongs do not."""
         for opcode, payload in events:
             if self._failed and opcode != CLOSE:
                 continue
@@ -1540,19 +1542,19 @@ class Connection(websocket.WebSocketProtocol):
             self._deliver(*self._inbox.take())
 
     def _deliver(self, opcode: int, payload: bytes | bytearray) -> None:
-        """It is the turn of a message, or of the Close behind the last one."""
+        """Delivers a message to the handler, or acts on the Close after the last one."""
         if opcode == CLOSE:
             self._take_close(bytes(payload))
             return
         if self._failed or (self._prefix is not None and self._state != OPEN):
-            # Behind a Close, EchoHandler answers nobody.
+            # The connection has failed, or EchoHandler could no longer reply.
             return
         self.traffic.count_received(opcode, len(payload))
         if self._prefix is None or self._registry.shows:
             message = payload.decode() if opcode == TEXT else bytes(payload)
             self._call(self.handler.on_message, message)
         else:
-            # What EchoHandler.on_message does, without making a str of the message.
+            # This does what EchoHandler.on_message does, without making a str of the message.
             self._registry.unshown += 1
             sent = self._write(opcode, payload, self._prefix)
             if not sent.done():
@@ -1567,8 +1569,8 @@ class Connection(websocket.WebSocketProtocol):
             self._context.run(self.run, method, *args, **kwargs)
 
     def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Calls a method of the handler, in its context. As long as it runs as a coroutine,
-        messages wait."""
+        """Calls a method of the handler. If it returns a coroutine or a future, messages are queued
+        until that is done."""
         try:
             result = method(*args, **kwargs)
             if result is not None:
@@ -1581,20 +1583,20 @@ class Connection(websocket.WebSocketProtocol):
         self._inbox.running += 1
 
     def _resume(self, future: asyncio.Future[Any]) -> None:
-        """A coroutine of the handler, or a write that `on_message` returned, is done."""
+        """Called when a coroutine of the handler is done, or a write that `on_message` returned."""
         self._inbox.release()
         try:
             future.result()
         except (Exception, asyncio.CancelledError):
-            # Who returned a write has a callback on it.
+            # If a write was returned, a callback of EchoHandler already reports its failure.
             self._context.run(self._report, isinstance(future, asyncio.Task))
-        # It may have changed the handler.
+        # The coroutine may have changed the handler.
         self._choose()
         self.turn()
 
     def _report(self, say: bool = True) -> None:
-        """An error of the handler: its traceback is logged, and the peer is told. That the peer
-        has left is none; nor is that the event loop ends."""
+        """Logs the traceback of an error in the handler, and closes with 1011. It is not an error
+        if the peer has left, or if a coroutine is cancelled after the connection has ended."""
         error = sys.exc_info()[1]
         if self._state != OPEN and isinstance(error, WebSocketClosedError):
             if say:
@@ -1606,7 +1608,7 @@ class Connection(websocket.WebSocketProtocol):
             self._say_goodbye(1011)
 
     def _choose(self) -> None:
-        """Whether replies need a call of the handler."""
+        """Finds out whether replies need a call of the handler."""
         self._prefix = utf8(self.handler.prefix) if self.handler._only_echoes() else None
         self._quick = None
 
@@ -1614,14 +1616,14 @@ class Connection(websocket.WebSocketProtocol):
         return None if self._prefix is None else echo_heads(self._prefix, self._receiver.limit)
 
     async def sleep(self, seconds: float) -> None:
-        """For its handler: not longer than the connection is open."""
+        """Lets the handler sleep, but no longer than until the socket is closed."""
         if self._state != CLOSED:
             self._closed = self._closed or asyncio.Future()
             await asyncio.wait([self._closed], timeout=seconds)
 
     def finish(self) -> None:
-        """The last call of the handler, once. In LINGERING it does not wait for the peer's FIN: a
-        client that does not read would keep the handler for the time limit of closing."""
+        """Calls `on_close`, the handler's last call, once: in LINGERING already, since a peer that
+        does not read may delay its FIN until the deadline."""
         if self._told:
             return
         self._told = True
@@ -1637,8 +1639,8 @@ class Connection(websocket.WebSocketProtocol):
     def _write(
         self, opcode: int, payload: bytes | bytearray, prefix: bytes = b""
     ) -> asyncio.Future[None]:
-        """Outside a turn, a write that is done at once lets the event loop go on when a round is
-        over: who awaits one after the other would keep it from everybody else."""
+        """Outside a turn, once the round is over, the future is done only in the next one;
+        otherwise a coroutine that awaits write after write would never yield."""
         wire, first, size = self._wire, FIN | opcode, len(prefix) + len(payload)
         self.traffic.count_sent(opcode, size)
         if self._deflate and size >= COMPRESS_FROM:
@@ -1659,14 +1661,14 @@ class Connection(websocket.WebSocketProtocol):
         return self._registry.next_round()
 
     def _put_control(self, opcode: int, payload: bytes) -> None:
-        """Section 5.5."""
+        """Section 5.5: puts a control frame."""
         if len(payload) > 125:
             raise ValueError("the payload of a control frame is at most 125 bytes")
         self._wire.put(frame_header(FIN | opcode, len(payload)) + payload)
 
     def _answer(self, ping: bytes) -> None:
-        """Sections 5.5.2 and 5.5.3: answers a Ping until our Close is put; while too much waits,
-        only the latest. A Close that is decided on would never leave behind ever more answers."""
+        """Sections 5.5.2 and 5.5.3: answers Pings until our Close is put, but only the latest while
+        too much waits. In CLOSING, one byte is too much: answers must not delay our Close."""
         if self._state == OPEN or self._goodbye is not None:
             if self._wire.waiting > (HIGH_WATER if self._state == OPEN else 0):
                 self._late_ping = ping
@@ -1679,7 +1681,7 @@ class Connection(websocket.WebSocketProtocol):
             self._answer(late)
 
     def _count_echoes(self, number: int, size: int) -> None:
-        """Texts whose frames were so many bytes."""
+        """Counts `number` texts, whose frames contained `size` bytes in total."""
         size -= 6 * number
         self._registry.unshown += number
         self.traffic.texts_received += number
@@ -1693,7 +1695,7 @@ class Connection(websocket.WebSocketProtocol):
         return self._state != OPEN
 
     def _say_goodbye(self, code: int | None, reason: str = "") -> None:
-        """Decides on our Close, unless that has been done."""
+        """Queues our Close, unless the connection is closing already."""
         if self._state == OPEN:
             body = (struct.pack("!H", code) if code is not None else b"") + utf8(reason)
             if len(body) > 125:
@@ -1705,13 +1707,13 @@ class Connection(websocket.WebSocketProtocol):
             self._put_goodbye()
 
     def _put_goodbye(self) -> None:
-        """Our Close, as soon as nothing waits before it: until then, pings are answered."""
+        """Puts our Close if nothing waits before it. Until then, pings are answered."""
         if self._goodbye is not None and self._late_ping is None and not self._wire.backlog:
             self._put_control(CLOSE, self._goodbye)
             self._goodbye = None
 
     def _take_close(self, body: bytes) -> None:
-        """Section 5.5.1: the peer's is answered with its code."""
+        """Section 5.5.1: answers the peer's Close with its code."""
         self.client_terminated = True
         if body:
             self.close_code = int.from_bytes(body[:2], "big")
@@ -1719,7 +1721,7 @@ class Connection(websocket.WebSocketProtocol):
         self._say_goodbye(self.close_code)
 
     def _fail(self, fault: Fault) -> None:
-        """Section 7.1.7."""
+        """Section 7.1.7: fails the connection."""
         self._failed = True
         self._inbox.clear()
         self._receiver.skip()
@@ -1727,7 +1729,8 @@ class Connection(websocket.WebSocketProtocol):
         self._warn(f"{fault.code} {fault.reason}, from")
 
     def _lose(self, error: OSError) -> None:
-        """The peer is lost. Who waits for a reply to leave is told so by its future."""
+        """The peer is lost. A coroutine that awaits a write learns of it from the future, so there
+        is no line in the log then."""
         owed = self._wire.backlog or (self._wire.waiting and self._state == OPEN)
         self._close(reset=False)
         if owed and not self._inbox.running:
@@ -1752,11 +1755,11 @@ class Connection(websocket.WebSocketProtocol):
         log.warning("[SERVER] error:%s %s", text, self.peer)
 
     def check(self, now: float) -> None:
-        """The sweep: looks at the deadlines."""
+        """Called by the sweep. Acts on a deadline that has passed."""
         if self._state == CLOSED:
             return
         if not self._watched & READ:
-            # Where there is no epoll, nobody else looks.
+            # Where there is no epoll, nothing else notices.
             self._find_loss()
         receiver = self._receiver
         reads = bool(self._watched & READ) and not receiver.closed
@@ -1772,26 +1775,26 @@ class Connection(websocket.WebSocketProtocol):
         elif late == "answer":
             self._registry.cut["silent"] += 1
             self._fail(Fault(1008, "no answer to a ping"))
-            # Nor will our Close be answered.
+            # Our Close would not be answered either.
             self.client_terminated = True
         elif late == "silence":
             self._deadlines.pinged = now
             self._put_control(PING, b"")
         elif late == "closing" and self._state == CLOSING and self._goodbye is None:
-            # The peer's Close does not come. A FIN is all that is left to say.
+            # The peer's Close does not come. All that is left to send is a FIN.
             self._state = ENDING
         elif late == "closing":
             self.drop(reset=self._wire.held() > 0)
         if late:
             self.settle()
 
-    # ---- What Tornado asks for beside
+    # ---- What else Tornado requires
 
     def set_nodelay(self, x: bool) -> None:
         if self._wire.socket.family != getattr(socket, "AF_UNIX", None):
             self._wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, x)
 
-    # Sweep and turns do what these are for; the third is for clients.
+    # The sweep and the turns replace the first two; the third is for clients only.
     def start_pinging(self) -> None: ...
     async def _receive_frame_loop(self) -> None: ...
     def _process_server_headers(self, key: str | bytes, headers: httputil.HTTPHeaders) -> None: ...
@@ -1804,57 +1807,60 @@ class Connection(websocket.WebSocketProtocol):
 
 
 def outside(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls it in an empty context: what it schedules is no connection's."""
+    """Calls `function` in an empty context, so that what it schedules runs in no connection's."""
     return contextvars.Context().run(function, *args)
 
 
 class Connections:
-    """The WebSockets of one event loop: one poller, their rounds, their deadlines, their numbers.
+    """The WebSockets of one event loop: their poller, rounds, deadlines and numbers.
 
-    It is an attribute of the IOLoop, and goes with it. The poller and the sweep of the deadlines
-    are there while something is watched.
+    The object is an attribute of the IOLoop, and lives as long as that. The poller and the sweep of
+    the deadlines exist only while there are connections or visitors.
     """
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        # Those with a socket, or with an `on_close` to be called; what is watched, by descriptor.
+        # The connections whose socket is not closed, or whose `on_close` has not been called.
         self.open: set[Connection] = set()
+        # What is watched, by descriptor.
         self.watched: dict[int, Connection | Visitor] = {}
         self._epoll: Any = None
         self._sweeper: asyncio.Task[None] | None = None
-        # Applications whose clients are sent away.
+        # The applications whose clients are being sent away.
         self.leaving: set[web.Application] = set()
 
-        # Numbers. `traffic` is that of connections that are no longer open.
+        # For the metrics: the connections so far; the traffic of those that have ended, and their
+        # number by code; those that we have cut, and the handshakes refused, by reason.
         self.opened = 0
         self.traffic = Traffic()
         self.closed: Counter[int] = Counter()
         self.cut: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        # Whether each message is shown in the log, unless there are too many; how many were not.
+        # Whether there are too many messages for the log; whether it shows them; how many it omits.
         self.crowded = False
         self.shows = log.isEnabledFor(logging.DEBUG)
         self.unshown = 0
 
-        # Who waits for another turn, in order; until when turns are taken in this round of the
-        # event loop, in time.monotonic(); what is done when the next round begins, and always.
+        # The connections in line for another turn.
         self._line: OrderedDict[Connection, None] = OrderedDict()
+        # When the time of this round is over, in time.monotonic(); 0 until it is asked for.
         self._round_ends = 0.0
+        # Done when the next round begins; and always done.
         self._next_round: asyncio.Future[None] | None = None
         self.done: asyncio.Future[None] = asyncio.Future()
         self.done.set_result(None)
 
-        # The clock of the deadlines, and how often they are looked at: four times in the shortest.
+        # The clock of the deadlines; and the seconds between looks: at most 1/4 of the shortest.
         self.now = 0.0
         self._period = PERIOD
-        # glibc returns the top of the heap to the kernel at each free above a threshold, which
-        # grows with the largest block that was ever freed. Without this, a message of 64 KiB costs
-        # 35 page faults: 70 us rather than 25.
+        # glibc returns the top of the heap to the kernel when more than a threshold is free there.
+        # This raises the threshold, which grows with the largest block that was ever freed. Without
+        # it, a message of 64 KiB costs 35 page faults: 70 us rather than 25.
         bytes(16 << 20)
 
     @classmethod
     def current(cls) -> Connections:
-        """Those of the event loop that runs."""
+        """Returns the Connections of the running event loop, which are made at the first call."""
         attributes = vars(IOLoop.current())
         connections: Connections = attributes.get("_ws_echo") or cls()
         attributes["_ws_echo"] = connections
@@ -1868,8 +1874,8 @@ class Connections:
         known = isinstance(self.watched.get(fd), Visitor)
         self.watched[fd] = who
         if known:
-            # A visitor has become a connection. Any other that had this descriptor was closed
-            # behind our back.
+            # A visitor has become a connection. Anything else that had this descriptor was closed
+            # without our knowledge, and is no longer in the poller.
             return
         if self._epoll:
             self._epoll.register(fd, READ)
@@ -1883,7 +1889,7 @@ class Connections:
             outside(IOLoop.current().update_handler, fd, events)
 
     def forget(self, fd: int, who: Connection | Visitor) -> None:
-        """Before its socket is closed, if that has not been done behind our back."""
+        """Called before the socket is closed, unless somebody else has closed it already."""
         if isinstance(who, Connection):
             self._line.pop(who, None)
         if self.watched.get(fd) is not who:
@@ -1902,7 +1908,7 @@ class Connections:
             who.ready(events)
 
     def poll(self, *_: object) -> None:
-        """Serves what is ready."""
+        """Serves every socket that is ready."""
         watched = self.watched
         for fd, events in self._epoll.poll(0):
             if fd in watched:
@@ -1912,7 +1918,7 @@ class Connections:
         return int(self._epoll.fileno())
 
     def close(self) -> None:
-        """Ends all; IOLoop.close calls it, too."""
+        """Ends all connections. IOLoop.close(all_fds=True) calls this, too."""
         for connection in list(self.open):
             connection.end()
 
@@ -1934,10 +1940,10 @@ class Connections:
             self._epoll.close()
             self._epoll = None
 
-    # ---- Who comes and goes
+    # ---- Connections that come and go
 
     def add(self, connection: Connection, fd: int, limit: float) -> None:
-        """`limit` is the shortest of its deadlines, in seconds."""
+        """`limit` is the connection's shortest deadline, in seconds."""
         self.register(fd, connection)
         self.open.add(connection)
         self.opened += 1
@@ -1945,7 +1951,7 @@ class Connections:
         self.look_at_log()
 
     def remove(self, connection: Connection) -> None:
-        """Takes its numbers: `/metrics` must not count backwards."""
+        """Adds its numbers to the totals, since `/metrics` must not count backwards."""
         if connection not in self.open:
             return
         self.open.remove(connection)
@@ -1958,15 +1964,15 @@ class Connections:
         self.shows = log.isEnabledFor(logging.DEBUG) and not self.crowded
 
     def all_traffic(self) -> Traffic:
-        """Also of those that are open."""
+        """The traffic of all connections, also of those that have not ended."""
         traffic = dataclasses.replace(self.traffic)
         for connection in self.open:
             traffic.add(connection.traffic)
         return traffic
 
     async def go_away(self, application: web.Application, seconds: float = 10.0) -> None:
-        """Closes the clients of an application with 1001, behind the replies that they are owed.
-        Whoever is left after so many seconds is dropped. Until then, who comes is closed, too."""
+        """Closes the clients of an application with 1001, after the replies that they are owed, and
+        those that connect meanwhile, too. Drops whoever is left after these seconds."""
         for connection in self._clients(application):
             connection.enter(connection.read_rest)
         self.leaving.add(application)
@@ -1985,12 +1991,12 @@ class Connections:
     # ---- Rounds
 
     def again(self, connection: Connection) -> None:
-        """It has more to do, and waits in line for it."""
+        """Puts a connection that has more to do in line for another turn."""
         self._line[connection] = None
         self.has_time()
 
     def has_time(self) -> bool:
-        """Whether something that may take long can begin before others have their turn."""
+        """Whether slow work may begin: no connection is in line, and the round is not over."""
         if not self._round_ends:
             self._round_ends = time.monotonic() + ROUND
             outside(self.loop.call_soon, self._begin_round)
@@ -2017,16 +2023,16 @@ class Connections:
     # ---- The sweep
 
     async def _sweep(self) -> None:
-        """Looks at all deadlines, over and over. When it is cancelled, the event loop ends."""
+        """Looks at all deadlines, over and over. If the event loop ends, ends all connections."""
         try:
             while True:
                 before = time.monotonic()
                 await asyncio.sleep(self._period)
-                # Time in which nobody looked is not held against a peer: the process was stopped,
-                # or the event loop was kept busy.
+                # Of a pause, at most two periods count against the peers: the process was stopped,
+                # or the event loop was busy.
                 self.now += min(time.monotonic() - before, 2 * self._period)
                 self.look_at_log()
-                # In slices, between which others have their turn.
+                # In slices, between which the event loop goes on.
                 for number, connection in enumerate(list(self.open), 1):
                     connection.enter(connection.check, self.now)
                     if number % 256 == 0:
