@@ -1908,11 +1908,17 @@ class Connections:
             who.ready(events)
 
     def poll(self, *_: object) -> None:
-        """Serves every socket that is ready."""
-        watched = self.watched
-        for fd, events in self._epoll.poll(0):
-            if fd in watched:
-                watched[fd].ready(events)
+        """Serves every socket that is ready. Where there are several, others become ready meanwhile,
+        and it looks again, for at most a round: with 100 busy clients, going through the event loop
+        each time takes an eighth of the time of a message."""
+        watched, ends = self.watched, time.monotonic() + ROUND
+        ready = self._epoll.poll(0)
+        while ready:
+            for fd, events in ready:
+                if who := watched.get(fd):
+                    who.ready(events)
+            again = len(ready) > 1 and self._epoll and time.monotonic() < ends
+            ready = self._epoll.poll(0) if again else None
 
     def fileno(self) -> int:
         return int(self._epoll.fileno())
