@@ -1122,7 +1122,7 @@ class Deadlines:
 
     def shortest(self) -> float:
         limits = self.ping_interval, self.ping_timeout, self.stall_timeout, LINGER_TIMEOUT
-        return min(limit for limit in limits if limit > 0)
+        return min(filter(None, limits))
 
     def passed(self, now: float, state: int, wire: Wire, unfinished: object, reads: bool) -> str:
         """What has taken too long, or "". While we do not read, it is not the peer who is late."""
@@ -1908,9 +1908,9 @@ class Connections:
             who.ready(events)
 
     def poll(self, *_: object) -> None:
-        """Serves every socket that is ready. Where there are several, others become ready meanwhile,
-        and it looks again, for at most a round: with 100 busy clients, going through the event loop
-        each time takes an eighth of the time of a message."""
+        """Serves every socket that is ready. While there are several at a time, it looks again, for
+        at most a round: going through the event loop each time would take up to an eighth of the
+        time of a message."""
         watched, ends = self.watched, time.monotonic() + ROUND
         ready = self._epoll.poll(0)
         while ready:
@@ -2088,6 +2088,10 @@ class Refusal(Exception):  # noqa: N818  # not always an error
         Connections.current().refused[self.reason] += 1
 
 
+KEY = re.compile("[A-Za-z0-9+/]{22}==")
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~\w-]+", re.ASCII)
+
+
 def check_handshake(request: httputil.HTTPServerRequest) -> None:
     """RFC 6455 section 4.2.1; raises Refusal."""
     headers = request.headers
@@ -2103,20 +2107,20 @@ def check_handshake(request: httputil.HTTPServerRequest) -> None:
         raise Refusal(400, "a handshake needs HTTP/1.1")
     refuse_body(headers)
     key = headers.get("Sec-WebSocket-Key")
-    if key is None or not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
+    if key is None or not KEY.fullmatch(key):
         given = f"it is {printable(key, 40)}" if key else "it is missing"
         raise Refusal(400, "the header Sec-WebSocket-Key must be 16 bytes in base64", given)
-    with contextlib.suppress(ValueError):
-        urlsplit(headers.get("Origin", ""))
-        return
-    raise Refusal(403, "the header Origin is not a URL")
+    try:
+        urlsplit(headers.get("Origin") or "")
+    except ValueError:
+        raise Refusal(403, "the header Origin is not a URL") from None
 
 
 def check_subprotocols(headers: httputil.HTTPHeaders) -> None:
     """RFC 6455 section 4.2.1, item 8. Some applications carry other things in that header, and
     Tornado lets them, so this is for the stand-alone server only."""
     offered = listed(headers.get("Sec-WebSocket-Protocol", ""))
-    if not all(re.fullmatch(r"[!#$%&'*+.^_`|~\w-]+", name, re.ASCII) for name in offered):
+    if not all(map(TOKEN.fullmatch, offered)):
         raise Refusal(400, "the header Sec-WebSocket-Protocol must be a list of tokens")
 
 
@@ -2135,7 +2139,8 @@ def switching_protocols(headers: Mapping[str, str]) -> bytes:
 
 
 def has_token(headers: httputil.HTTPHeaders, name: str, token: str) -> bool:
-    return token in listed(headers.get(name, "").lower())
+    value = headers.get(name, "").lower()
+    return value == token or token in listed(value)
 
 
 def listed(text: str) -> list[str]:
@@ -2176,7 +2181,8 @@ def is_host(origin: str, headers: httputil.HTTPHeaders) -> bool:
 
 def path_of(request: httputil.HTTPServerRequest) -> str:
     """Without the query, also where the target has the absolute form (RFC 9112 section 3.2.2)."""
-    return re.sub(r"^[A-Za-z]+://[^/]*", "", request.path) or "/"
+    path = request.path
+    return path if path.startswith("/") else re.sub(r"^[A-Za-z]+://[^/]*", "", path) or "/"
 
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -2880,15 +2886,31 @@ class VisitorTlsStream(HeadCheck, iostream.SSLIOStream):
     pass
 
 
+# The usual line: a name, and a value without control characters.
+HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r\n")
+
+
+def read_headers(text: str) -> httputil.HTTPHeaders:
+    """Returns what HTTPHeaders.parse does, in half of its time, which was a seventh of the time of
+    a connection that comes and goes. Any unusual line, or a name that is there twice, is left to
+    it."""
+    # What is between the lines, and the two groups of each.
+    parts = HEADER.split(text)
+    if parts[-1] == "\r\n" and not any(parts[:-1:3]):
+        values = (value.strip(" \t") for value in parts[2::3])
+        headers = httputil.HTTPHeaders()
+        headers.update(zip(parts[1::3], values, strict=True))
+        if len(headers) == len(parts) // 3:
+            return headers
+    return httputil.HTTPHeaders.parse(text)
+
+
 def read_head(head: bytes, visitor: Visitor) -> httputil.HTTPServerRequest:
     """The request, if Tornado takes it. Raises Refusal."""
     line, _, rest = head.decode("latin-1").lstrip("\r\n").partition("\n")
     start = line.rstrip("\r")
     try:
-        start_line, headers = (
-            httputil.parse_request_start_line(start),
-            httputil.HTTPHeaders.parse(rest),
-        )
+        start_line, headers = httputil.parse_request_start_line(start), read_headers(rest)
         connection = cast(Any, visitor)
         request = httputil.HTTPServerRequest(
             start_line=start_line, headers=headers, connection=connection

@@ -56,6 +56,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from tornado import gen
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPHeaders, HTTPInputError
 from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets, bind_unix_socket
 from tornado.web import Application
@@ -4925,6 +4926,27 @@ def all_requests() -> Iterator[bytes]:
         yield request(without=name, add=f"{name}:\r\n {HEADERS.get(name)}")
     yield from (request(f"GET /?{query} HTTP/1.1") for query in QUERIES)
     yield from (*FORMS, *LONG)
+
+
+LINE_ENDS = st.sampled_from(["\r\n"] * 9 + ["\n", "\r", " ", "\r\n "])
+NAMES = st.sampled_from(["Host", "HOST", "Upgrade", "X-a"]) | st.text(
+    "aZ0-_!: \t\r\x80\xe9", max_size=3
+)
+HEADER_VALUES = st.text("ab ,:\t\0\x1f\x7f\x80\x85\xa0\xff\u2028", max_size=5)
+HEADER_LINES = st.builds(
+    "{}{}{}{}".format, NAMES, st.sampled_from([":", ": ", " :", ""]), HEADER_VALUES, LINE_ENDS
+)
+
+
+@given(st.lists(HEADER_LINES, max_size=4), st.sampled_from(["\r\n", "\n", "", "\r\n\r\n"]))
+def test_headers_are_read_as_tornado_reads_them(lines: list[str], end: str) -> None:
+    def outcome(read: Callable[[str], HTTPHeaders]) -> Any:
+        try:
+            return list(read("".join(lines) + end).get_all())
+        except HTTPInputError as error:
+            return str(error)
+
+    assert outcome(echo_server.read_headers) == outcome(HTTPHeaders.parse)
 
 
 @pytest.mark.parametrize("way", ["tcp", "unix"])
