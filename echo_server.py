@@ -3024,10 +3024,11 @@ class Server:
         """Sends everybody away, also those who have connected and not asked yet: a restart refuses
         nobody."""
         notify(f"STOPPING=1\nSTATUS=stopping with {len(self.connections.open)} connections")
-        for listener in self.own:
-            self.lobby.accept_rest(listener)
         for listener in self.sockets:
             IOLoop.current().remove_handler(listener)
+            if listener in self.own:
+                # Right before it is closed, since who comes in between is reset.
+                self.lobby.accept_rest(listener)
             listener.close()
         if self.file and socket_file(self.file[0]) == self.file:
             os.unlink(self.file[0])
