@@ -2540,6 +2540,8 @@ async def run_server(options: Options, reread: Callable[[], Options]) -> int:
     log.setLevel(options.log_level.upper())
     import gc
 
+    # No line shows what these find out, which takes a third of the time of a line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # Python loads these when they are first used, and by then there may be no descriptor left.
     for codec in ("unicode_escape", "idna"):
         codecs.lookup(codec)
