@@ -389,7 +389,7 @@ until_true 5 eval '[ "$(show NRestarts)" -ge 2 ]'
 seen="$(show NRestarts) restarts, $(said -u $UNIT | grep -m1 -o 'status=.*')"
 check "a crash is restarted" "$seen" matches "$seen" '^[2-9] restarts, status=70/'
 check "and its traceback is an error" "$(service_said -p err | tail -1)" \
-    eval 'service_said -p err | grep -q "^NameError"'
+    eval 'service_said -p err | grep -q "^ *NameError"'
 
 fresh "" "$(cat "$work/toml")"
 client echo > /dev/null
