@@ -2674,6 +2674,8 @@ class Lobby:
         # In the order of `since`.
         self.visitors: OrderedDict[Visitor, None] = OrderedDict()
         self.accepted = 0
+        # When it was last said that descriptors have run out, in time.monotonic().
+        self.said = 0.0
         limit = server.options.handshake_timeout
         self.http = httpserver.HTTPServer(
             server.application,
@@ -2826,7 +2828,9 @@ class Lobby:
         oldest = next(iter(self.visitors), None)
         if oldest is None:
             return False
-        log.warning("[SERVER] error:descriptors have run out, closing the idlest: %s", oldest)
+        if time.monotonic() >= self.said + 1:
+            self.said = time.monotonic()
+            log.warning("[SERVER] error:descriptors have run out, closing the idlest: %s", oldest)
         self.dismiss(oldest)
         return True
 
