@@ -375,6 +375,8 @@ MAX_STREAMS = 1_024
 WINDOW = 32_768
 # The bytes given to zlib at a time: few, since it copies those that follow the end of a stream.
 DEFLATE_PIECE = 8_192
+# If a message is shorter than this many bytes, deflate does not pay.
+COMPRESS_FROM = 1024
 
 
 class Fault(Exception):  # noqa: N818  # the peer's error, not ours
@@ -706,6 +708,58 @@ def frame_header(first: int, length: int) -> bytes:
     return struct.pack("!BBQ", first, 127, length)
 
 
+def control_frame(opcode: int, payload: bytes) -> bytes:
+    """Section 5.5. Raises ValueError if the payload is too long."""
+    if len(payload) > 125:
+        raise ValueError("the payload of a control frame is at most 125 bytes")
+    return frame_header(FIN | opcode, len(payload)) + payload
+
+
+def close_frame(code: int | None, reason: str = "") -> bytes:
+    """Section 5.5.1. Raises ValueError if the reason is too long."""
+    body = (b"" if code is None else struct.pack("!H", code)) + utf8(reason)
+    if len(body) > 125:
+        raise ValueError("the reason of a Close is at most 123 bytes")
+    return control_frame(CLOSE, body)
+
+
+class Sender:
+    """Makes the frames for one peer. Two of them may have to wait: a Pong while the peer does not
+    read, and our Close until everything else has left."""
+
+    def __init__(self, deflate: Deflate | None = None) -> None:
+        self._deflate = deflate
+        # The latest Ping that has not been answered.
+        self.late_ping: bytes | None = None
+        # Our Close, until it is sent.
+        self.goodbye: bytes | None = None
+
+    def message(
+        self, opcode: int, payload: bytes | bytearray, prefix: bytes = b""
+    ) -> tuple[bytes, bytes | bytearray]:
+        """Returns the frame of a message, `prefix` and `payload`, in two pieces."""
+        first, size = FIN | opcode, len(prefix) + len(payload)
+        if self._deflate and size >= COMPRESS_FROM:
+            payload, prefix = self._deflate.compress(prefix + payload), b""
+            first, size = first | RSV1, len(payload)
+        return frame_header(first, size) + prefix, payload
+
+    def answer(self, ping: bytes, congested: bool) -> bytes:
+        """Section 5.5.3: returns a Pong, or b"" if it has to wait. Then only the latest Ping
+        counts."""
+        self.late_ping = ping if congested else None
+        return b"" if congested else control_frame(PONG, ping)
+
+    def last(self, congested: bool, waiting: bool) -> bytes:
+        """Returns those frames that no longer have to wait. Our Close is the last of all."""
+        late, goodbye = self.late_ping, self.goodbye
+        pong = b"" if late is None else self.answer(late, congested)
+        if goodbye is None or waiting or self.late_ping is not None:
+            return pong
+        self.goodbye = None
+        return pong + goodbye
+
+
 @functools.lru_cache(16)
 def echo_heads(prefix: bytes, limit: int) -> list[bytes]:
     """What goes before the payload of a reply, indexed by the second byte of the text's frame. It
@@ -803,8 +857,6 @@ SHORT_READ = 470
 SCATTER = 16 * 1024
 # The most bytes in a record of TLS (RFC 8446 section 5.1).
 RECORD = 16 * 1024
-# If a message is shorter than this many bytes, deflate does not pay.
-COMPRESS_FROM = 1024
 
 # Seconds that all turns may take before the event loop goes on with its other callbacks.
 ROUND = 0.002
@@ -837,6 +889,7 @@ class Wire:
         self.backlog: bytes | bytearray = b""
         # Each future is done when the kernel has taken this many bytes in all.
         self._writes: deque[tuple[int, asyncio.Future[None]]] | None = None
+        self._closed: asyncio.Future[None] | None = None
 
         # All bytes received; all bytes put; and those of them that the kernel has not taken yet.
         self.received = 0
@@ -851,9 +904,10 @@ class Wire:
         self.shut = False
 
     def put(self, piece: bytes | bytearray) -> None:
-        self._gathered.append(piece)
-        self.total += len(piece)
-        self.waiting += len(piece)
+        if piece:
+            self._gathered.append(piece)
+            self.total += len(piece)
+            self.waiting += len(piece)
 
     def flush(self) -> None:
         pieces = self._gathered
@@ -937,6 +991,10 @@ class Wire:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_WR)
 
+    def until_closed(self) -> asyncio.Future[None]:
+        self._closed = self._closed or asyncio.Future()
+        return self._closed
+
     def close(self, reset: bool) -> None:
         """Closes the socket. Fails the futures of what has not left."""
         if reset:
@@ -947,6 +1005,8 @@ class Wire:
         self._gathered, self.backlog = [], b""
         for _, future in self._writes or ():
             fail_write(future)
+        if self._closed:
+            future_set_result_unless_cancelled(self._closed, None)
 
 
 class TlsWire(Wire):
@@ -1072,6 +1132,14 @@ class Traffic:
             self.binaries_sent += number
             self.binary_bytes_sent += size
 
+    def count_echoes(self, number: int, size: int, prefix: int) -> None:
+        """Counts texts of `size` bytes in total, and their replies, which are longer by `prefix`
+        bytes each."""
+        self.texts_received += number
+        self.text_bytes_received += size
+        self.texts_sent += number
+        self.text_bytes_sent += size + number * prefix
+
     def received(self) -> tuple[int, int]:
         """Returns the number of messages, and that of their bytes."""
         size = self.text_bytes_received + self.binary_bytes_received
@@ -1153,10 +1221,12 @@ class Inbox:
     There is room for as many bytes as one message may contain; above that, we stop reading.
     """
 
-    __slots__ = "_held", "_limit", "_waiting", "_waiting_size", "running"
+    __slots__ = "_held", "_limit", "_waiting", "_waiting_size", "is_shut", "running"
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        # The connection has failed: only the peer's Close still counts (section 7.1.7).
+        self.is_shut = False
         # The number of coroutines that run, and the bytes of the message that they work on.
         self.running = 0
         self._held = 0
@@ -1183,9 +1253,13 @@ class Inbox:
         self._waiting_size -= len(event[1]) + EVENT
         return event
 
-    def clear(self) -> None:
-        self._waiting = None
-        self._waiting_size = 0
+    def shut(self) -> None:
+        """Throws the messages away, those that come later, too, but not the peer's Close."""
+        self.is_shut = True
+        waiting, self._waiting, self._waiting_size = self._waiting, None, 0
+        for event in waiting or ():
+            if event[0] == CLOSE:
+                self.put(event)
 
     def hold(self, size: int) -> None:
         """The handler has got a message. It still needs room if a coroutine works on it."""
@@ -1243,22 +1317,13 @@ class Connection(websocket.WebSocketProtocol):
         self._watched = READ
         # A turn is going on: what is put leaves at its end.
         self._corked = False
-        # The latest Ping, if it cannot be answered before other bytes have left.
-        self._late_ping: bytes | None = None
-        # The body of our Close, until it is put.
-        self._goodbye: bytes | None = None
-        # We have failed the connection (7.1.7): only a Close of the peer still counts.
-        self._failed = False
-        # `on_close` has been called.
-        self._told = False
-
         self._inbox = Inbox(handler.max_message_size)
         # The prefix of replies, while they need no call of the handler; and the heads for
         # `echo_texts`, while that may answer what arrives next.
         self._prefix: bytes | None = None
-        self._quick: list[bytes] | None = None
-        # Done when the socket is closed, for `sleep`; and after `on_close`, for a host's own `get`.
-        self._closed: asyncio.Future[None] | None = None
+        self._heads: list[bytes] | None = None
+        # `on_close` has been called. The future, for a host's own `get`, is done then.
+        self._told = False
         self._ended: asyncio.Future[None] | None = None
 
     # ---- The beginning
@@ -1278,21 +1343,11 @@ class Connection(websocket.WebSocketProtocol):
             await self._ended
 
     def negotiate(self) -> dict[str, str]:
-        """Chooses the subprotocol and the extension. Returns the headers of the answer."""
-        handler, headers = self.handler, self.handler.request.headers
-        answer = {"Upgrade": "websocket", "Connection": "Upgrade"}
-        answer["Sec-WebSocket-Accept"] = accept_key(headers["Sec-WebSocket-Key"])
-        offered = listed(headers.get("Sec-WebSocket-Protocol", ""))
-        self.selected_subprotocol = handler.select_subprotocol(offered)
-        if self.selected_subprotocol:
-            answer["Sec-WebSocket-Protocol"] = self.selected_subprotocol
-        self._deflate: Deflate | None = None
-        options = handler.get_compression_options()
-        if options is not None and "Sec-WebSocket-Extensions" in headers:
-            self._deflate = accept_deflate(headers["Sec-WebSocket-Extensions"], options)
-        if self._deflate:
-            answer["Sec-WebSocket-Extensions"] = self._deflate.answer
-        self._receiver = Receiver(handler.max_message_size, self._deflate)
+        """Returns the headers of the answer to the handshake."""
+        answer, deflate = negotiate(self.handler)
+        self.selected_subprotocol = answer.get("Sec-WebSocket-Protocol")
+        self._receiver = Receiver(self.handler.max_message_size, deflate)
+        self._sender = Sender(deflate)
         return answer
 
     def start(self, wire: Wire, early: bytes) -> None:
@@ -1337,7 +1392,7 @@ class Connection(websocket.WebSocketProtocol):
             if not self._watched & READ:
                 self._find_loss(events)
                 self.settle()
-            elif not self._deflate or self._discards() or self._registry.has_time():
+            elif not self._receiver.deflate or self._discards() or self._registry.has_time():
                 self.turn(self._wire.receive())
             else:
                 # Inflating and deflating may take milliseconds: the data waits for a later turn.
@@ -1366,7 +1421,7 @@ class Connection(websocket.WebSocketProtocol):
 
     def write_ping(self, data: bytes) -> None:
         if self._state == OPEN:
-            self._put_control(PING, data)
+            self._wire.put(control_frame(PING, data))
             self.settle()
 
     def close(self, code: int | None = None, reason: str | None = None) -> None:
@@ -1380,11 +1435,10 @@ class Connection(websocket.WebSocketProtocol):
     def drop(self, reset: bool = True) -> None:
         """Closes the socket without a closing handshake. If there is no reset, bytes that our
         kernel has taken may still arrive. Messages that the handler has not got are thrown away."""
-        self._inbox.clear()
+        self._inbox.shut()
         if self.opened and self._state != CLOSED:
             with contextlib.suppress(OSError):
                 self._wire.flush()
-            self._failed = True
             self._receiver.skip()
             self._receiver.take_rest()
         self._close(reset)
@@ -1424,18 +1478,18 @@ class Connection(websocket.WebSocketProtocol):
             wire.flush()
             last = receiver.fault or wire.eof or self._registry.leaving
             calm = self._inbox.is_empty() and not (self._state or wire.backlog or last)
-            calm = calm and self._late_ping is None
-            self._quick = self._heads() if calm and not receiver.opcode else None
+            calm = calm and self._sender.late_ping is None
+            quick = calm and not receiver.opcode and self._prefix is not None
+            self._heads = echo_heads(self._prefix or b"", receiver.limit) if quick else None
             if calm and not receiver.more and self._watched == READ:
                 # Nearly always, nothing follows.
                 return
-            self._answer_late_ping()
             self._conclude()
             self._send_last()
         except OSError as error:
             self._lose(error)
             return
-        if self._state == ENDING and not wire.backlog:
+        if self._state == ENDING and not wire.backlog and self._sender.late_ping is None:
             wire.half_close()
             self._state = LINGERING
         if self._state == LINGERING and wire.eof:
@@ -1456,7 +1510,7 @@ class Connection(websocket.WebSocketProtocol):
             self._fail(receiver.fault)
         elif receiver.more:
             return
-        elif wire.eof and self._state == OPEN and self._late_ping is None:
+        elif wire.eof and self._state == OPEN:
             self.client_terminated = True
             self._state = ENDING
         elif self._state == OPEN and self.handler.application in self._registry.leaving:
@@ -1464,14 +1518,14 @@ class Connection(websocket.WebSocketProtocol):
             self._say_goodbye(1001, "the server is stopping")
 
     def _send_last(self) -> None:
-        """Sends our Close if nothing waits before it. Then both sides have sent their last frame,
-        unless the peer's Close can still come."""
+        """Sends a late Pong and our Close if nothing waits before them. After the Close, both sides
+        have sent their last frame, unless the peer's Close can still come."""
         wire, receiver = self._wire, self._receiver
-        self._put_goodbye()
+        self._put_last()
         wire.flush()
         idle = self._inbox.is_empty() and not receiver.more
         over = self.client_terminated or not receiver.in_sync or (wire.eof and idle)
-        if self._state == CLOSING and self._goodbye is None and over:
+        if self._state == CLOSING and self._sender.goodbye is None and over:
             self._state = ENDING
 
     def _hand_over(self) -> None:
@@ -1501,12 +1555,14 @@ class Connection(websocket.WebSocketProtocol):
     def turn(self, data: bytes = b"") -> None:
         """Handles what has arrived, in order. What is put meanwhile leaves at the end."""
         receiver, wire = self._receiver, self._wire
-        if self._quick and not self._registry.shows:
+        if self._heads and not self._registry.shows:
             if receiver.rest:
                 data = receiver.take_rest() + data
-            replies, size = echo_texts(data, self._quick)
+            replies, size = echo_texts(data, self._heads)
             if replies:
-                self._count_echoes(len(replies), size)
+                number = len(replies)
+                self._registry.unshown += number
+                self.traffic.count_echoes(number, size - 6 * number, len(self._prefix or b""))
                 if wire.send(b"".join(replies)) and size == len(data) and self._watched == READ:
                     # All is answered, and nothing that `settle` looks at has changed.
                     return
@@ -1523,7 +1579,7 @@ class Connection(websocket.WebSocketProtocol):
     def _handle(self, events: Iterable[Event]) -> None:
         """Messages, and the Close after them, queue for a busy handler; pings and pongs do not."""
         for opcode, payload in events:
-            if self._failed and opcode != CLOSE:
+            if self._inbox.is_shut and opcode != CLOSE:
                 continue
             if opcode == PING:
                 self._answer(bytes(payload))
@@ -1546,8 +1602,8 @@ class Connection(websocket.WebSocketProtocol):
         if opcode == CLOSE:
             self._take_close(bytes(payload))
             return
-        if self._failed or (self._prefix is not None and self._state != OPEN):
-            # The connection has failed, or EchoHandler could no longer reply.
+        if self._prefix is not None and self._state != OPEN:
+            # EchoHandler could no longer reply.
             return
         self.traffic.count_received(opcode, len(payload))
         if self._prefix is None or self._registry.shows:
@@ -1565,7 +1621,7 @@ class Connection(websocket.WebSocketProtocol):
     # ---- The handler
 
     def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if not self._failed:
+        if not self._inbox.is_shut:
             self._context.run(self.run, method, *args, **kwargs)
 
     def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -1603,23 +1659,19 @@ class Connection(websocket.WebSocketProtocol):
                 self._warn("reply not sent,")
         elif self._state != CLOSED or not isinstance(error, asyncio.CancelledError):
             self.handler.log_exception(*sys.exc_info())
-            self._failed = True
+            self._inbox.shut()
             self._receiver.skip()
             self._say_goodbye(1011)
 
     def _choose(self) -> None:
         """Finds out whether replies need a call of the handler."""
         self._prefix = utf8(self.handler.prefix) if self.handler._only_echoes() else None
-        self._quick = None
-
-    def _heads(self) -> list[bytes] | None:
-        return None if self._prefix is None else echo_heads(self._prefix, self._receiver.limit)
+        self._heads = None
 
     async def sleep(self, seconds: float) -> None:
         """Lets the handler sleep, but no longer than until the socket is closed."""
         if self._state != CLOSED:
-            self._closed = self._closed or asyncio.Future()
-            await asyncio.wait([self._closed], timeout=seconds)
+            await asyncio.wait([self._wire.until_closed()], timeout=seconds)
 
     def finish(self) -> None:
         """Calls `on_close`, the handler's last call, once: in LINGERING already, since a peer that
@@ -1641,13 +1693,10 @@ class Connection(websocket.WebSocketProtocol):
     ) -> asyncio.Future[None]:
         """Outside a turn, once the round is over, the future is done only in the next one;
         otherwise a coroutine that awaits write after write would never yield."""
-        wire, first, size = self._wire, FIN | opcode, len(prefix) + len(payload)
-        self.traffic.count_sent(opcode, size)
-        if self._deflate and size >= COMPRESS_FROM:
-            payload, prefix = self._deflate.compress(prefix + payload), b""
-            first, size = first | RSV1, len(payload)
-        wire.put(frame_header(first, size) + prefix)
-        wire.put(payload)
+        wire = self._wire
+        self.traffic.count_sent(opcode, len(prefix) + len(payload))
+        for piece in self._sender.message(opcode, payload, prefix):
+            wire.put(piece)
         if not self._corked:
             self.settle()
         elif wire.waiting > HIGH_WATER and not wire.backlog:
@@ -1660,34 +1709,14 @@ class Connection(websocket.WebSocketProtocol):
             return self._registry.done
         return self._registry.next_round()
 
-    def _put_control(self, opcode: int, payload: bytes) -> None:
-        """Section 5.5: puts a control frame."""
-        if len(payload) > 125:
-            raise ValueError("the payload of a control frame is at most 125 bytes")
-        self._wire.put(frame_header(FIN | opcode, len(payload)) + payload)
-
     def _answer(self, ping: bytes) -> None:
-        """Sections 5.5.2 and 5.5.3: answers Pings until our Close is put, but only the latest while
-        too much waits. In CLOSING, one byte is too much: answers must not delay our Close."""
-        if self._state == OPEN or self._goodbye is not None:
-            if self._wire.waiting > (HIGH_WATER if self._state == OPEN else 0):
-                self._late_ping = ping
-            else:
-                self._put_control(PONG, ping)
+        """Section 5.5.2: answers a Ping, unless our Close has left."""
+        if self._state == OPEN or self._sender.goodbye is not None:
+            self._wire.put(self._sender.answer(ping, self._is_congested()))
 
-    def _answer_late_ping(self) -> None:
-        late, self._late_ping = self._late_ping, None
-        if late is not None:
-            self._answer(late)
-
-    def _count_echoes(self, number: int, size: int) -> None:
-        """Counts `number` texts, whose frames contained `size` bytes in total."""
-        size -= 6 * number
-        self._registry.unshown += number
-        self.traffic.texts_received += number
-        self.traffic.text_bytes_received += size
-        self.traffic.texts_sent += number
-        self.traffic.text_bytes_sent += size + number * len(self._prefix or b"")
+    def _is_congested(self) -> bool:
+        """Whether Pongs have to wait. In CLOSING, they must not delay our Close."""
+        return self._wire.waiting > (HIGH_WATER if self._state == OPEN else 0)
 
     # ---- The closing handshake, section 7
 
@@ -1697,20 +1726,14 @@ class Connection(websocket.WebSocketProtocol):
     def _say_goodbye(self, code: int | None, reason: str = "") -> None:
         """Queues our Close, unless the connection is closing already."""
         if self._state == OPEN:
-            body = (struct.pack("!H", code) if code is not None else b"") + utf8(reason)
-            if len(body) > 125:
-                raise ValueError("the reason of a Close is at most 123 bytes")
+            self._sender.goodbye = close_frame(code, reason)
             self._state = CLOSING
             self.server_terminated = True
             self.outcome = code or 1005
-            self._goodbye = body
-            self._put_goodbye()
+            self._put_last()
 
-    def _put_goodbye(self) -> None:
-        """Puts our Close if nothing waits before it. Until then, pings are answered."""
-        if self._goodbye is not None and self._late_ping is None and not self._wire.backlog:
-            self._put_control(CLOSE, self._goodbye)
-            self._goodbye = None
+    def _put_last(self) -> None:
+        self._wire.put(self._sender.last(self._is_congested(), bool(self._wire.backlog)))
 
     def _take_close(self, body: bytes) -> None:
         """Section 5.5.1: answers the peer's Close with its code."""
@@ -1722,8 +1745,7 @@ class Connection(websocket.WebSocketProtocol):
 
     def _fail(self, fault: Fault) -> None:
         """Section 7.1.7: fails the connection."""
-        self._failed = True
-        self._inbox.clear()
+        self._inbox.shut()
         self._receiver.skip()
         self._say_goodbye(fault.code, fault.reason)
         self._warn(f"{fault.code} {fault.reason}, from")
@@ -1740,13 +1762,12 @@ class Connection(websocket.WebSocketProtocol):
         if self._state == CLOSED:
             return
         self._state = CLOSED
-        self._goodbye = self._quick = None
+        self._heads = None
         self.client_terminated = self.server_terminated = True
         if self.opened:
+            self._sender.goodbye = None
             self._registry.forget(self._wire.fd, self)
             self._wire.close(reset)
-            if self._closed:
-                future_set_result_unless_cancelled(self._closed, None)
             if self._told:
                 self._registry.remove(self)
             self.settle()
@@ -1779,8 +1800,8 @@ class Connection(websocket.WebSocketProtocol):
             self.client_terminated = True
         elif late == "silence":
             self._deadlines.pinged = now
-            self._put_control(PING, b"")
-        elif late == "closing" and self._state == CLOSING and self._goodbye is None:
+            self._wire.put(control_frame(PING, b""))
+        elif late == "closing" and self._state == CLOSING and self._sender.goodbye is None:
             # The peer's Close does not come. All that is left to send is a FIN.
             self._state = ENDING
         elif late == "closing":
@@ -2131,6 +2152,23 @@ def refuse_body(headers: httputil.HTTPHeaders) -> None:
 
 # RFC 6455 section 4.2.2, item 5.4.
 accept_key = websocket.WebSocketProtocol13.compute_accept_value
+
+
+def negotiate(handler: EchoHandler) -> tuple[dict[str, str], Deflate | None]:
+    """Section 4.2.2: chooses the subprotocol and the extension. Returns the headers of the answer,
+    and the compression that has been agreed on, if any."""
+    headers = handler.request.headers
+    answer = {"Upgrade": "websocket", "Connection": "Upgrade"}
+    answer["Sec-WebSocket-Accept"] = accept_key(headers["Sec-WebSocket-Key"])
+    subprotocol = handler.select_subprotocol(listed(headers.get("Sec-WebSocket-Protocol", "")))
+    if subprotocol:
+        answer["Sec-WebSocket-Protocol"] = subprotocol
+    options, deflate = handler.get_compression_options(), None
+    if options is not None and "Sec-WebSocket-Extensions" in headers:
+        deflate = accept_deflate(headers["Sec-WebSocket-Extensions"], options)
+    if deflate:
+        answer["Sec-WebSocket-Extensions"] = deflate.answer
+    return answer, deflate
 
 
 def switching_protocols(headers: Mapping[str, str]) -> bytes:
