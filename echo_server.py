@@ -927,7 +927,10 @@ class Wire:
         """Like `put` and `flush`, for a wire where nothing waits. Returns whether all has left."""
         size = len(piece)
         self.total += size
-        taken = self._send([piece])
+        try:
+            taken = self.socket.send(piece)
+        except BlockingIOError:
+            taken = 0
         if taken == size:
             return True
         self.waiting = size - taken
@@ -972,7 +975,8 @@ class Wire:
         size = len(data)
         self.received += size
         self._ask = SHORT_READ if size < SHORT_READ else READ_SIZE
-        self.eof = not size
+        if not size:
+            self.eof = True
         return data
 
     def held(self) -> int:
@@ -1023,6 +1027,11 @@ class TlsWire(Wire):
             while taken < len(view) and has_room(self.socket):
                 taken += self.socket.send(view[taken : taken + RECORD])
         return taken
+
+    def send(self, piece: bytes) -> bool:
+        self.put(piece)
+        self.flush()
+        return not self.backlog
 
     def receive(self) -> bytes:
         """Reads whole records, since the poller cannot see what OpenSSL has read from the socket. A
@@ -2059,15 +2068,18 @@ class Connections:
                 # or the event loop was busy.
                 self.now += min(time.monotonic() - before, 2 * self._period)
                 self.look_at_log()
-                # In slices, between which the event loop goes on.
-                for number, connection in enumerate(list(self.open), 1):
-                    connection.enter(connection.check, self.now)
-                    if number % 256 == 0:
-                        await asyncio.sleep(0)
+                await self._check_all()
         except asyncio.CancelledError:
             if self._sweeper is asyncio.current_task():
                 self.close()
                 raise
+
+    async def _check_all(self) -> None:
+        """Checks the connections in slices, between which the event loop goes on."""
+        for number, connection in enumerate(list(self.open), 1):
+            connection.enter(connection.check, self.now)
+            if number % 256 == 0:
+                await asyncio.sleep(0)
 
 
 async def until(condition: Callable[[], bool], deadline: float) -> None:
