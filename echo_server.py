@@ -2662,8 +2662,8 @@ class ServedHandler(EchoHandler):
 
 
 class Visitor:
-    """Somebody who has connected and is no WebSocket yet. For the request, it stands in for an HTTP
-    connection of Tornado's."""
+    """A client that has connected but has not completed the handshake. The request of the handshake
+    has it in place of Tornado's HTTP connection."""
 
     protocol = "http"
     __slots__ = "address", "asked", "fd", "lobby", "remote_ip", "since", "socket", "stream"
@@ -2673,12 +2673,13 @@ class Visitor:
         self.socket = sock
         self.fd = sock.fileno()
         self.address = address
-        # In Tornado's form; what is shown is what `peer_of` finds.
-        self.remote_ip = address[0] if isinstance(address, tuple) else "0.0.0.0"  # noqa: S104  # no address to bind
-        # When it came, or last asked, in time.monotonic(); and whether it has asked at all.
+        # What Tornado calls it, also for a Unix socket. The log shows what `peer_of` finds.
+        is_ip = isinstance(address, tuple)
+        self.remote_ip = address[0] if is_ip else "0.0.0.0"  # noqa: S104  # nothing is bound to it
+        # When it connected or last got an answer, in time.monotonic(); and whether it ever got one.
         self.since = time.monotonic()
         self.asked = False
-        # What it is to Tornado, once it has been handed over.
+        # Set when Tornado's HTTP server takes over.
         self.stream: iostream.IOStream | None = None
 
     @property
@@ -2686,10 +2687,11 @@ class Visitor:
         return self
 
     def set_close_callback(self, callback: object) -> None:
-        """Tornado's handlers call it."""
+        """RequestHandler calls this. Nothing needs the callback: between this and the end of the
+        handshake, nothing is awaited."""
 
     def ready(self, events: int) -> None:
-        """Its first bytes have come, or it has left."""
+        """Called when the first bytes have arrived, or the visitor has left."""
         try:
             self.lobby.receive(self, self.socket.recv(HEAD, socket.MSG_PEEK))
         except OSError:
@@ -2702,8 +2704,8 @@ class Visitor:
         return name_of(self.address)
 
     def tell(self, answer: bytes) -> None:
-        """Sends its last answer, and reads what has come: otherwise the end would be a reset, which
-        may overtake the answer."""
+        """Sends a last answer, and reads what has arrived: if a socket is closed with bytes unread,
+        the kernel sends a reset, which may overtake the answer."""
         with contextlib.suppress(OSError):
             self.socket.send(answer)
             socket.socket.shutdown(self.socket, socket.SHUT_WR)
@@ -2712,19 +2714,21 @@ class Visitor:
 
 
 class Lobby:
-    """Those who are connected and no WebSocket yet.
+    """The clients that have connected but have not completed the handshake.
 
-    A visitor who brings a handshake, complete and right, becomes a WebSocket at once. One who
-    brings anything other than HTTP is told so. All others go to Tornado's HTTP server, which finds
-    every byte still there. Whoever does not ask in time is dismissed.
+    Their first bytes are only peeked at. A visitor that sends a complete, valid handshake becomes a
+    WebSocket at once. One that speaks another protocol is told so and dismissed. All others are
+    handed over to Tornado's HTTP server, which reads every byte itself. A visitor that sends no
+    request in time is dismissed.
     """
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        # In the order of `since`.
+        # Used as a set, in the order of `since`.
         self.visitors: OrderedDict[Visitor, None] = OrderedDict()
+        # The number of connections accepted so far.
         self.accepted = 0
-        # When it was last said that descriptors have run out, in time.monotonic().
+        # When a line of the log last said that descriptors have run out, in time.monotonic().
         self.said = 0.0
         limit = server.options.handshake_timeout
         self.http = httpserver.HTTPServer(
@@ -2735,21 +2739,23 @@ class Lobby:
             max_body_size=0,
         )
 
-    # ---- Coming
+    # ---- Arrival
 
     def watch(self, listener: socket.socket) -> None:
         if not self.server.stopping:
             IOLoop.current().add_handler(listener, self.accept, IOLoop.READ)
 
     def accept(self, listener: Any, _: int) -> None:
-        """At most 32 at a time: in a flood, those who talk wait for 7 ms rather than 45."""
+        """Accepts at most 32 connections at a time: if thousands arrive, messages on open
+        connections are delayed by 7 ms rather than 45."""
         for number in range(32):
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
-                # EMFILE and its like: the connection stays in the queue, so do not spin.
+                # Usually EMFILE. The connection stays in the queue, so trying again at once would
+                # be a busy loop.
                 if self.make_room():
                     continue
                 if not number:
@@ -2765,7 +2771,8 @@ class Lobby:
             self.server.connections.register(visitor.fd, visitor)
 
     def accept_rest(self, listener: socket.socket) -> None:
-        """Whoever is in the queue of a listening socket is reset when that is closed."""
+        """Accepts all connections in the queue of a listening socket, since closing it would reset
+        them."""
         latest = self.accepted + BACKLOG
         before = -1
         while before < self.accepted < latest:
@@ -2773,7 +2780,8 @@ class Lobby:
             self.accept(listener, IOLoop.READ)
 
     def receive(self, visitor: Visitor, data: bytes) -> None:
-        """Looks at its first bytes, which stay in the socket."""
+        """Decides what becomes of a visitor. `data` has its first bytes, which are still in the
+        socket; b"" means that it has left."""
         tls = self.server.tls is not None
         if not tls and self.open(visitor, data):
             return
@@ -2783,7 +2791,7 @@ class Lobby:
             self.hand_over(visitor)
 
     def turn_away(self, visitor: Visitor, data: bytes, tls: bool) -> bool:
-        """Dismisses whoever speaks another protocol, and says so."""
+        """If a visitor speaks another protocol, tells it so, dismisses it, and returns True."""
         wrong = self.find_stranger(data, tls)
         if wrong:
             log.warning("[SERVER] error:%s, from %s: %s", wrong[0], visitor, wrong[1])
@@ -2793,8 +2801,9 @@ class Lobby:
         return wrong is not None
 
     def find_stranger(self, data: bytes, tls: bool) -> tuple[str, str, bytes] | None:
-        """Whoever speaks another protocol: what it is, what to do about it, and the answer. What is
-        no stranger by its first bytes may become one by more of them, but not the reverse."""
+        """If `data` belongs to another protocol, returns what that is, what the log advises, and
+        the answer to send. More bytes can change the result from None to something, but not from
+        something to None."""
         is_tls, line = data[:1] == b"\x16", data.lstrip(b"\r\n").partition(b"\n")
         http = re.match(rb"[!-~]+ .*HTTP/1" if line[1] else rb"[!-~]*( |$)", line[0])
         if is_tls and not tls:
@@ -2811,7 +2820,8 @@ class Lobby:
         return "no HTTP", f"it begins with {printable(data, 40)}", b""
 
     def open(self, visitor: Visitor, data: bytes) -> bool:
-        """Makes it a WebSocket if the whole handshake is there and right."""
+        """If `data` has a complete, valid handshake, makes the visitor a WebSocket and returns
+        True."""
         head = END_OF_HEAD.search(data)
         if not head or b"websocket" not in data[: head.end()].lower():
             return False
@@ -2826,13 +2836,13 @@ class Lobby:
         visitor.socket.recv(head.end())
         self.visitors.pop(visitor, None)
         wire = Wire(visitor.socket)
-        # Before the handler is told, since that may drop the connection.
+        # This precedes `open` of the handler, which may drop the connection.
         wire.send(answer)
         connection.start(wire, b"")
         return True
 
     def hand_over(self, visitor: Visitor) -> None:
-        """Hands it over to Tornado's HTTP server."""
+        """Hands the visitor over to Tornado's HTTP server."""
         server, sock = self.server, visitor.socket
         server.connections.forget(visitor.fd, visitor)
         stream: VisitorStream | VisitorTlsStream
@@ -2845,10 +2855,10 @@ class Lobby:
         visitor.stream, visitor.socket = stream, sock
         self.http.handle_stream(stream, visitor.address)
 
-    # ---- Asking, and leaving
+    # ---- Answers, and the end of a visit
 
     def on_answer(self, handler: web.RequestHandler) -> None:
-        """Tornado has answered a request that was no handshake."""
+        """Called when Tornado has answered a request with anything but 101."""
         stream = cast(Any, handler.request.connection).stream
         visitor = stream.visitor
         visitor.asked, visitor.since = True, time.monotonic()
@@ -2858,14 +2868,16 @@ class Lobby:
             IOLoop.current().add_callback(stream.close)
 
     def hurry(self, handler: web.RequestHandler) -> None:
-        """Where it is crowded, makes the answer the last one."""
+        """Makes the answer the last one on its connection if the lobby is crowded."""
         if self.is_crowded():
             handler.set_header("Connection", "close")
 
     def is_crowded(self) -> bool:
+        """Whether visitors hold more than half of the descriptors in reserve."""
         return len(self.visitors) > self.server.reserve // 2
 
     def leave(self, stream: Any) -> None:
+        """Called when a stream is closed, or carries a WebSocket from now on."""
         self.visitors.pop(stream.visitor, None)
 
     def dismiss(self, visitor: Visitor) -> None:
@@ -2874,7 +2886,8 @@ class Lobby:
         (visitor.stream or visitor.socket).close()
 
     def make_room(self) -> bool:
-        """Dismisses the one that has been idle for the longest time, if there is one."""
+        """Dismisses the visitor that has been idle for the longest time. Returns False if there is
+        none."""
         oldest = next(iter(self.visitors), None)
         if oldest is None:
             return False
@@ -2885,20 +2898,22 @@ class Lobby:
         return True
 
     def dismiss_idle(self) -> None:
-        """Dismisses those who do not ask, or do not read, in time: Tornado has no limit for it."""
+        """Dismisses visitors that do not send a request in time, and those that do not read the
+        answer, for which Tornado has no time limit."""
         latest = time.monotonic() - self.server.options.handshake_timeout
         while self.visitors and (oldest := next(iter(self.visitors))).since < latest:
             self.dismiss(oldest)
 
     def is_quiet(self) -> bool:
+        """Whether each visitor has had an answer."""
         return all(visitor.asked for visitor in self.visitors)
 
 
 class HeadCheck(iostream.IOStream):
-    """Says why a request cannot be read, where Tornado closes the connection without a word."""
+    """A stream that tells the peer why a request is refused; Tornado would close it silently."""
 
     visitor: Visitor
-    # Bytes of the head that may still come, and whether its first line has ended.
+    # How many bytes of the head may still arrive, and whether the request line has arrived.
     room = HEAD
     knows_target = False
 
@@ -2909,7 +2924,7 @@ class HeadCheck(iostream.IOStream):
         return size
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
-        """The head of a request. Of one that is refused, Tornado gets to see nothing."""
+        """Reads the head of a request, and returns it to Tornado unless it is refused."""
         self.room, self.knows_target = HEAD, False
         head = await super().read_until_regex(regex, max_bytes)
         try:
