@@ -2088,11 +2088,13 @@ async def until(condition: Callable[[], bool], deadline: float) -> None:
 
 
 # --------------------------------------------------------------------------------------------- HTTP
-# What is answered without a WebSocket: why a handshake failed, the health check, the page.
+# The rules of the handshake and its refusals, who the peer is, and the answers to plain GETs: the
+# health check, the metrics and the page.
 
 
-class Refusal(Exception):  # noqa: N818  # not always an error
-    """Why a request is refused: the reason, which the metrics count, and the detail of it."""
+class Refusal(Exception):  # noqa: N818  # a plain GET is refused as well, and is no error
+    """A request is refused with this status. The metrics count the reasons; the answer and the log
+    also have the detail."""
 
     headers: ClassVar[dict[int, dict[str, str]]] = {
         405: {"Allow": "GET"},
@@ -2106,8 +2108,9 @@ class Refusal(Exception):  # noqa: N818  # not always an error
         self.text = f"{reason}: {detail}" if detail else reason
 
     def answer(self, handler: web.RequestHandler, peer: str) -> None:
-        """Answers a plain GET, too, which is not worth a line in the log."""
+        """Sends the reason, and what the server has seen of the request."""
         headers = handler.request.headers
+        # A plain GET gets 426 as well, but is not worth a line in the log.
         if self.status != 426 or "Sec-WebSocket-Key" in headers or "Upgrade" in headers:
             self.report(peer)
         seen = seen_by_server(handler.request, peer)
@@ -2126,7 +2129,7 @@ TOKEN = re.compile(r"[!#$%&'*+.^_`|~\w-]+", re.ASCII)
 
 
 def check_handshake(request: httputil.HTTPServerRequest) -> None:
-    """RFC 6455 section 4.2.1; raises Refusal."""
+    """RFC 6455 section 4.2.1: raises Refusal if the handshake is not valid."""
     headers = request.headers
     if not has_token(headers, "Upgrade", "websocket"):
         raise Refusal(426, "a WebSocket endpoint needs the header Upgrade: websocket")
@@ -2150,8 +2153,9 @@ def check_handshake(request: httputil.HTTPServerRequest) -> None:
 
 
 def check_subprotocols(headers: httputil.HTTPHeaders) -> None:
-    """RFC 6455 section 4.2.1, item 8. Some applications carry other things in that header, and
-    Tornado lets them, so this is for the stand-alone server only."""
+    """RFC 6455 section 4.2.1, item 8: raises Refusal if the header is malformed. The stand-alone
+    server alone is so strict: some applications carry other data in the header, as Tornado allows.
+    """
     offered = listed(headers.get("Sec-WebSocket-Protocol", ""))
     if not all(map(TOKEN.fullmatch, offered)):
         raise Refusal(400, "the header Sec-WebSocket-Protocol must be a list of tokens")
@@ -2162,7 +2166,7 @@ def refuse_body(headers: httputil.HTTPHeaders) -> None:
         raise Refusal(400, "a request may not have a body")
 
 
-# RFC 6455 section 4.2.2, item 5.4.
+# RFC 6455 section 4.2.2, item 5.4: from Sec-WebSocket-Key to Sec-WebSocket-Accept.
 accept_key = websocket.WebSocketProtocol13.compute_accept_value
 
 
@@ -2194,34 +2198,34 @@ def has_token(headers: httputil.HTTPHeaders, name: str, token: str) -> bool:
 
 
 def listed(text: str) -> list[str]:
-    """RFC 9110 section 5.6.1: a comma-separated list, in which empty items do not count."""
+    """RFC 9110 section 5.6.1: returns the items of a comma-separated list, less the empty ones."""
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
 @functools.lru_cache(256)
 def normal_origin(text: str) -> str:
-    """An origin as browsers write it (RFC 6454 section 6): in lower case, an IDN in punycode, and
-    without the port that the scheme implies. Raises ValueError."""
+    """Returns an origin as browsers write it (RFC 6454 section 6): in lower case, with an IDN in
+    punycode, and without the default port of the scheme. Raises ValueError."""
     if text in ("*", "null"):
         return text
-    # The name of a host has 253 characters at most.
+    # A host name has at most 253 characters, and a port follows.
     match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/?#@]{1,300})/?", text.lower())
     if not match or match[1] in ("ws", "wss"):
-        raise ValueError(f"{text!r} is no origin such as https://example.org")
+        raise ValueError(f"{text!r} is not an origin such as https://example.org")
     parts = urlsplit(match[0])
     host = parts.hostname or ""
     if ":" not in host:
         host = host.encode("idna").decode()
         if not re.fullmatch(r"[a-z0-9._-]+", host):
-            raise ValueError(f"{text!r} names no host")
-    implied = {"http": 80, "https": 443}.get(parts.scheme)
-    port = f":{parts.port}" if parts.port and parts.port != implied else ""
+            raise ValueError(f"{text!r} has no valid host name")
+    default = {"http": 80, "https": 443}.get(parts.scheme)
+    port = f":{parts.port}" if parts.port and parts.port != default else ""
     return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
 
 
 @functools.lru_cache(16)
 def parse_origins(origins: str) -> frozenset[str]:
-    """Raises ValueError."""
+    """Parses a comma-separated list of origins. Raises ValueError."""
     return frozenset(map(normal_origin, listed(origins)))
 
 
@@ -2230,19 +2234,20 @@ def is_host(origin: str, headers: httputil.HTTPHeaders) -> bool:
 
 
 def path_of(request: httputil.HTTPServerRequest) -> str:
-    """Without the query, also where the target has the absolute form (RFC 9112 section 3.2.2)."""
+    """Returns the path of the request target without its query, also if the target has the absolute
+    form (RFC 9112 section 3.2.2)."""
     path = request.path
     return path if path.startswith("/") else re.sub(r"^[A-Za-z]+://[^/]*", "", path) or "/"
 
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-# Networks of proxies; the str is "unix", which stands for all Unix sockets.
+# The networks of trusted proxies. The only str is "unix", which stands for all Unix sockets.
 Proxies = Collection[ipaddress.IPv4Network | ipaddress.IPv6Network | str]
 
 
-def read_address(text: str) -> Address:
-    """As it may be written: in brackets, with a port or a zone, IPv4 mapped into IPv6. Raises
-    ValueError."""
+def parse_address(text: str) -> Address:
+    """Parses an IP address in any form that proxies use: in brackets, with a port or a zone, or
+    IPv4-mapped. Raises ValueError."""
     bracketed = re.fullmatch(r"\[(.+)\](:\d+)?|([\d.]+):\d+", text.strip().strip('"'))
     host = (bracketed[1] or bracketed[3]) if bracketed else text.strip()
     address = ipaddress.ip_address(host.partition("%")[0])
@@ -2250,46 +2255,48 @@ def read_address(text: str) -> Address:
 
 
 def parse_proxies(text: str) -> Proxies:
-    """Raises ValueError."""
+    """Parses the value of --trusted-proxies. Raises ValueError."""
     return ["unix" if item == "unix" else parse_network(item) for item in listed(text)]
 
 
 def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     host, slash, bits = text.partition("/")
-    address = read_address(host)
+    address = parse_address(host)
     if slash and address.version == 4 and ":" in host:
+        # An IPv4-mapped network, such as ::ffff:192.0.2.0/120.
         bits = str(int(bits) - 96)
     return ipaddress.ip_network(f"{address}{slash}{bits}", strict=False)
 
 
 def peer_of(request: httputil.HTTPServerRequest, proxies: Proxies = ()) -> str:
-    """The other end of the socket, or whom Tornado has found in a header. Behind trusted proxies:
-    the last address in X-Forwarded-For that is not one of theirs."""
+    """Returns the address of the peer: the one of its socket, or the one that Tornado has taken
+    from a header. If the socket is that of a trusted proxy, it is the last address in
+    X-Forwarded-For that is not a trusted proxy's, either."""
     address = cast(Any, request.connection).context.address
     if not isinstance(address, tuple):
         host: Address | str = "unix"
     elif request.remote_ip and request.remote_ip != address[0]:
         return str(request.remote_ip)
     elif proxies:
-        host = read_address(address[0])
+        host = parse_address(address[0])
     peer = name_of(address)
     forwarded = listed(request.headers.get("X-Forwarded-For", "")) if proxies else []
     with contextlib.suppress(ValueError):
         while forwarded and is_trusted(host, proxies):
-            host = read_address(forwarded.pop())
+            host = parse_address(forwarded.pop())
             peer = str(host)
     return peer
 
 
 def name_of(address: Any) -> str:
-    """The other end of a socket, as the log names it."""
+    """Returns the address of a socket's peer in the form that the log shows."""
     if not isinstance(address, tuple):
         return "unix"
     host, port = address[:2]
     if ":" in host:
-        # IPv6, or IPv4 mapped into it.
-        read = read_address(host)
-        host = f"[{read}]" if read.version == 6 else read
+        # It is IPv6, perhaps an IPv4-mapped address.
+        parsed = parse_address(host)
+        host = f"[{parsed}]" if parsed.version == 6 else parsed
     return f"{host}:{port}"
 
 
@@ -2300,15 +2307,15 @@ def is_trusted(host: Address | str, proxies: Proxies) -> bool:
 
 
 def printable(text: str | bytes | bytearray, most: int = 200) -> str:
-    """In ASCII, on one line, and not too long."""
+    """Returns the first characters or bytes of `text`, escaped to be ASCII on one line."""
     if isinstance(text, str):
         return text[:most].encode("unicode_escape").decode()
     return repr(bytes(text[:most]))[2:-1]
 
 
 def seen_by_server(request: httputil.HTTPServerRequest, peer: str) -> list[tuple[str, str]]:
-    """Of the handshake, for those whose proxy drops or changes headers. Never cookies or
-    credentials: a page can read this."""
+    """Returns the peer and the headers of a handshake, for people whose proxy drops or changes
+    some. Cookies and credentials are left out, since any page may read the answer."""
     shown = re.compile(r"Host|Connection|Upgrade|Origin|Sec-Websocket-.*|X-Forwarded-.*")
     headers = [item for item in sorted(request.headers.get_all()) if shown.fullmatch(item[0])]
     return [
@@ -2329,34 +2336,42 @@ def answer(handler: web.RequestHandler, media_type: str, body: str, **more: str)
     handler.finish(body)
 
 
+# The name of a metric, the text about it, and its values by labels.
+Family = tuple[str, str, Mapping[str, float]]
+
+
 def metrics(connections: Connections) -> str:
-    """In the text format of Prometheus, version 0.0.4."""
-    messages, sizes = by_type(connections.all_traffic())
-    closed = Counter[str]()
-    for code, count in connections.closed.items():
-        # Codes that applications choose share a series, so that no peer can make thousands.
-        closed[f"{code // 1000}000-{code // 1000}999" if code >= 3000 else str(code)] += count
-    families: list[tuple[str, str, Mapping[str, float]]] = [
-        ("ws_echo_build_info", "The version of ws-echo.", by("version", {__version__: 1})),
-        ("ws_echo_connections", "Open WebSocket connections.", {"": len(connections.open)}),
-        ("ws_echo_connections_opened_total", "Opened so far.", {"": connections.opened}),
-        ("ws_echo_connections_closed_total", "Closed, by code; 1006: none.", by("code", closed)),
-        ("ws_echo_connections_cut_total", "Given up, by reason.", by("reason", connections.cut)),
-        ("ws_echo_handshakes_refused_total", "By reason.", by("reason", connections.refused)),
-        ("ws_echo_messages_total", "Messages, by direction and type.", messages),
-        ("ws_echo_message_bytes_total", "Bytes of payload, by direction and type.", sizes),
-        *process_metrics(),
-    ]
+    """Returns the metrics in Prometheus's text format, version 0.0.4."""
     lines = []
-    for name, text, values in families:
+    for name, text, values in [*connection_metrics(connections), *process_metrics()]:
         kind = "counter" if name.endswith("_total") else "gauge"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         lines += [f"{name}{labels} {value}" for labels, value in values.items()]
     return "\n".join(lines) + "\n"
 
 
+def connection_metrics(connections: Connections) -> list[Family]:
+    messages, sizes = by_type(connections.all_traffic())
+    closed = Counter[str]()
+    for code, count in connections.closed.items():
+        # The codes of applications share two series, so that no peer can create thousands.
+        closed[f"{code // 1000}000-{code // 1000}999" if code >= 3000 else str(code)] += count
+    by_code = by("code", closed)
+    families: list[Family] = [
+        ("build_info", "Version of ws-echo.", by("version", {__version__: 1})),
+        ("connections", "Open WebSocket connections.", {"": len(connections.open)}),
+        ("connections_opened_total", "Connections opened.", {"": connections.opened}),
+        ("connections_closed_total", "Connections closed, by code (1006: none).", by_code),
+        ("connections_cut_total", "Connections cut, by reason.", by("reason", connections.cut)),
+        ("handshakes_refused_total", "Refusals, by reason.", by("reason", connections.refused)),
+        ("messages_total", "Messages, by direction and type.", messages),
+        ("message_bytes_total", "Bytes of messages, by direction and type.", sizes),
+    ]
+    return [(f"ws_echo_{name}", text, values) for name, text, values in families]
+
+
 def by_type(traffic: Traffic) -> tuple[dict[str, int], dict[str, int]]:
-    """Numbers of messages, and of bytes in them, by labels."""
+    """Returns the number of messages and the number of their bytes, both by labels."""
     messages, sizes = {}, {}
     for way in ("received", "sent"):
         for kind, plural in (("text", "texts"), ("binary", "binaries")):
@@ -2370,21 +2385,30 @@ def by(label: str, counts: Mapping[Any, int]) -> dict[str, int]:
     return {f'{{{label}="{value}"}}': count for value, count in counts.items()}
 
 
-def process_metrics() -> list[tuple[str, str, dict[str, float]]]:
-    """What Prometheus's client libraries tell of every process, under the same names."""
+def process_metrics() -> list[Family]:
+    """Returns what Prometheus's client libraries export about every process, in their words."""
     import resource
 
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    values = {
-        "start_time_seconds": (STARTED, "Start time since the epoch."),
-        "cpu_seconds_total": (usage.ru_utime + usage.ru_stime, "CPU time, user and system."),
-        "max_fds": (resource.getrlimit(resource.RLIMIT_NOFILE)[0], "Limit of descriptors."),
+    values: dict[str, tuple[float, str]] = {
+        "start_time_seconds": (STARTED, "Start time of the process since unix epoch in seconds."),
+        "cpu_seconds_total": (
+            usage.ru_utime + usage.ru_stime,
+            "Total user and system CPU time spent in seconds.",
+        ),
+        "max_fds": (
+            resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "Maximum number of open file descriptors.",
+        ),
     }
     with contextlib.suppress(OSError):
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[1])
-        values["resident_memory_bytes"] = pages * resource.getpagesize(), "Resident memory."
-        values["open_fds"] = len(os.listdir("/proc/self/fd")) - 1, "Open descriptors."
+        size = pages * resource.getpagesize()
+        values["resident_memory_bytes"] = size, "Resident memory size in bytes."
+        # Listing them has opened one more.
+        descriptors = len(os.listdir("/proc/self/fd")) - 1
+        values["open_fds"] = descriptors, "Number of open file descriptors."
     return [(f"process_{name}", text, {"": value}) for name, (value, text) in values.items()]
 
 
@@ -2392,7 +2416,7 @@ STARTED = time.time()
 
 
 class PlainGet(routing.Matcher):
-    """A GET that is no handshake, for one of these paths or by somebody who accepts HTML."""
+    """Matches a GET that is not a handshake, if its path is one of these or it accepts HTML."""
 
     def __init__(self, paths: Collection[str]) -> None:
         self.paths = paths
@@ -2407,6 +2431,8 @@ class PlainGet(routing.Matcher):
 
 @web.stream_request_body
 class PlainHandler(web.RequestHandler):
+    """Answers plain GETs with the health check, the metrics, or the page."""
+
     def initialize(self, server: Server) -> None:
         self.server = server
 
@@ -2416,7 +2442,7 @@ class PlainHandler(web.RequestHandler):
     def get(self) -> None:
         server, path = self.server, path_of(self.request)
         if path == "/healthz":
-            # For load balancers.
+            # A load balancer sends no new clients to a server that answers 503.
             self.set_status(503 if server.stopping else 200)
             answer(self, "text/plain", "stopping\n" if server.stopping else "ok\n")
         elif path == "/metrics" and server.options.metrics:
@@ -2436,7 +2462,7 @@ class PlainHandler(web.RequestHandler):
             page = page.replace("<details>", "<details hidden>")
         headers = {
             "Content-Security-Policy": page_policy(self.request.host),
-            # A page that is isolated from all others gets exact clocks.
+            # Browsers give more precise clocks to a cross-origin isolated page.
             "Cross-Origin-Opener-Policy": "same-origin",
             "Cross-Origin-Embedder-Policy": "require-corp",
         }
@@ -2444,8 +2470,9 @@ class PlainHandler(web.RequestHandler):
 
 
 def page_policy(host: str) -> str:
-    """Allows the page's own style and script, and connections to its own host, which is named since
-    older versions of Safari do not count ws: as 'self'."""
+    """Returns the Content-Security-Policy: it allows the page's own style and script, and
+    connections to its host, which is named since 'self' excludes ws: in older versions of Safari.
+    """
     import base64
     import hashlib
 
@@ -2463,7 +2490,8 @@ def page_policy(host: str) -> str:
 def option(
     group: str, default: Any, text: str, metavar: str = "", least: float = 0, most: float = 2**53
 ) -> Any:
-    """A field of Options: `least` and `most` bound a number, `metavar` names its unit."""
+    """Makes a field of Options. `metavar` stands for the value in --help. A number has to be from
+    `least` to `most`."""
     metadata = {"group": group, "help": text, "metavar": metavar, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -2476,22 +2504,28 @@ listening, tls, echo, limits, operation, client = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each option once: flags, and the names in the configuration file, are made from these."""
+    """Each option, once: flags and the names in the configuration file are made from the fields."""
 
-    address: str = listening("", "address to listen on (default: all of IPv4 and IPv6)", "ADDRESS")
-    port: int = listening(4000, "port to listen on; 0: any free one", "PORT", 0, 65535)
-    reuse_port: bool = listening(False, "share the port with other processes that do the same")
-    unix_socket: str = listening("", "Unix socket to listen on instead of TCP", "PATH")
+    address: str = listening("", "address to listen on (default: all IPv4 and IPv6)", "ADDRESS")
+    port: int = listening(4000, "port to listen on; 0: any free port", "PORT", 0, 65535)
+    reuse_port: bool = listening(False, "share the port with other processes that set this, too")
+    unix_socket: str = listening("", "Unix socket to listen on instead of a TCP port", "PATH")
     certfile: str = tls("", "PEM file with the certificate chain; turns TLS on", "FILE")
-    keyfile: str = tls("", "PEM file with the private key, if it is not in --certfile", "FILE")
-    client_cafile: str = tls("", "PEM file of the authorities that must certify clients", "FILE")
-    prefix: str = echo("ECHO:", "text before each reply; '' makes the server a mirror", "TEXT")
-    origins: str = echo("*", "origins whose pages may connect; *: any; '': only our own", "LIST")
-    compression: bool = echo(True, "accept permessage-deflate when a client offers it")
+    keyfile: str = tls("", "PEM file with the private key, if --certfile has none", "FILE")
+    client_cafile: str = tls(
+        "", "PEM file with CAs; each client needs a certificate by one", "FILE"
+    )
+    prefix: str = echo("ECHO:", "start of each reply; '' makes the server a mirror", "TEXT")
+    origins: str = echo(
+        "*", "origins whose pages may connect; *: any; '': only the server's own", "LIST"
+    )
+    compression: bool = echo(True, "accept permessage-deflate if a client offers it")
     scenarios: bool = echo(True, "let the URL ask for delays, closes, drops and pushes")
-    max_message_size: int = limits(1 << 20, "largest message, also after inflating", "BYTES", 125)
+    max_message_size: int = limits(
+        1 << 20, "largest size of a message, also after inflating", "BYTES", 125
+    )
     max_connections: int = limits(
-        0, "most connections at once; 0: what descriptors allow", "NUMBER"
+        0, "most WebSockets at a time; 0: as many as there are descriptors for", "NUMBER"
     )
     handshake_timeout: float = limits(
         10.0, "seconds for the TLS handshake, and again for the request", "SECONDS", 0.001
@@ -2500,28 +2534,36 @@ class Options:
         30.0, "seconds of silence before a ping is sent; 0: never", "SECONDS"
     )
     ping_timeout: float = limits(30.0, "seconds to wait for a pong; 0: forever", "SECONDS")
-    stall_timeout: float = limits(60.0, "seconds a message may stand still; 0: forever", "SECONDS")
-    drain_timeout: float = limits(10.0, "seconds for clients to leave after SIGTERM", "SECONDS")
-    trusted_proxies: str = operation("", "proxies whose X-Forwarded-For is believed", "LIST")
-    metrics: bool = operation(False, "answer /metrics for Prometheus")
-    log_level: str = operation("debug", "lowest level to log: debug, info, warning, error", "LEVEL")
-    config: str = operation("", "TOML file with these options; the command line wins", "FILE")
-    connect: str = client("", "connect to this server as a client, instead of serving", "URL")
-    send: tuple[str, ...] = client((), "text to send; repeatable (default: lines of stdin)", "TEXT")
-    timeout: float = client(
-        10.0, "seconds to wait for the handshake, and for each answer", "SECONDS", 0.001
+    stall_timeout: float = limits(
+        60.0, "seconds that a message may make no progress; 0: forever", "SECONDS"
     )
-    cafile: str = client("", "PEM file of authorities to trust instead of the system's", "FILE")
-    insecure: bool = client(False, "do not check the server's certificate")
+    drain_timeout: float = limits(
+        10.0, "seconds that clients get to leave after SIGTERM", "SECONDS"
+    )
+    trusted_proxies: str = operation(
+        "", "addresses or networks of proxies whose X-Forwarded-For is trusted", "LIST"
+    )
+    metrics: bool = operation(False, "serve metrics for Prometheus at /metrics")
+    log_level: str = operation("debug", "lowest level to log: debug, info, warning, error", "LEVEL")
+    config: str = operation("", "TOML file with these options; flags override it", "FILE")
+    connect: str = client("", "URL to connect to as a client, instead of serving", "URL")
+    send: tuple[str, ...] = client(
+        (), "text to send; repeatable (default: the lines of standard input)", "TEXT"
+    )
+    timeout: float = client(
+        10.0, "seconds to wait for the handshake, and for each reply", "SECONDS", 0.001
+    )
+    cafile: str = client("", "PEM file with the CAs to trust, instead of the system's", "FILE")
+    insecure: bool = client(False, "do not verify the server's certificate")
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 LEVELS = "debug", "info", "warning", "error"
 
 
 def check_option(name: str, value: Any) -> Any:
-    """The value, in its type. Raises ValueError, which says what is wrong with it."""
+    """Returns the value in the type of the option. Raises ValueError if it is not allowed."""
     field = FIELDS[name]
     kind: Any = type(field.default)
     if kind is float and type(value) is int:
@@ -2534,7 +2576,7 @@ def check_option(name: str, value: Any) -> Any:
     if name == "log_level" and value not in LEVELS:
         raise ValueError(f"{value!r} is not debug, info, warning or error")
     if field.metadata["metavar"] == "FILE" and "\0" in value:
-        raise ValueError(f"{value!r} cannot be the name of a file")
+        raise ValueError(f"{value!r} cannot be a file name")
     if name == "trusted_proxies":
         parse_proxies(value)
     if name == "origins":
@@ -2545,7 +2587,8 @@ def check_option(name: str, value: Any) -> Any:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Raises OSError when it cannot be read, ValueError when something in it is wrong."""
+    """Reads the configuration file. Raises OSError if this is impossible, and ValueError if an
+    option in it is wrong."""
     import tomllib
 
     options, where = {}, path
