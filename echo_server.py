@@ -1391,7 +1391,7 @@ class Connection(websocket.WebSocketProtocol):
     def _break(self) -> None:
         # All of these methods log last, since a host's log handler may write to this connection.
         self.drop()
-        log.exception("[SERVER] error:a mistake of ours, %s", self.peer)
+        log.exception("[SERVER] error:unhandled exception, %s", self.peer)
 
     def ready(self, events: int) -> None:
         """Called when bytes have arrived, the kernel takes bytes again, or the peer is lost."""
@@ -2606,47 +2606,49 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------- Server
-# Listening sockets, those who are connected and no WebSocket yet, TLS, systemd, a clean stop.
+# The stand-alone server: the lobby, listening sockets, TLS, systemd, and the clean stop.
 
 
-class CannotServe(Exception):  # noqa: N818  # not our error, either
-    """The surroundings do not let us serve. The text is one line that names what is wrong."""
+class CannotServe(Exception):  # noqa: N818  # the error is in the environment
+    """The environment keeps the server from starting. The text names the obstacle in one line."""
 
 
-# Descriptors that are not for WebSockets: files, listening sockets, handshakes, health checks.
+# The descriptors kept free of WebSockets: for files, listening sockets, handshakes, health checks.
 RESERVE = 64
-# Connections that wait in the kernel to be accepted, if net.core.somaxconn allows it.
+# The most connections that wait in the kernel to be accepted; net.core.somaxconn may allow fewer.
 BACKLOG = 4096
-# Seconds in which those who are connected when we are told to stop can still ask.
+# The seconds after the signal to stop in which the clients in the lobby can still send a request.
 GRACE = 1.0
-# Seconds in which nobody is accepted after descriptors have run out.
+# The seconds without accepting after descriptors have run out.
 PAUSE = 0.5
-# Bytes of a request before its body, and what ends them, as Tornado has it.
+# The most bytes in the head of a request (its request line and headers), and what ends it, as in
+# Tornado.
 HEAD = 16 * 1024
 END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 
 
 async def run_server(options: Options, reread: Callable[[], Options]) -> int:
-    # What Tornado and asyncio log below WARNING is a peer's doing, and is not shown.
+    import gc
+
+    # The level of all other loggers stays WARNING: what Tornado and asyncio log below that is
+    # caused by peers.
     lines = LineHandler(Connections.current())
     logging.basicConfig(handlers=[lines])
     log.setLevel(options.log_level.upper())
-    import gc
-
-    # No line shows what these find out, which takes a third of the time of a line.
+    # No line shows the thread or the process, and looking them up takes a third of a line's time.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    # Python loads these when they are first used, and by then there may be no descriptor left.
+    # Python loads a codec when it is first used, and by then there may be no descriptor left.
     for codec in ("unicode_escape", "idna"):
         codecs.lookup(codec)
-    # What is there now stays. Connections leave little garbage, so it is looked for less often: the
-    # search took a tenth of the time of short connections.
+    # The collector passes over the objects that exist now, since they stay. It also runs less
+    # often, since connections leave little garbage: it took a tenth of a short connection's time.
     gc.freeze()
     gc.set_threshold(2_000, 10, 10)
     await Server(options, reread, lines).serve()
     return 0
 
 
-# There is no body. Without this, Tornado looks for one where Content-Type speaks of it.
+# Without this, Tornado would parse the body for some values of Content-Type, but there is none.
 @web.stream_request_body
 class ServedHandler(EchoHandler):
     """EchoHandler in the stand-alone server."""
@@ -2663,7 +2665,8 @@ class ServedHandler(EchoHandler):
         )
 
     def clear(self) -> None:
-        """Makes the headers of an answer, in 8 us and 1 KB; Tornado sends none in the lobby."""
+        """Sets the default headers of an answer, which takes 8 us and 1 KB. In the lobby, Tornado
+        sends no answer, so they are left out."""
         if not isinstance(self.request.connection, Visitor):
             super().clear()
 
@@ -2679,8 +2682,9 @@ class ServedHandler(EchoHandler):
         self._server.check_room()
 
     def shake_hands(self) -> tuple[Connection, bytes]:
-        """The handshake without Tornado's HTTP server. Returns the answer, too; raises Refusal."""
-        # It takes 0.7 KB, for templates, of which there are none.
+        """Does the handshake without Tornado's HTTP server. Returns the connection and the answer.
+        Raises Refusal."""
+        # This namespace for templates takes 0.7 KB, and no template is rendered.
         self.ui = None  # type: ignore[assignment]  # as Tornado does it at the end
         self.open_args, self.open_kwargs = (), {}
         self._check_handshake()
@@ -2688,11 +2692,11 @@ class ServedHandler(EchoHandler):
         return connection, switching_protocols(connection.negotiate())
 
     async def _switch_protocols(self, answer: dict[str, str]) -> iostream.IOStream:
-        """The handshake with it: the same bytes leave."""
+        """Does the handshake with Tornado's HTTP server. The same bytes leave."""
         stream = self.detach()
         with contextlib.suppress(iostream.StreamClosedError):
             await stream.write(switching_protocols(answer))
-        # Not before, since a peer that reads nothing does not take this either.
+        # Until the answer has left, the lobby dismisses a peer that reads nothing.
         self._server.lobby.leave(stream)
         return stream
 
@@ -2740,7 +2744,7 @@ class Visitor:
         except OSError:
             self.lobby.dismiss(self)
         except Exception:
-            log.exception("[SERVER] error:a mistake of ours, %s", self)
+            log.exception("[SERVER] error:unhandled exception, %s", self)
             self.lobby.dismiss(self)
 
     def __str__(self) -> str:
@@ -3000,15 +3004,15 @@ class VisitorTlsStream(HeadCheck, iostream.SSLIOStream):
     pass
 
 
-# The usual line: a name, and a value without control characters.
+# The usual header line: a name, and a value without control characters other than a tab.
 HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r\n")
 
 
 def read_headers(text: str) -> httputil.HTTPHeaders:
     """Returns what HTTPHeaders.parse does, in half of its time, which was a seventh of the time of
-    a connection that comes and goes. Any unusual line, or a name that is there twice, is left to
-    it."""
-    # What is between the lines, and the two groups of each.
+    a short connection. An unusual line, or a name that occurs twice, is left to HTTPHeaders.parse.
+    """
+    # The texts between the matches, and after each of them the two groups of a match.
     parts = HEADER.split(text)
     if parts[-1] == "\r\n" and not any(parts[:-1:3]):
         values = (value.strip(" \t") for value in parts[2::3])
@@ -3020,7 +3024,7 @@ def read_headers(text: str) -> httputil.HTTPHeaders:
 
 
 def read_head(head: bytes, visitor: Visitor) -> httputil.HTTPServerRequest:
-    """The request, if Tornado takes it. Raises Refusal."""
+    """Parses the head of a request. Raises Refusal if Tornado would not accept it."""
     line, _, rest = head.decode("latin-1").lstrip("\r\n").partition("\n")
     start = line.rstrip("\r")
     try:
@@ -3030,15 +3034,14 @@ def read_head(head: bytes, visitor: Visitor) -> httputil.HTTPServerRequest:
             start_line=start_line, headers=headers, connection=connection
         )
     except httputil.HTTPInputError as error:
-        # Tornado quotes the value, which may be a secret.
-        raise Refusal(
-            400, "the request cannot be read", re.split(":? ['\"]", str(error))[0]
-        ) from None
+        # Tornado's text goes on with the value, which may be a secret.
+        detail = re.split(":? ['\"]", str(error))[0]
+        raise Refusal(400, "the request cannot be read", detail) from None
     return request
 
 
 def plain_answer(status: int, text: str) -> bytes:
-    """Like Refusal.answer, where there is no handler to do it."""
+    """Returns an answer like that of Refusal.answer, for use without a handler."""
     from http import HTTPStatus
 
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
@@ -3048,8 +3051,8 @@ def plain_answer(status: int, text: str) -> bytes:
 
 
 class Server:
-    """Serves until a signal stops it. It listens as soon as it is made, so that whatever is in the
-    way is said early."""
+    """Serves until a signal stops it. Its constructor opens the listening sockets and reads the TLS
+    files, and raises CannotServe if that fails."""
 
     def __init__(self, options: Options, reread: Callable[[], Options], lines: LineHandler) -> None:
         self.options = options
@@ -3063,9 +3066,9 @@ class Server:
         self.tls = tls_context(options)
         inherited = inherited_sockets()
         self.sockets = inherited or listening_sockets(options)
-        # Those that end with us: what is inherited may be served again by the next process.
+        # The sockets that end with this process. Inherited ones may be served by the next process.
         self.own = [] if inherited else self.sockets
-        # The socket file to remove at the end, if it is still ours then.
+        # The socket file to remove at the end, unless it has been replaced by then.
         self.file = socket_file(options.unix_socket) if not inherited else None
         self.urls = ", ".join(urls_of(self.sockets, self.tls is not None))
         self.connections = Connections.current()
@@ -3083,14 +3086,14 @@ class Server:
         loop.add_signal_handler(signal.SIGHUP, self.reload)
         for sock in self.sockets:
             if sock.family != socket.AF_UNIX:
-                # Accepted sockets inherit it.
+                # Accepted sockets inherit this.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.lobby.watch(sock)
         log.info("[SERVER] listening on %s", self.urls)
         notify("READY=1")
-        # In a group, so that the server does not go on when one of them has failed.
+        # The group ends the server if one of the tasks fails.
         async with asyncio.TaskGroup() as group:
-            chores = self.keep_systemd_informed(), self.dismiss_idle(), self.show_counts()
+            chores = self.keep_systemd_informed(), self.clean_up(), self.flush_lines()
             tasks = [group.create_task(chore) for chore in chores]
             await self.signalled.wait()
             await self.drain()
@@ -3098,17 +3101,17 @@ class Server:
                 task.cancel()
         log.info("[SERVER] stopped")
 
-    async def show_counts(self) -> None:
+    async def flush_lines(self) -> None:
         while True:
             await asyncio.sleep(1)
             self.lines.flush()
 
-    async def dismiss_idle(self) -> None:
-        """Also gives memory back to the system when many have left."""
+    async def clean_up(self) -> None:
+        """Dismisses idle visitors. Returns memory to the kernel when many clients have left."""
         import ctypes
         import gc
 
-        # A function of glibc's, which gives back what is free anywhere in the heap.
+        # This function of glibc returns all that is free, not only what is at the top of the heap.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
         seen = 0
         while True:
@@ -3117,17 +3120,17 @@ class Server:
             left = self.lobby.accepted - len(self.lobby.visitors) - len(self.connections.open)
             if left - seen >= 50:
                 seen = left
-                # Much is held by errors of Tornado's, in cycles.
+                # Exceptions in Tornado leave much of it in reference cycles.
                 gc.collect(2 if len(self.connections.open) < 1_000 else 1)
                 trim(0)
 
     def check_room(self) -> None:
-        """Raises Refusal when there is no room for one more WebSocket, and its descriptor."""
+        """Raises Refusal if there may not be another WebSocket."""
         if len(self.connections.open) >= self.max_connections:
             raise Refusal(503, "the server is stopping" if self.stopping else "the server is full")
 
     def stop(self, number: int) -> None:
-        """SIGTERM and SIGINT: the first one lets everybody finish, the second one does not."""
+        """Called for SIGTERM and SIGINT. The first starts a clean stop, and the second exits."""
         if self.stopping:
             self.connections.close()
             sys.exit(128 + number)
@@ -3135,13 +3138,13 @@ class Server:
         self.signalled.set()
 
     async def drain(self) -> None:
-        """Sends everybody away, also those who have connected and not asked yet: a restart refuses
-        nobody."""
+        """Stops accepting, and sends every client away with 1001. Clients that have connected but
+        have not sent a request yet have GRACE seconds for it, so that a restart refuses nobody."""
         notify(f"STOPPING=1\nSTATUS=stopping with {len(self.connections.open)} connections")
         for listener in self.sockets:
             IOLoop.current().remove_handler(listener)
             if listener in self.own:
-                # Right before it is closed, since who comes in between is reset.
+                # Right before closing, since connections that arrive in between are reset.
                 self.lobby.accept_rest(listener)
             listener.close()
         if self.file and socket_file(self.file[0]) == self.file:
@@ -3149,13 +3152,13 @@ class Server:
         seconds = self.options.drain_timeout
         leaving = asyncio.create_task(self.connections.go_away(self.application, seconds))
         await until(self.lobby.is_quiet, time.monotonic() + min(GRACE, seconds))
-        # From now on, those who had connected before are refused, too.
+        # From now on, handshakes on connections from before are refused, too.
         self.max_connections = 0
         await leaving
 
     def reload(self) -> None:
-        """SIGHUP: reads the certificate and the log level again. If one of them is wrong, nothing
-        changes."""
+        """Called for SIGHUP: reads the certificate and the log level again. If one of them is
+        wrong, nothing changes."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             options = self.reread()
@@ -3170,8 +3173,8 @@ class Server:
             notify("READY=1")
 
     async def keep_systemd_informed(self) -> None:
-        """WATCHDOG=1 comes from the event loop: where that hangs, systemd restarts us; where it is
-        busy, it does not."""
+        """Sends the status and, for the watchdog, WATCHDOG=1. The event loop runs this, so systemd
+        restarts a server whose event loop hangs, but not one that is merely busy."""
         ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
         while "NOTIFY_SOCKET" in os.environ:
@@ -3197,9 +3200,9 @@ def listening_sockets(options: Options) -> list[socket.socket]:
 
 
 def check_free(path: str) -> None:
-    """A socket file that nobody listens on is replaced. Raises OSError if somebody does."""
+    """Raises OSError if somebody listens on this socket file. Otherwise it can be replaced."""
     with socket.socket(socket.AF_UNIX) as probe:
-        # A listener whose queue is full would keep us waiting.
+        # Otherwise this would wait for a listener whose queue is full.
         probe.setblocking(False)
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             with contextlib.suppress(BlockingIOError):
@@ -3208,7 +3211,8 @@ def check_free(path: str) -> None:
 
 
 def socket_file(path: str) -> tuple[str, int, int] | None:
-    """A path and which file is there; None where there is none, as for an abstract socket."""
+    """Returns the path, and the device and inode of its file; or None if there is no file, as for
+    an abstract socket."""
     with contextlib.suppress(OSError, ValueError):
         if path:
             status = os.stat(path)
@@ -3217,8 +3221,8 @@ def socket_file(path: str) -> tuple[str, int, int] | None:
 
 
 def inherited_sockets() -> list[socket.socket]:
-    """Socket activation, sd_listen_fds(3): descriptors from 3 on, meant for us if LISTEN_PID says
-    so. Raises CannotServe."""
+    """Socket activation, as in sd_listen_fds(3): returns the sockets that systemd has passed to
+    this process, from descriptor 3 on. Raises CannotServe."""
     pid, count, _ = (
         os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     )
@@ -3226,18 +3230,18 @@ def inherited_sockets() -> list[socket.socket]:
         return []
     sockets = [inherited_socket(number) for number in range(3, 3 + int(count))]
     if sockets:
-        log.info("[SERVER] systemd has opened the sockets: --address and its like do not count")
+        log.info("[SERVER] serving on systemd's sockets, not on --address, --port or --unix-socket")
     return sockets
 
 
 def inherited_socket(number: int) -> socket.socket:
-    """Raises CannotServe if no connections can be accepted from it."""
+    """Returns the socket of this descriptor. Raises CannotServe if it is not a listening one."""
     families = {socket.AF_INET: "TCP", socket.AF_INET6: "TCP", socket.AF_UNIX: "Unix"}
     try:
         sock = socket.socket(fileno=number)
     except OSError as error:
         raise CannotServe(f"inherited descriptor {number}: {error.strerror}") from None
-    # Python has no names for some.
+    # Python has no names for some families and types.
     what = ", ".join(str(getattr(kind, "name", kind)) for kind in (sock.family, sock.type))
     if sock.family not in families or sock.type != socket.SOCK_STREAM:
         raise CannotServe(f"inherited descriptor {number} is not a TCP or Unix socket: {what}")
@@ -3249,57 +3253,57 @@ def inherited_socket(number: int) -> socket.socket:
 
 
 def notify(state: str) -> None:
-    """sd_notify(3); does nothing when not started by systemd."""
+    """Tells systemd, as in sd_notify(3). Does nothing if systemd has not started this process."""
     if path := os.environ.get("NOTIFY_SOCKET"):
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.sendto(state.encode(), re.sub("^@", "\0", path))
         except OSError as error:
             log.warning("[SERVER] error:cannot tell systemd: %s", error)
-            # It is not tried, or said, again.
+            # Without this, the next calls would fail and log, too.
             del os.environ["NOTIFY_SOCKET"]
 
 
 def urls_of(sockets: list[socket.socket], tls: bool) -> list[str]:
-    """URLs that can be connected to; with `localhost` where both IPv4 and IPv6 are served."""
+    """Returns the URLs to connect to, with `localhost` if both IPv4 and IPv6 are served."""
     scheme = "wss" if tls else "ws"
     urls = []
     bound = {sock.getsockname()[:2] for sock in sockets}
     for sock in sockets:
         name = sock.getsockname()
         if sock.family == socket.AF_UNIX:
-            # Abstract ones begin with NUL, unix(7).
+            # The name of an abstract socket begins with NUL, see unix(7).
             urls.append(f"ws+unix:{os.fsdecode(name)}".replace("\0", "@"))
             continue
         host, port = name[:2]
-        if host in ANYWHERE:
-            both = all((any_host, port) in bound for any_host in ANYWHERE) or (
+        if host in WILDCARDS:
+            both = all((wildcard, port) in bound for wildcard in WILDCARDS) or (
                 host == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
             )
-            host = "localhost" if both else ANYWHERE[host]
+            host = "localhost" if both else WILDCARDS[host]
         urls.append(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/")
     return list(dict.fromkeys(urls))
 
 
-# The addresses that stand for all of a host, and what connects to them.
-ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # nothing is bound to these here
+# The wildcard addresses, and the loopback address of each.
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # nothing is bound to these here
 
 
 def tls_context(options: Options) -> ssl.SSLContext | None:
-    """Raises CannotServe."""
+    """Returns None without --certfile. Raises CannotServe if a file is unsuitable."""
     if not options.certfile:
         return None
     files = [name for name in (options.certfile, options.keyfile, options.client_cafile) if name]
     try:
         for name in files:
-            # ssl does not say which one it cannot read.
+            # The errors of ssl do not name the file that cannot be read.
             open(name, "rb").close()
         purpose = ssl.Purpose.CLIENT_AUTH
         context = ssl.create_default_context(purpose, cafile=options.client_cafile or None)
         context.verify_mode = ssl.CERT_REQUIRED if options.client_cafile else ssl.CERT_NONE
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
-        # With a password, so that none is asked for.
+        # Without a password, OpenSSL would ask for that of an encrypted key at the terminal.
         context.load_cert_chain(options.certfile, options.keyfile or None, password="")
         return context
     except ssl.SSLError as error:
@@ -3326,13 +3330,13 @@ def descriptor_limit() -> int:
 
 
 async def run_client(options: Options) -> int:
-    """Returns 0 if the handshake succeeded and as many messages came as were sent, else 1."""
-    # What goes wrong is said below, not by Tornado.
+    """Returns 0 if the handshake succeeded and every message was answered, else 1."""
+    # Errors are reported below; what Tornado logs about them is not shown.
     logging.basicConfig(handlers=[logging.NullHandler()])
     if sys.stdout:
         cast(Any, sys.stdout).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        # Tornado knows the scheme in lower case only.
+        # Tornado accepts the scheme in lower case only.
         url = re.sub("^wss?", lambda match: match[0].lower(), options.connect, flags=re.IGNORECASE)
         request = client_request(url, options)
         connection = await websocket.websocket_connect(request, max_message_size=1 << 30)
@@ -3343,16 +3347,16 @@ async def run_client(options: Options) -> int:
         finally:
             connection.close(1000)
     except BrokenPipeError:
-        # Nobody reads what we print.
+        # Nobody reads standard output. Without this, Python would fail to flush it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception as error:
-        # About the URL, the name, the connection, TLS, the handshake, or an answer.
+        # It may be about the URL, the host name, the connection, TLS, the handshake, or a reply.
         return fail(f"[CLIENT] error:{options.connect}: {explain(error)}")
 
 
 def explain(error: Exception) -> str:
-    """In a line; where a server has refused the handshake, in its own words."""
+    """Describes an error in one line; a refused handshake, in the words of the server."""
     response = error.response if isinstance(error, httpclient.HTTPClientError) else None
     if response and response.headers.get("Content-Type", "").startswith("text/plain"):
         first = response.body.decode(errors="replace").strip().partition("\n")[0]
@@ -3365,7 +3369,7 @@ def explain(error: Exception) -> str:
 
 def client_request(url: str, options: Options) -> httpclient.HTTPRequest:
     if options.cafile:
-        # ssl does not say which file it cannot read.
+        # The errors of ssl do not name the file that cannot be read.
         try:
             open(options.cafile, "rb").close()
         except OSError as error:
@@ -3380,7 +3384,7 @@ def client_request(url: str, options: Options) -> httpclient.HTTPRequest:
 
 
 async def converse(connection: websocket.WebSocketClientConnection, options: Options) -> None:
-    """Raises ConnectionError when fewer messages come than are sent."""
+    """Sends all texts and prints the replies. Raises ConnectionError if a reply is missing."""
     sent = received = 0
 
     async def send_all() -> None:
@@ -3396,27 +3400,27 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
         limit = options.timeout if received < sent else None
         done, _ = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not done:
-            raise ConnectionError(f"no answer within {options.timeout:g} s")
+            raise ConnectionError(f"no reply within {options.timeout:g} s")
         if sending in done and (error := sending.exception()):
             raise ConnectionError(str(error) or "closed before everything was sent")
         if reading in done:
             message, reading = reading.result(), asyncio.ensure_future(connection.read_message())
             if message is None:
                 code = connection.close_code or 1006
-                raise ConnectionError(f"closed with {code}, answers missing: {sent - received}")
+                raise ConnectionError(f"closed with {code}, replies missing: {sent - received}")
             received += 1
             print("[CLIENT] Received:", shown(message))
 
 
 def shown(message: str | bytes) -> str:
-    """What a server sends must not command a terminal."""
+    """Returns a message as it is printed: what a server sends must not control the terminal."""
     if isinstance(message, bytes):
         return printable(message)
     return escaped(message) if sys.stdout.isatty() else message
 
 
 async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
-    """What to send: the options, or else the lines of standard input."""
+    """Yields the texts to send: those of --send, or else the lines of standard input."""
     import threading
 
     queue: asyncio.Queue[str | None] = asyncio.Queue()
@@ -3427,7 +3431,7 @@ async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
             for text in itertools.chain(given or (line.rstrip("\n") for line in file), [None]):
                 loop.call_soon_threadsafe(queue.put_nowait, text)
 
-    # In a thread of its own, since not every standard input can be polled.
+    # This is a thread because some kinds of standard input, such as files, cannot be polled.
     threading.Thread(target=read, daemon=True).start()
     while (text := await queue.get()) is not None:
         yield text
@@ -3436,12 +3440,12 @@ async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
 # ------------------------------------------------------------------------------------- Command line
 
 __version__ = "1.0.0"
-# Most lines of a kind in the log.
+# The most lines of one kind that the log shows in a second.
 LINES_A_SECOND = 50
-# Most characters of a line.
+# The most characters in a line.
 LONGEST_LINE = 2_000
-# What could command a terminal, or pass for another text: C0, C1, separators of lines, characters
-# that are not seen or change the direction of text, and halves of characters.
+# Characters that could control a terminal or disguise a text: C0 and C1 controls, line and
+# paragraph separators, invisible characters, those that change the direction of text, surrogates.
 UNSAFE = re.compile(
     "[\0-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
@@ -3452,14 +3456,14 @@ def escaped(text: str) -> str:
 
 
 class LineHandler(logging.Handler):
-    """One event, one line on standard error: not too many of a kind, nothing that a peer has
-    forged, and no waiting for whoever reads it."""
+    """Writes each event to standard error as one line. It limits the lines of a kind, escapes what
+    peers could forge lines with, and never waits for the reader of a pipe."""
 
     def __init__(self, connections: Connections) -> None:
         super().__init__()
         self.connections = connections
         status = os.fstat(2)
-        # systemd.exec(5)
+        # Whether standard error goes to the journal: see $JOURNAL_STREAM in systemd.exec(5).
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
         # Lines since the last flush, by kind and level.
         self.counts: Counter[tuple[str, int]] = Counter()
@@ -3471,13 +3475,13 @@ class LineHandler(logging.Handler):
         if self.counts[kind] <= LINES_A_SECOND:
             self.write(record)
         elif text == RECEIVED and not self.connections.crowded:
-            # Until the next flush, no line is made of a message: it is only counted.
+            # Until the next flush, connections count their messages instead of logging them.
             self.connections.crowded = True
             self.connections.look_at_log()
             self.connections.unshown = 0
 
     def flush(self) -> None:
-        """Each second, and at the end."""
+        """Says how many lines of each kind were left out. Called each second, and at exit."""
         if self.connections.crowded:
             self.counts[RECEIVED, logging.DEBUG] += self.connections.unshown
             self.connections.crowded = False
@@ -3499,12 +3503,12 @@ class LineHandler(logging.Handler):
         head = priorities.get(record.levelno, "<3>")
         if not self.journal:
             head = logging.Formatter().formatTime(record) + " "
-        # Lines of a traceback are indented, so that an exception's text cannot pass for an event.
+        # The lines of a traceback are indented, so that an exception's text cannot pass for events.
         indented = (f"  {line}" for line in trace.split("\n") if line)
         for line in (text, *indented):
             data = (head + escaped(line[:LONGEST_LINE]))[:LONGEST_LINE].encode() + b"\n"
             with contextlib.suppress(OSError):
-                # A pipe that nobody reads must not stop the service.
+                # A pipe that nobody reads must not block the server.
                 if select.select([], [2], [], 0)[1]:
                     os.write(2, data)
 
@@ -3535,7 +3539,7 @@ def how_to_parse(field: dataclasses.Field[Any]) -> dict[str, Any]:
 
 def parse_option(name: str, text: str) -> Any:
     try:
-        # UTF-8 also where the locale is not. UnicodeDecodeError is a ValueError.
+        # The text is UTF-8 in every locale. UnicodeDecodeError is a ValueError.
         value: Any = os.fsencode(text).decode()
         with contextlib.suppress(ValueError):
             value = cast(Any, type(FIELDS[name].default))(value)
@@ -3545,9 +3549,9 @@ def parse_option(name: str, text: str) -> Any:
 
 
 def parse_args(argv: list[str] | None) -> Options:
-    """Defaults, then the configuration file, then the command line. Raises SystemExit(2) after
-    saying why; OSError when the configuration file cannot be read; ValueError when it is wrong, or
-    when options do not go together."""
+    """Returns the options: flags override the configuration file, which overrides the defaults.
+    Raises SystemExit(2) after printing what is wrong with a flag, OSError if the configuration file
+    cannot be read, and ValueError if it is wrong, or if options do not go together."""
     given = vars(make_parser().parse_args(argv))
     given["send"] = tuple(given.get("send", ()))
     config = read_config(given["config"]) if given.get("config") else {}
@@ -3558,7 +3562,7 @@ def parse_args(argv: list[str] | None) -> Options:
 
 
 def fail(text: str, code: int = 1) -> int:
-    # If nobody can be told, the code says it.
+    # If standard error is closed, the exit code alone has to tell.
     with contextlib.suppress(OSError):
         if sys.stderr:
             print(text, file=sys.stderr)
@@ -3566,10 +3570,10 @@ def fail(text: str, code: int = 1) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 stopped, 1 cannot serve, 2 wrong configuration file, 70 a mistake of
-    ours. Raises SystemExit with 2 for wrong usage, and with 128 + the signal when told twice to
-    stop."""
-    # No socket may take the place of a standard stream that is closed.
+    """Returns the exit code: 0 after a clean stop, 1 if the server cannot serve or the client was
+    not answered, 2 for wrong options, 70 after an unhandled exception. Raises SystemExit: with 2 if
+    a flag is wrong, and with 128 plus the number of the signal after the second one."""
+    # If a standard stream is closed, /dev/null takes its descriptor before a socket can.
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
@@ -3587,8 +3591,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception:
-        # systemd restarts what ends with this.
-        log.exception("[SERVER] error:a mistake of ours ends the server")
+        # With this exit code, systemd restarts the server.
+        log.exception("[SERVER] error:unhandled exception, the server ends")
         return os.EX_SOFTWARE
 
 
