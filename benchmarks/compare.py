@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Measure ws-echo and other WebSocket servers side by side, in one run.
+"""Measure ws-echo and other WebSocket servers in the same run.
 
-Every server answers X by ECHO:X. Rounds alternate over the servers, each with a
-fresh process on one core; the load generator has another core. Absolute numbers
-depend on the machine, and on a shared one they drift: compare within a run.
+Every server answers X with ECHO:X. In each round, the servers take turns, each as a
+new process on one core; the load generator has another core. Absolute figures depend
+on the machine, and drift if it is shared: compare figures of the same run only.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from report import Board
 from servers import HERE, Candidate, ad_hoc, find, pin, raise_file_limit, running
 from wire import ClosedError, MeasurementError
 
+# Descriptors needed in addition to those of the connections.
 FILES_BESIDE_CONNECTIONS = 500
-# From this share of the time on it is worth a word that others had the core.
+# The share of the time spent waiting for a core from which on it is reported.
 WAITED = 0.1
 
 
@@ -37,43 +38,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     loads = ", ".join(load.name for load in LOADS)
     parser = argparse.ArgumentParser(description="Compare WebSocket echo servers.")
     add = parser.add_argument
+    default = "(default: %(default)s)"
     add("--only", type=names, metavar="A,B", help="measure these servers only")
-    add("--loads", type=names, metavar="A,B", help=f"of {loads}")
-    add("--rounds", type=int, default=3, help="rounds per load (default: %(default)s)")
-    add("--seconds", type=float, default=2.0, help="length of a measurement (default: %(default)s)")
-    add("--warm-up", type=float, default=0.3, help="seconds before it (default: %(default)s)")
-    add(
-        "--idle",
-        type=int,
-        default=10_000,
-        help="connections that are held open (default: %(default)s)",
+    add("--loads", type=names, metavar="A,B", help=f"measure these loads only, of {loads}")
+    add("--rounds", type=int, default=3, help=f"number of rounds for each load {default}")
+    add("--seconds", type=float, default=2.0, help=f"seconds that a measurement takes {default}")
+    add("--warm-up", type=float, default=0.3, help=f"seconds before a measurement {default}")
+    add("--idle", type=int, default=10_000, help=f"number of idle connections {default}")
+    text = (
+        "one more server; in the command, {port} stands for the port, {deflate} for the word "
+        "deflate if compression is measured, {no_compression} for --no-compression if it is not "
+        "(repeatable)"
     )
-    add(
-        "--server",
-        action="append",
-        default=[],
-        metavar="NAME=COMMAND",
-        help="another server; {port} in the command stands for the port, {no_compression} for the "
-        "option --no-compression where compression is not measured (repeatable)",
-    )
-    add(
-        "--subject",
-        help="the server to compare the others with (default: the first --server, or ws-echo)",
-    )
-    add(
-        "--ws-echo",
-        type=Path,
-        default=HERE.parent,
-        metavar="DIR",
-        help="the folder of echo_server.py",
-    )
-    add("--node-modules", metavar="DIR", help="where ws and bun are installed")
-    add("--server-core", type=int, default=0)
-    add("--client-core", type=int, default=1)
-    add("--json", type=Path, metavar="FILE", help="write every result of every round")
+    add("--server", action="append", default=[], metavar="NAME=COMMAND", help=text)
+    text = "server that the others are compared with (default: the first --server, or ws-echo)"
+    add("--subject", help=text)
+    text = "directory of echo_server.py"
+    add("--ws-echo", type=Path, default=HERE.parent, metavar="DIR", help=text)
+    add("--node-modules", metavar="DIR", help="directory in which ws and bun are installed")
+    add("--server-core", type=int, default=0, help=f"core of the server {default}")
+    add("--client-core", type=int, default=1, help=f"core of the load generator {default}")
+    add("--json", type=Path, metavar="FILE", help="write each result of each round")
     add("--markdown", type=Path, metavar="FILE", help="write the tables")
-    add("--svg", type=Path, metavar="FILE", help="draw the table")
-    add("--list", action="store_true", help="show what would be measured, and end")
+    add("--svg", type=Path, metavar="FILE", help="draw the most important rows")
+    add("--list", action="store_true", help="show the servers that would be measured, and exit")
     return parser.parse_args(arguments)
 
 
@@ -141,7 +129,7 @@ class Run:
         for load in self.board.loads:
             say(f"{load.name}: {load.title}")
             for number in range(self._rounds):
-                # Nobody is always the first of a round.
+                # Each round begins with another server.
                 start = number % len(self._candidates)
                 for candidate in self._candidates[start:] + self._candidates[:start]:
                     self._measure(load, number, candidate)
@@ -163,7 +151,7 @@ class Run:
                 try:
                     return load.run(server, self._settings), ""
                 except (MeasurementError, OSError):
-                    # That the server ended explains more than what followed.
+                    # If the server has ended, that explains more than this error.
                     server.check_alive()
                     raise
         except MeasurementError as error:
@@ -274,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare(options)
     run = Run(options, candidates, loads)
     pin(run.client_core)
-    # No pauses of the generator's own, and nothing here makes cycles.
+    # The garbage collector would make the generator pause, and nothing here makes cycles.
     gc.disable()
     interrupted = False
     try:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Measure what hostile peers cost: each fault under load, with its figures beside their bounds.
+"""Measure what hostile peers cost: for each fault, print figures and their bounds.
 
-While each goes on, a well-behaved client in a process of its own echoes every 5 ms.
+Meanwhile, a well-behaved client in a process of its own sends a message every 5 ms.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -55,14 +56,18 @@ INTERVAL = 0.005
 SETTLE = 10.0
 OPTIONS = ("--address=127.0.0.1", "--log-level=info")
 
-# What holds for every fault, and, where memory is meant to be held, other than `taken`.
-P99 = 50.0  # ms, of the well-behaved client
-KEPT = 16.0  # MiB that the process may be larger afterwards: glibc keeps some of a burst
-LOG = 100_000  # bytes
+# The bounds for every fault: the 99th percentile of the well-behaved client, in ms; the growth of
+# the process after the fault, in MiB, since glibc keeps some memory after a burst; and the size of
+# the log, in bytes.
+P99 = 50.0
+KEPT = 16.0
+LOG = 100_000
 
 
 @dataclass(frozen=True)
 class Figure:
+    """A measured value, and the largest value that is allowed."""
+
     title: str
     value: float
     bound: float
@@ -80,7 +85,7 @@ class Figure:
 
 
 class Subject(Process):
-    """A running ws-echo, of which more is asked than of its peers."""
+    """A running ws-echo, of which more is measured than of the other servers."""
 
     def __init__(self, popen: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
         super().__init__(popen, port, log)
@@ -94,7 +99,7 @@ class Subject(Process):
         (self._folder / "clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """Return the most bytes that were in memory since forget_peak()."""
+        """Return the peak of the resident memory, in bytes, since forget_peak()."""
         status = (self._folder / "status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
@@ -136,7 +141,7 @@ def serving(
 
 
 def _keep_echoing(address: tuple[str, int], pipe: "Connection[bytes, bytes]") -> None:
-    """Send an echo at fixed times; the latencies, or what was wrong, go into the pipe."""
+    """Send a message at fixed times until the pipe has data. Send the error and the latencies."""
     latencies = array.array("d")
     frame, reply = client_frame(TEXT, message(7), MASKS[1]), reply_frame(TEXT, message(7))
     error = ""
@@ -178,7 +183,7 @@ class Bystander:
         return self._pipe.recv_bytes()
 
     def end(self) -> float:
-        """Return the 99th percentile in ms."""
+        """End the client; return the 99th percentile of its latencies in ms."""
         self._pipe.send_bytes(b"end")
         error = self._receive()
         latencies = array.array("d", [])
@@ -192,51 +197,57 @@ class Bystander:
 # Load
 
 
-def flood(sockets: Iterable[socket.socket], blob: bytes, seconds: float, read: bool) -> int:
-    """Send the same again and again on all of them; return the bytes that were taken."""
+def flood(sockets: Iterable[socket.socket], blob: bytes, seconds: float, read: bool) -> None:
+    """Send the blob again and again on all sockets, until the time is over or all are closed."""
     offsets = {sock.fileno(): 0 for sock in sockets}
     by_fd = {sock.fileno(): sock for sock in sockets}
-    total = 0
     view = memoryview(blob)
+    poll = select.epoll()
+
+    def exchange(fd: int, event: int) -> None:
+        if event & select.EPOLLIN and not by_fd[fd].recv(CHUNK):
+            raise ConnectionResetError
+        if event & select.EPOLLOUT:
+            sent = by_fd[fd].send(view[offsets[fd] : offsets[fd] + CHUNK])
+            offsets[fd] = (offsets[fd] + sent) % len(blob)
+        elif event & (select.EPOLLHUP | select.EPOLLERR):
+            raise ConnectionResetError
+
+    def handle(fd: int, event: int) -> None:
+        try:
+            exchange(fd, event)
+        except BlockingIOError:
+            pass
+        except OSError:
+            poll.unregister(fd)
+            del by_fd[fd]
+
     until = time.perf_counter() + seconds
-    with contextlib.closing(select.epoll()) as poll:
+    with contextlib.closing(poll):
         for fd in by_fd:
             poll.register(fd, select.EPOLLOUT | (select.EPOLLIN if read else 0))
         while by_fd and (left := until - time.perf_counter()) > 0:
             for fd, event in poll.poll(left):
-                try:
-                    if event & select.EPOLLIN and not by_fd[fd].recv(CHUNK):
-                        raise ConnectionResetError
-                    if event & select.EPOLLOUT:
-                        sent = by_fd[fd].send(view[offsets[fd] : offsets[fd] + CHUNK])
-                        offsets[fd] = (offsets[fd] + sent) % len(blob)
-                        total += sent
-                    elif event & (select.EPOLLHUP | select.EPOLLERR):
-                        raise ConnectionResetError
-                except BlockingIOError:
-                    pass
-                except OSError:
-                    poll.unregister(fd)
-                    del by_fd[fd]
-    return total
+                handle(fd, event)
 
 
 def close_codes(sockets: Iterable[socket.socket], timeout: float) -> dict[int, int]:
-    """Count the codes that end these connections, 1006 where there is none."""
-    counts: dict[int, int] = {}
+    """Count the codes with which the server closes these connections; 1006 stands for none."""
     until = time.perf_counter() + timeout
-    for sock in sockets:
-        data, code = b"", 1006
-        with contextlib.suppress(OSError):
-            while select.select([sock], [], [], max(0.0, until - time.perf_counter()))[0]:
-                more = sock.recv(CHUNK)
-                data += more
-                if not more or data[:1] == bytes((0x80 | CLOSE,)):
-                    break
-        if data[:1] == bytes((0x80 | CLOSE,)):
-            code = int.from_bytes(data[2:4], "big")
-        counts[code] = counts.get(code, 0) + 1
-    return counts
+    return dict(Counter(close_code(sock, until) for sock in sockets))
+
+
+def close_code(sock: socket.socket, until: float) -> int:
+    data = b""
+    with contextlib.suppress(OSError):
+        while select.select([sock], [], [], max(0.0, until - time.perf_counter()))[0]:
+            more = sock.recv(CHUNK)
+            data += more
+            if data[:1] == bytes((0x80 | CLOSE,)):
+                return int.from_bytes(data[2:4], "big")
+            if not more:
+                break
+    return 1006
 
 
 def deflating(server: Subject, count: int) -> "contextlib.closing[Caller]":
@@ -246,14 +257,14 @@ def deflating(server: Subject, count: int) -> "contextlib.closing[Caller]":
 
 
 def settled(value: Callable[[], int], least: int) -> int:
-    """Wait until it is down again."""
+    """Wait until the value has come down to `least`, but not for ever; return the value."""
     until = time.perf_counter() + SETTLE
     while value() > least and time.perf_counter() < until:
         time.sleep(0.05)
     return value()
 
 
-# The faults; each returns the figures that only it has
+# The faults, each of which returns figures of its own
 
 
 def unfinished(server: Subject, seconds: float) -> list[Figure]:
@@ -278,7 +289,8 @@ def churn(server: Subject, seconds: float) -> list[Figure]:
     for _ in range(10):
         with contextlib.closing(Caller(server.address, steps, hang_up=True)) as caller:
             caller.run(1000)
-        with connections(server, 1000):  # they end by a reset
+        # These connections end with a reset.
+        with connections(server, 1000):
             pass
     return [Figure("time for 20,000 connections", time.perf_counter() - start, 60, "s")]
 
@@ -354,7 +366,7 @@ def scans(server: Subject, seconds: float) -> list[Figure]:
 
 
 def hostile(server: Subject, seconds: float) -> list[Figure]:
-    """31 MB of headers that nobody wants, and of messages."""
+    """31 MB of hostile headers and messages."""
     strange = "GET /\x9b\x85?secret HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n"
     strange += "Origin: {}\r\nCookie: secret\r\n\r\n"
     head = strange.format("\x1b\x9b" * 7000).encode("latin-1")
@@ -406,7 +418,7 @@ FAULTS = (
     ),
     Fault("churn", "20,000 connections, half of them ended by a reset", churn),
     Fault("pings", "pings from 50 peers that read the pongs", _flooding(PINGS, read=True)),
-    # Of each 64 KiB of pongs that wait, and what is left of the last read, which is 256 KiB.
+    # For each peer, 64 KiB of pongs wait, and what is left of the last read of up to 256 KiB.
     Fault(
         "pings-unread",
         "pings from 50 peers that do not",
@@ -430,8 +442,9 @@ def measure(fault: Fault, options: argparse.Namespace) -> list[Figure]:
     with serving(
         options.ws_echo.resolve(), *fault.options, before=fault.before, core=options.server_core
     ) as server:
+        # Without this, the figures would include what the first connections cost.
         with connections(server, 20 if fault.before else 200, echo(TEXT, message(1), MASKS[1])):
-            pass  # what the first connections cost is not what a fault costs
+            pass
         time.sleep(0.3)
         descriptors, memory = server.descriptors(), server.memory()
         bystander = Bystander(server)
@@ -452,16 +465,12 @@ def measure(fault: Fault, options: argparse.Namespace) -> list[Figure]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure what hostile peers cost ws-echo.")
     add = parser.add_argument
-    add("--only", metavar="A,B", help=f"of {', '.join(fault.name for fault in FAULTS)}")
-    add("--seconds", type=float, default=3.0, help="length of a flood (default: %(default)s)")
-    add(
-        "--ws-echo",
-        type=Path,
-        default=HERE.parent,
-        metavar="DIR",
-        help="the folder of echo_server.py",
-    )
-    add("--server-core", type=int, help="where the server runs (default: anywhere)")
+    every = ", ".join(fault.name for fault in FAULTS)
+    add("--only", metavar="A,B", help=f"measure these faults only, of {every}")
+    add("--seconds", type=float, default=3.0, help="seconds of a flood (default: %(default)s)")
+    text = "directory of echo_server.py"
+    add("--ws-echo", type=Path, default=HERE.parent, metavar="DIR", help=text)
+    add("--server-core", type=int, help="core of the server (default: any)")
     return parser.parse_args(arguments)
 
 

@@ -1,8 +1,8 @@
-"""A plug-in of pytest that puts EchoHandler in the place of Tornado's WebSocketHandler.
+"""A pytest plugin that replaces Tornado's WebSocketHandler with EchoHandler.
 
-Load it with `-p hosts_plugin`: pytest imports it before any of the tests, and whoever says
-`tornado.websocket.WebSocketHandler` from then on gets EchoHandler. With WS_ECHO_STOCK=1 all is the
-same, except that Tornado's own class stays, to see what the tests say of that.
+Load it with `-p hosts_plugin`: pytest imports it before the tests, which then find EchoHandler
+under the name `tornado.websocket.WebSocketHandler`. With WS_ECHO_STOCK=1, Tornado's own class
+stays, so that the results can be compared.
 """
 
 import logging
@@ -19,7 +19,8 @@ from echo_server import EchoHandler
 
 STOCK = os.environ.get("WS_ECHO_STOCK") == "1"
 
-# WebSockets by who has made their protocol, which is the last step before the handshake's answer.
+# The number of WebSockets by the handler that made their protocol object, which is the last step
+# before the handshake is answered.
 served: Counter[str] = Counter()
 
 
@@ -39,23 +40,23 @@ count(WebSocketHandler, "Tornado")
 if not STOCK:
     tornado.websocket.WebSocketHandler = EchoHandler  # type: ignore[misc]
 
-# Tornado's tests fail when anything is logged at INFO. So its own runner, tornado.test.runtests,
-# does the first of these, as every test makes a request; our handler has a logger beside.
+# Tornado's tests fail if anything is logged at INFO. Every request is, so Tornado's own runner,
+# tornado.test.runtests, does the first of these; our handler has another logger.
 logging.getLogger("tornado.access").setLevel(logging.CRITICAL)
 logging.getLogger("echo_server").setLevel(logging.CRITICAL)
 
 
 def mistake() -> str:
-    """What makes the run worthless, if anything does."""
+    """Return why the run proves nothing, or ""."""
     other = "ws-echo" if STOCK else "Tornado"
     if served[other]:
-        return f"{served[other]} WebSockets were served by {other}, whom this run is not about"
+        return f"{served[other]} WebSockets were served by {other}, which this run does not test"
     return "" if STOCK or served["ws-echo"] else "no WebSocket was served by ws-echo"
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A run in which the handlers were not those that it is about must not pass."""
+    """Let the run fail if other handlers than the intended ones were tested."""
     if mistake():
         session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
 

@@ -1,7 +1,7 @@
-"""The load generator: raw sockets, epoll and frames built in advance.
+"""The load generator: plain sockets, epoll, and frames that are built in advance.
 
-It runs in one thread on one core, and has to be cheaper than the fastest server.
-So the loops below do nothing that can be done before they start.
+It runs in one thread on one core, and has to use less CPU than the fastest server.
+So the loops below do nothing that could be done before they start.
 """
 
 import array
@@ -41,14 +41,14 @@ from wire import (
 
 Address = tuple[str, int]
 Result = dict[str, float]
-# What is sent, and how the answer is checked.
+# The bytes to send, and the check of what is received.
 Step = tuple[bytes, Check]
 
 STALL = 10.0
 OPEN_TIMEOUT = 90.0
 PARALLEL = 50
 CHUNK = 256 * 1024
-# Several addresses to connect from: one has too few ports for a long run.
+# The addresses to connect from. A single one would have too few ports for a long run.
 SOURCES = [(f"127.0.0.{n}", 0) for n in range(2, 10)]
 BIND_ADDRESS_NO_PORT = 24
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -66,7 +66,7 @@ class Settings:
 
 @dataclass(slots=True)
 class Call:
-    """A connection on its way through the steps."""
+    """A connection that has not finished its steps."""
 
     sock: socket.socket
     step: int = 0
@@ -74,10 +74,10 @@ class Call:
 
 
 class Caller:
-    """Takes connections through the same steps, some of them at a time.
+    """Opens connections and takes each through the same steps, several at a time.
 
-    With `hang_up` a connection is finished when the server has closed it, otherwise
-    when it is through the steps, and then it stays open.
+    With `hang_up`, a connection is finished when the server has closed it. Without, it
+    is finished after the last step, and stays open.
     """
 
     def __init__(self, address: Address, steps: list[Step], hang_up: bool = False) -> None:
@@ -91,7 +91,7 @@ class Caller:
         self._poll = select.epoll()
 
     def run(self, count: int | None = None, until: float = 0.0) -> None:
-        """Finish `count` connections, or as many as there is time for."""
+        """Finish `count` connections, or as many as possible until then."""
         limit = time.perf_counter() + OPEN_TIMEOUT if count is not None else until + STALL
         self._fill(count)
         while self._calls and (count is not None or time.perf_counter() < until):
@@ -119,7 +119,7 @@ class Caller:
         fd = sock.fileno()
         self._calls[fd] = Call(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A reset leaves no TIME_WAIT behind, at either end.
+        # Closing by a reset leaves neither end in TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         sock.setsockopt(socket.IPPROTO_IP, BIND_ADDRESS_NO_PORT, 1)
         sock.bind(SOURCES[self._started % len(SOURCES)])
@@ -130,7 +130,7 @@ class Caller:
         self._poll.register(fd, select.EPOLLIN if self._greet(sock) else select.EPOLLOUT)
 
     def _greet(self, sock: socket.socket) -> bool:
-        # Over loopback the connection is mostly there at once.
+        # Over loopback, the connection is usually established at once.
         try:
             sock.send(self._steps[0][0])
         except BlockingIOError:
@@ -212,7 +212,7 @@ def connections(server: Process, count: int, *steps: Step) -> Iterator[list[sock
 
 
 def message(number: int) -> bytes:
-    """Return 32 bytes that differ from message to message."""
+    """Return 32 bytes, different for each number."""
     return b"message %024d" % number
 
 
@@ -220,7 +220,7 @@ def message(number: int) -> bytes:
 
 
 class Meter:
-    """What a stretch of time cost the server and the load generator."""
+    """Measures what the server and the load generator use from its creation on."""
 
     def __init__(self, server: Process) -> None:
         self._server = server
@@ -231,9 +231,9 @@ class Meter:
         return lost, time.perf_counter(), self._server.cpu(), time.process_time()
 
     def per(self, count: int, unit: float, names: tuple[str, str, str]) -> Result:
-        """Return time, the server's CPU and the generator's CPU for one of `count`.
+        """Return time, CPU of the server and CPU of the generator, each divided by `count`.
 
-        Also for which share of the time the two waited for their cores.
+        The result also has the share of the time that the two waited for their cores.
         """
         spent = [b - a for a, b in zip(self._start, self._now(), strict=True)]
         if not count:
@@ -256,7 +256,7 @@ def percentiles(latencies: "array.array[float]") -> Result:
 
 
 class Exchange:
-    """Connections that send a short message again as soon as it is answered."""
+    """Connections that each send a short message again as soon as it has been answered."""
 
     def __init__(self, sockets: list[socket.socket]) -> None:
         size = max(sock.fileno() for sock in sockets) + 1
@@ -276,7 +276,7 @@ class Exchange:
         self._poll.close()
 
     def run(self, seconds: float) -> "array.array[float]":
-        """Return the latency of each message that was answered."""
+        """Exchange messages for so long; return the latency of each."""
         poll, blobs, replies, sent = self._poll.poll, self._blobs, self._replies, self._sent
         read, write, clock = os.read, os.write, time.perf_counter
         latencies = array.array("d")
@@ -298,7 +298,7 @@ class Exchange:
         return latencies
 
     def _complete(self, fd: int, data: bytes) -> None:
-        """Wait for the rest of a reply that came in parts, or find that it is wrong."""
+        """Receive the rest of a reply that arrives in parts. Raise WrongError if it is wrong."""
         check = exactly(self._replies[fd])
         while not check(data):
             if not select.select([fd], [], [], STALL)[0]:
@@ -355,18 +355,18 @@ class Stream:
     def __init__(self, sock: socket.socket, blob: bytes, reply: bytes) -> None:
         self.sock = sock
         self.fd = sock.fileno()
-        # The number of times that the blob is still to be sent.
+        # How many times the blob is still to be sent.
         self.due = 0
         self._blob = memoryview(blob)
         self._offset = 0
         self._size = len(reply)
-        # The replies follow each other: what one recv() gives can begin anywhere in
-        # the first, and is compared at once.
+        # Enough replies to compare any chunk that recv() returns in one step, wherever in a
+        # reply it begins.
         self._expected = reply + (reply * (CHUNK // self._size + 1))[:CHUNK]
         self._position = 0
 
     def send(self) -> bool:
-        """Send a chunk of what is due; return whether something is left."""
+        """Send a chunk of what is due; return whether anything is left."""
         if not self.due:
             return False
         with contextlib.suppress(BlockingIOError):
@@ -377,7 +377,7 @@ class Stream:
         return self.due > 0
 
     def receive(self, buffer: memoryview) -> int:
-        """Return how many times the reply became complete."""
+        """Receive and compare a chunk; return how many replies it completes."""
         try:
             data = buffer[: self.sock.recv_into(buffer)]
         except BlockingIOError:
@@ -391,7 +391,7 @@ class Stream:
 
 
 class Streams:
-    """Streams that share a poll."""
+    """Streams that share a poller."""
 
     def __init__(self, streams: list[Stream], window: int) -> None:
         self._streams = {stream.fd: stream for stream in streams}
@@ -407,7 +407,7 @@ class Streams:
         self.poll.close()
 
     def handle(self, fd: int, event: int) -> int:
-        """Return how many replies are complete; what was answered is sent again."""
+        """Handle an event; send a new message for each reply; return the number of replies."""
         stream = self._streams[fd]
         completed = stream.receive(self._buffer) if event & ~select.EPOLLOUT else 0
         stream.due += completed
@@ -426,7 +426,7 @@ class Streams:
             self.poll.modify(fd, select.EPOLLIN)
 
     def run(self, seconds: float) -> int:
-        """Return how many replies became complete."""
+        """Exchange messages for so long; return the number of complete replies."""
         poll, handle, clock = self.poll.poll, self.handle, time.perf_counter
         count = 0
         until = clock() + seconds
@@ -450,7 +450,7 @@ def _stream(
 
 
 def pipelined(server: Process, settings: Settings) -> Result:
-    # Two half blobs in flight: the server has the second while the first is answered.
+    # Two halves are in flight, so that the server has one to answer when it is done with the other.
     half = 50
     with connections(server, 10) as sockets:
         streams = [_batch(sock, number * half, half) for number, sock in enumerate(sockets)]
@@ -464,7 +464,7 @@ def _batch(sock: socket.socket, first: int, count: int) -> Stream:
 
 
 def _payload(opcode: int, size: int, number: int) -> bytes:
-    """Return ASCII for text, all byte values for binary."""
+    """Return a payload of ASCII for text, and of all byte values for binary."""
     line = message(number) if opcode == TEXT else bytes(range(256)) + message(number)
     return (line * (size // len(line) + 1))[:size]
 
@@ -489,7 +489,7 @@ def large_binary(server: Process, settings: Settings) -> Result:
     return _large(server, settings, BINARY)
 
 
-# A huge message at a time, beside short ones
+# One huge message at a time, among short ones
 
 HUGE_SIZE = 8 * 1024 * 1024
 BESIDE = 10
@@ -497,7 +497,8 @@ INTERVAL = 0.005
 
 
 class Beside:
-    """Connections that send a short message at fixed times, answered or not."""
+    """Connections that send short messages at fixed times, whether or not earlier ones have been
+    answered."""
 
     def __init__(self, sockets: list[socket.socket], poll: select.epoll) -> None:
         self._streams = [_single(sock, TEXT, 32, number) for number, sock in enumerate(sockets)]
@@ -535,7 +536,8 @@ class Beside:
 
 
 def _huge_run(big: Streams, beside: Beside, seconds: float) -> int:
-    """Return the number of huge messages; end when one is complete, or none came for long."""
+    """Return the number of huge messages that were answered. The first answer after `seconds`
+    ends the run."""
     count = 0
     last = time.perf_counter()
     until = last + seconds
@@ -544,11 +546,12 @@ def _huge_run(big: Streams, beside: Beside, seconds: float) -> int:
         for fd, event in big.poll.poll(beside.pause()):
             if fd in beside:
                 beside.handle(fd)
-            elif big.handle(fd, event):
-                count += 1
-                last = time.perf_counter()
-                if last >= until:
-                    return count
+                continue
+            answered = big.handle(fd, event)
+            count += answered
+            last = time.perf_counter() if answered else last
+        if count and last >= until:
+            return count
         if time.perf_counter() > last + 2 * STALL:
             raise StalledError(
                 f"a message of {HUGE_SIZE} bytes was not answered in {2 * STALL:.0f} s"
@@ -572,7 +575,7 @@ def huge(server: Process, settings: Settings) -> Result:
 
 
 def _memory(server: Process, count: int, steps: list[Step]) -> Result:
-    # What the first connections cost is not what a connection costs.
+    # Without these, the result would include what the first connections cost.
     first = Caller(server.address, [*steps, farewell()], hang_up=True)
     with contextlib.closing(first):
         first.run(2 * PARALLEL)
@@ -635,7 +638,7 @@ class Metric:
     title: str
     digits: int
     more_is_better: bool = False
-    # The load generator's own cost says nothing about a server.
+    # The generator's CPU time, for one, is not compared.
     compared: bool = True
 
 
@@ -645,7 +648,7 @@ class Load:
     title: str
     run: Callable[[Process, Settings], Result]
     metrics: tuple[Metric, ...]
-    # The metrics that stand for this load in the overview.
+    # The keys of the metrics that the picture shows for this load.
     overview: tuple[str, ...]
     deflate: bool = False
 

@@ -1,4 +1,4 @@
-"""What was measured, as medians and ratios, in Markdown, JSON and SVG."""
+"""The results: medians and ratios in Markdown, JSON and SVG."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ Row = tuple[str, list[str]]
 
 @dataclass
 class Outcome:
-    """One server under one load: a result per round, None for a round without one."""
+    """One server under one load: the result of each round, or None if the round failed."""
 
     rounds: list[Result | None] = field(default_factory=list)
     error: str = ""
@@ -38,8 +38,8 @@ class Board:
     def ratio(self, load: Load, metric: Metric, subject: str, peer: str) -> float | None:
         """Return how many times better the subject is, as the median over the rounds.
 
-        Each round gives its own ratio, because a machine that is slow for a while is
-        slow for the whole round.
+        Each round has a ratio of its own: if the machine is slow for a while, it is slow
+        for all servers of that round.
         """
         ours, theirs = self.outcome(load, subject), self.outcome(load, peer)
         if ours.error or theirs.error:
@@ -52,7 +52,7 @@ class Board:
         return statistics.median(ratios) if ratios else None
 
     def waited(self, limit: float) -> tuple[int, int]:
-        """Return how many measurements waited for a core for so long, and of how many."""
+        """Return the number of measurements that waited longer for a core, and that of all."""
         shares = [share for outcome in self.outcomes.values() for share in outcome.values("waited")]
         return sum(share > limit for share in shares), len(shares)
 
@@ -173,7 +173,7 @@ def _text(x: float, y: float, text: str, style: str = "", end: bool = False) -> 
 
 
 def _svg_head(server: str, right: float) -> list[str]:
-    # What is in parentheses is too long for the width of a column.
+    # The text in parentheses gets a line of its own, since the column is narrow.
     name, _, variant = server.partition(" (")
     if not variant:
         return [_text(right, TOP - 10, name, "head", end=True)]
@@ -191,7 +191,7 @@ def _svg_cell(
     right = x + COLUMN - 10
     if value is None or best is None:
         return [_text(right, y + 16, outcome.error.partition(":")[0], "note", end=True)]
-    # The best has the full bar: a bar that is half as long is twice as bad.
+    # The best server has the full bar. Half of its length means half as good.
     share = value / best if metric.more_is_better else best / value if value > 0 else 1.0
     style = "best" if value == best else ""
     width = max(1.0, (COLUMN - 20) * min(1.0, share))

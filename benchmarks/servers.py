@@ -1,4 +1,4 @@
-"""The servers: where they are found, how they are started, measured and ended."""
+"""The servers: how they are found, started, measured and stopped."""
 
 import contextlib
 import importlib.metadata
@@ -27,21 +27,21 @@ HOST = "127.0.0.1"
 START_TIMEOUT = 15.0
 STOP_TIMEOUT = 5.0
 
-# All else is as people start it: each message is shown, up to 50 a second.
+# All other options of ws-echo keep their defaults, so its log shows up to 50 messages a second.
 OPTIONS = ("--address=127.0.0.1", "--port={port}", "--max-message-size=16777216")
 
 
 class EndedError(MeasurementError):
-    """The server did not start, or ended by itself."""
+    """The server did not start, or has ended."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A server to measure.
 
-    Placeholders in the command: `{port}`; `{deflate}` is the word "deflate" where
-    compression is measured and absent elsewhere; `{no_compression}` is the option
-    `--no-compression` everywhere else.
+    The command may have placeholders: `{port}`; `{deflate}`, which stands for the word
+    "deflate" if compression is measured; and `{no_compression}`, which stands for the
+    option `--no-compression` if it is not.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Candidate:
             filled = word
             for placeholder, value in values.items():
                 filled = filled.replace(placeholder, value)
-            # A word that was nothing but a placeholder disappears with it.
+            # A word that consists of an empty placeholder is left out.
             if filled or not word:
                 words.append(filled)
         return words
@@ -119,7 +119,7 @@ def _own(folder: Path) -> list[Candidate]:
 
 
 def find(folder: Path, node_modules: str | None) -> tuple[list[Candidate], list[str]]:
-    """Return the servers that are here, ws-echo first, and the names of those that are not."""
+    """Return the servers that can be started, ws-echo first, and the names of the others."""
     folders = _module_folders(node_modules)
     peers = {
         "Bun": _bun_peer(folders),
@@ -156,7 +156,7 @@ def pin(core: int | None) -> None:
 
 
 def raise_file_limit() -> int:
-    """Servers inherit the limit, so that 10,000 connections fit at both ends."""
+    """Raise the soft limit, so that 10,000 connections are possible. Servers inherit it."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
@@ -189,7 +189,7 @@ class Process:
         raise EndedError(f"no connection within {START_TIMEOUT:.0f} s: {self.complaint()}")
 
     def _family(self) -> list[int]:
-        """Return the server's process id and those of its descendants."""
+        """Return the process ids of the server and its descendants."""
         pids = [self._popen.pid]
         for pid in pids:
             for children in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -198,7 +198,7 @@ class Process:
         return pids
 
     def cpu(self) -> float:
-        """Return the CPU seconds of all threads of all the server's processes."""
+        """Return the CPU seconds of all threads of the server's processes."""
         return sum(_cpu(pid) for pid in self._family())
 
     def waited(self) -> float:
@@ -206,7 +206,7 @@ class Process:
         return sum(core_wait(pid) for pid in self._family())
 
     def memory(self) -> int:
-        """Return the bytes that belong to the server alone."""
+        """Return the private memory of the server's processes in bytes."""
         return sum(_private_memory(pid) for pid in self._family())
 
     def stop(self) -> None:
@@ -223,8 +223,8 @@ class Process:
 
 
 def _cpu(pid: int) -> float:
-    # The process's own schedstat is that of its first thread only, and
-    # /proc/PID/stat counts in hundredths of a second.
+    # /proc/PID/schedstat is about the first thread only, and /proc/PID/stat counts
+    # hundredths of a second.
     ran = 0
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -234,7 +234,7 @@ def _cpu(pid: int) -> float:
 
 
 def core_wait(pid: int | str) -> float:
-    """Return the seconds that the first thread could have run, but had no core."""
+    """Return the seconds that the first thread was ready to run but had no core."""
     with contextlib.suppress(OSError):
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     return 0.0
@@ -263,7 +263,7 @@ def running(
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "output"
-        # A child inherits the affinity, before it starts its first thread.
+        # The server inherits the affinity before it starts any thread.
         pin(server_core)
         try:
             process = Process(_spawn(candidate, port, deflate, log), port, log)
@@ -286,6 +286,6 @@ def _spawn(candidate: Candidate, port: int, deflate: bool, log: Path) -> "subpro
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | candidate.environment,
-            # Ctrl-C goes to the harness alone, which then ends the server itself.
+            # Ctrl-C reaches this process only, which then stops the server.
             start_new_session=True,
         )

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Let mixed clients loose on ws-echo for a while: echoing, slow, hostile, coming and going.
+"""Run a mix of clients against ws-echo: some echo, some are slow, some hostile, some short-lived.
 
 Every reply is compared. The last line says what was done, what was lost and what has
-grown; the exit status is 1 if anything has.
+grown. The exit code is 1 if anything was lost or has grown.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from wire import (
 
 PATIENCE = 30.0
 MIB = 1 << 20
-# What may be left of a burst in the heap of the process; it may not become more with time.
+# The memory that may be left in the heap after a burst. It must not grow with time.
 GROWTH = 16 * MIB
 OPTIONS = ("--stall-timeout=20", "--handshake-timeout=5")
 
 PING = 9
 CODE = (1000).to_bytes(2, "big")
-# What a peer can do wrong, and the code that it gets.
+# Faults of a peer, and the code of the Close that answers each.
 WRONGS = (
     (1002, b"\x81\x02hi"),
     (1002, client_frame(3, b"", MASKS[0])),
@@ -84,7 +84,7 @@ class Client:
         for start in range(0, len(data), step):
             part = data[start : start + step]
             if await self.reader.readexactly(len(part)) != part:
-                raise LostError(f"a reply of {len(data)} bytes differs behind byte {start}")
+                raise LostError(f"a reply of {len(data)} bytes differs after byte {start}")
             if pause:
                 await asyncio.sleep(pause)
 
@@ -92,7 +92,7 @@ class Client:
         self.writer.write(client_frame(CLOSE, CODE, MASKS[3]))
         await self.expect(server_frame(CLOSE, CODE))
         if await self.reader.read():
-            raise LostError("something came behind the Close")
+            raise LostError("something arrived after the Close")
         self.abort()
 
     def abort(self) -> None:
@@ -100,7 +100,7 @@ class Client:
 
 
 class Soak:
-    """The clients, and what they have counted."""
+    """The clients, and their counts."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self.counts: Counter[str] = Counter()
@@ -135,7 +135,7 @@ class Soak:
             self.counts["connections"] += 1
 
     async def _some(self, client: Client, largest: int, pause: float = 0.0) -> None:
-        """Send a few messages at once, of which the replies come in order."""
+        """Send a few messages at once, and expect the replies in the same order."""
         sent, expected = [], []
         for _ in range(random.randint(1, 8)):
             opcode, size = (
@@ -156,7 +156,8 @@ class Soak:
         client = await Client.connect(self._address, deflate=random.random() < 0.3)
         until = min(self._until, time.monotonic() + random.uniform(1, 10))
         while time.monotonic() < until:
-            await self._some(client, 900)  # less than what is compressed
+            # These replies are too short to be compressed.
+            await self._some(client, 900)
             await asyncio.sleep(0.005)
         await client.end()
 
@@ -204,24 +205,18 @@ class Soak:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Let mixed clients loose on ws-echo.")
-    parser.add_argument(
-        "--minutes", type=float, default=10.0, help="how long (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--ws-echo",
-        type=Path,
-        default=HERE.parent,
-        metavar="DIR",
-        help="the folder of echo_server.py",
-    )
+    parser = argparse.ArgumentParser(description="Run a mix of clients against ws-echo.")
+    text = "minutes that the clients run (default: %(default)s)"
+    parser.add_argument("--minutes", type=float, default=10.0, help=text)
+    text = "directory of echo_server.py"
+    parser.add_argument("--ws-echo", type=Path, default=HERE.parent, metavar="DIR", help=text)
     return parser.parse_args(arguments)
 
 
 def soak(server: Subject, minutes: float) -> int:
     runner = Soak(server.address)
     seconds = minutes * 60
-    # What the server needs at all, it needs after the first tenth as well.
+    # What the server needs in any case, it has taken after the first tenth.
     asyncio.run(runner.run(seconds / 10))
     time.sleep(1.0)
     memory, descriptors = server.memory(), server.descriptors()

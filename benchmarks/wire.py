@@ -1,4 +1,4 @@
-"""The bytes on the wire: handshakes, masked frames to send, replies to expect."""
+"""The bytes that are sent and expected: handshakes, masked frames, replies."""
 
 import zlib
 from collections.abc import Callable
@@ -8,25 +8,26 @@ BINARY = 2
 CLOSE = 8
 PREFIX = b"ECHO:"
 
-# A zero mask would make unmasking a copy, and one mask for all could be cached.
+# Masking keys. With a key of zeros, unmasking would only copy; a single key could be cached.
 MASKS = (b"\x37\xfa\x21\x3d", b"\x9c\x04\xe7\x5b", b"\x01\x80\xfe\x7f", b"\xd6\x6b\x13\xa8")
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 OFFER = b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
 
-# Looks at what was received so far: done (True), incomplete (False), or raises WrongError.
+# Checks what has been received: returns True if it is complete, and False if more has to follow.
+# Raises WrongError if it is wrong.
 Check = Callable[[bytes], bool]
 
 
 class MeasurementError(Exception):
-    """Why a server has no result; the label stands in its place in the table."""
+    """A server has no result. The table shows the label instead."""
 
     label = "FAILED"
 
 
 class WrongError(MeasurementError):
-    """The server answered something else than it should."""
+    """The server sent something else than it should."""
 
     label = "WRONG"
 
@@ -79,7 +80,7 @@ def handshake(port: int, deflate: bool = False) -> bytes:
 
 
 def deflated(payload: bytes) -> bytes:
-    """Compress with the smallest window, which every negotiated window includes."""
+    """Compress with the smallest window, which every negotiated size allows."""
     deflater = zlib.compressobj(wbits=-9)
     data = deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH)
     return data[:-4]
@@ -121,7 +122,7 @@ def exactly(expected: bytes) -> Check:
 
 
 def _split(data: bytes) -> tuple[int, bytes, bytes] | None:
-    """Return the first byte, the payload and the rest, or None when incomplete."""
+    """Return the first byte and the payload of a frame, and the rest; None if it is incomplete."""
     if len(data) < 2:
         return None
     size, start = data[1], 2
@@ -135,10 +136,10 @@ def _split(data: bytes) -> tuple[int, bytes, bytes] | None:
 
 
 def inflating(expected: tuple[tuple[int, bytes], ...]) -> Check:
-    """Accept each reply compressed or not: that is the server's choice."""
+    """Check replies that are compressed or not, as the server chooses."""
 
     def check(data: bytes) -> bool:
-        # One inflater for all replies: the server may keep its context.
+        # All replies share one inflater, since the server may use context takeover.
         inflater = zlib.decompressobj(wbits=-15)
         for opcode, payload in expected:
             parts = _split(data)
