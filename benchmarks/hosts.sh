@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Runs other people's tests with their WebSocket handlers based on EchoHandler instead of Tornado's
-# WebSocketHandler, to show that nobody can tell the two apart: hosts.sh [SUITE ...]
+# Runs the tests of other projects with EchoHandler as the base of their handlers, in place of
+# Tornado's WebSocketHandler, to show that it can replace that: hosts.sh [SUITE ...]
 #
-# What fails is tried again on Tornado's own class, since some tests fail in any case: for want of a
-# network, say. The exit status is 1 if a test fails on ours alone and may not. It needs PyPI and
-# about ten minutes; with HOSTS_DIR=FOLDER it keeps what it has installed, for the next time.
+# Tests that fail are run again with Tornado's own class, since some fail in any case, for instance
+# without a network. The exit code is 1 if a test that is not listed below fails with EchoHandler
+# alone. The script needs PyPI and about ten minutes. With HOSTS_DIR=DIRECTORY, it keeps what it has
+# installed for the next time.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -n "${HOSTS_DIR:-}" ]; then
@@ -18,20 +19,20 @@ fi
 pytest=pytest==9.2.0
 tornado=6.6.1
 
-# What may fail on ours, and why.
+# The tests that may fail with EchoHandler, and why.
 allowed=(
-  # A GET that is no handshake gets 426 Upgrade Required (RFC 9110 section 15.5.22), not 400.
+  # A GET that is not a handshake gets 426 Upgrade Required (RFC 9110 section 15.5.22), not 400.
   tornado/test/websocket_test.py::WebSocketTest::test_http_request
-  # It wants a message of 28 bytes to be compressed: below 1 KiB ours are not, as it does not pay.
+  # It expects a message of 28 bytes to be compressed. Below 1 KiB that does not pay, so we do not.
   tornado/test/websocket_test.py::DefaultCompressionTest::test_message_sizes
-  # It replaces a private method of Tornado's protocol, _write_frame, and ours has none to replace.
+  # It replaces _write_frame, a private method of Tornado's protocol, which ours does not have.
   tornado/test/websocket_test.py::FloodTest::test_pong_most_recent_ping
-  # It counts how often 5,000 messages let others have their turn: more than ten times. Ours let
-  # them every 2 ms, which on a fast machine is less often.
+  # It expects that other callbacks run more than ten times while 5,000 messages are handled. We let
+  # them run every 2 ms, which is less often on a fast machine.
   tornado/test/websocket_test.py::FloodTest::test_many_small_messages_yield
 )
 
-# install NAME REQUIREMENT ...: makes a virtual environment, unless it is there.
+# install NAME REQUIREMENT ...: makes a virtual environment, unless it exists.
 install() {
   local env=$work/$1
   shift
@@ -50,8 +51,8 @@ unpack() {
   tar -xzf "$work/$1-$2.tar.gz" -C "$work"
 }
 
-# try WHOSE NAME FOLDER ARGUMENT ...: runs pytest in that folder, with the handler of "ours" or
-# "stock". pytest itself remembers which tests have failed, in its cache; status 1 is that some have.
+# try WHOSE NAME DIRECTORY ARGUMENT ...: runs pytest in that directory, with the handler of "ours"
+# or "stock". pytest keeps in its cache which tests have failed, and exits with 1 if any has.
 try() {
   local whose=$1 name=$2 folder=$3 status=0
   shift 3
@@ -66,12 +67,12 @@ try() {
   [ $status -le 1 ] || { tail -n 30 "$work/$name/$whose.log"; exit 1; }
 }
 
-# failed NAME: the tests that pytest remembers.
+# failed NAME: prints the tests that have failed, according to pytest's cache.
 failed() {
   sed -n 's/^ *"\(.*\)": true,\{0,1\}$/\1/p' "$work/$1/cache/v/cache/lastfailed" 2>/dev/null || true
 }
 
-# compare NAME VERSION FOLDER ARGUMENT ...: the suite on ours, and what failed of it on stock.
+# compare NAME VERSION DIRECTORY ARGUMENT ...: runs the suite on ours, and what has failed on stock.
 compare() {
   local name=$1 version=$2 log=$work/$1/ours.log test ours stock="" may=0 both=0 passed=0 number=0
   shift 2
@@ -105,15 +106,15 @@ compare() {
   echo "$name $version: $passed, $number failed of which $may allowed, $both on stock as well"
 }
 
-# tornado NAME VERSION: its wheel has the tests. Its own runner, too, takes warnings for errors; but
-# not pytest's, which takes a handler called TestWebSocketHandler for a test.
+# tornado NAME VERSION: the wheel contains the tests. Warnings are errors, as for Tornado's own
+# runner, except for pytest's, which takes a handler called TestWebSocketHandler for a test.
 tornado() {
   install "$1" "tornado==$2" "$pytest"
   compare "$1" "$2" "$work/$1"/lib/python3*/site-packages tornado/test/websocket_test.py \
     -W error -W ignore::pytest.PytestCollectionWarning
 }
 
-# terminado: its tests take warnings for errors, and leave clients of theirs open.
+# terminado: its tests turn warnings into errors, but leave some of their own clients open.
 terminado() {
   install terminado 'terminado[test]==0.18.1' "tornado==$tornado" "$pytest"
   unpack terminado 0.18.1
@@ -121,12 +122,12 @@ terminado() {
     -W 'ignore:Unclosed WebSocketClientConnection:ResourceWarning'
 }
 
-# jupyter_server: its tests take warnings for errors, and call what Tornado has deprecated since. A
-# test that hangs would end pytest, rather than fail, with the timeout_method that they ask for.
+# jupyter_server: its tests turn warnings into errors, but call what Tornado has since deprecated.
+# With the timeout_method that they set, a test that hangs would end pytest rather than fail.
 jupyter_server() {
   install jupyter_server 'jupyter_server[test]==2.21.1' "tornado==$tornado" "$pytest"
   unpack jupyter_server 2.21.1
-  # It does not start for root, who runs this in a container, unless its configuration says so.
+  # As root, which is usual in a container, it starts only if its configuration allows that.
   mkdir -p "$work/jupyter_server/etc/jupyter"
   echo '{"ServerApp": {"allow_root": true}}' \
     >"$work/jupyter_server/etc/jupyter/jupyter_server_config.json"

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Tries what the units promise, and prints a line for each claim: "ok" or "FAIL", and what was seen.
-# Exit status 1 if there is a FAIL, 77 where it cannot run. It needs root, a booted systemd, x86-64,
-# and ws-echo installed as the README says, on a machine or in a container that can be thrown away:
-# it breaks the configuration, kills the service, and restarts it often.
+# Tests what the units promise. For each claim, it prints a line with "ok" or "FAIL" and what it has
+# seen. The exit code is 1 if there is a FAIL, and 77 if the script cannot run. It needs root, a
+# booted systemd, x86-64, and ws-echo installed as the README says. Use a machine or a container that
+# can be thrown away: it breaks the configuration, kills the service, and restarts it often.
 set -u
 APP_DIR=${APP_DIR:-/opt/ws-echo} ETC_DIR=${ETC_DIR:-/etc/ws-echo}
 PYTHON=$APP_DIR/venv/bin/python3 CONFIG=$ETC_DIR/ws-echo.toml UNITS=/run/systemd/system
@@ -29,14 +29,16 @@ tidy() {
 }
 trap tidy EXIT
 
-check() { # TEXT FIGURE COMMAND...: the claim holds if the command succeeds
+# check TEXT FIGURE COMMAND ...: prints a claim, which holds if the command succeeds.
+check() {
     local text=$1 figure=$2
     shift 2
     local result="ok  "
     "$@" > /dev/null || { result=FAIL && failed=1; }
     echo "$result $text: $figure"
 }
-until_true() { # SECONDS COMMAND...
+# until_true SECONDS COMMAND ...: waits until the command succeeds.
+until_true() {
     local end=$((${EPOCHREALTIME/./} + $1 * 1000000))
     shift
     until "$@" > /dev/null 2>&1; do [ "${EPOCHREALTIME/./}" -lt $end ] || return 1; sleep 0.05; done
@@ -46,26 +48,32 @@ matches() { [[ $1 =~ $2 ]]; }
 status_is() { matches "$(show StatusText)" "$1"; }
 pid_is_not() { [ "$(show MainPID)" != "$1" ] && [ "$(show ActiveState)" = active ]; }
 mark() { journalctl --sync; since=@$EPOCHREALTIME; }
-said() { journalctl --sync; journalctl -q --since="$since" -o cat "$@"; } # since the mark
+# said OPTION ...: the journal since the last mark.
+said() { journalctl --sync; journalctl -q --since="$since" -o cat "$@"; }
 service_said() { said _SYSTEMD_UNIT=$UNIT "$@"; }
 logged() { service_said | grep -qE "$1"; }
 client() { "$PYTHON" -W ignore "$work/client.py" "$@"; }
 churn_refused_nobody() { ! grep -q failed "$work/churn"; }
-serves() { # PID: it is still this process that serves
+# serves PID: whether it is still this process that serves.
+serves() {
     [ "$1" != 0 ] && [ "$(show MainPID)" = "$1" ] && [ "$(client echo)" = ECHO:hello ]
 }
-in_background() { # a client; returns when it says that it is open
+# in_background ARGUMENT ...: starts a client, and returns when it has printed "open".
+in_background() {
     rm -f "$work/go"
     exec {out}< <(client "$@")
     read -r -t 20 _ <&"$out"
 }
-outcome() { timeout 30 cat <&"$out"; } # what it says at its end
-dropin() { # LINES: of [Service], instead of those before
+# outcome: what the client in the background prints at its end.
+outcome() { timeout 30 cat <&"$out"; }
+# dropin LINES: replaces the drop-in with these lines of [Service].
+dropin() {
     mkdir -p "$DROPIN"
     printf '[Service]\n%s\n' "$1" > "$DROPIN/test.conf"
     systemctl daemon-reload
 }
-fresh() { # SERVICE-LINES TOML-LINES: started anew with these
+# fresh SERVICE-LINES TOML-LINES: starts the service anew with these lines.
+fresh() {
     systemctl stop $SOCKET $UNIT 2> /dev/null
     systemctl reset-failed $UNIT $SOCKET 2> /dev/null
     dropin "${1:-}"
@@ -73,12 +81,14 @@ fresh() { # SERVICE-LINES TOML-LINES: started anew with these
     mark
     systemctl start $UNIT
 }
-milliseconds() { # COMMAND...: how long it takes
+# milliseconds COMMAND ...: how long the command takes.
+milliseconds() {
     local start=${EPOCHREALTIME/./}
     "$@" > /dev/null 2>&1
     echo $(((${EPOCHREALTIME/./} - start) / 1000))
 }
-certificate() { # NAME
+# certificate NAME: makes a certificate with this name, and its key.
+certificate() {
     mkdir -p "$ETC_DIR/tls"
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 \
         -subj "/CN=$1" -addext subjectAltName=DNS:localhost \
@@ -96,7 +106,8 @@ from tornado.iostream import IOStream
 
 URL = "ws://localhost:4000/"
 
-class OneAddress(netutil.Resolver):  # no second try on another address, which would hide a refusal
+# A second try, on another address, would hide that the first one was refused.
+class OneAddress(netutil.Resolver):
     async def resolve(self, host, port, family=socket.AF_UNSPEC):
         return [(socket.AF_INET, ("127.0.0.1", port))] if host == "localhost" else [
             (socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))]
@@ -109,16 +120,19 @@ def connect(url=URL, **options):
 def summary(counter):
     print(", ".join(f"{n} {what}" for what, n in sorted(counter.items())) or "nothing", flush=True)
 
-async def echo(url=URL):  # one message, there and back
+# Sends a message and prints the reply.
+async def echo(url=URL):
     connection = await connect(url)
     await connection.write_message("hello")
     print(await connection.read_message())
     connection.close()
 
-async def hold(number, url=URL, then=""):  # many clients, until the server closes them
+# Holds connections open until the server closes them or, with `then`, until that file exists: then
+# each sends a message, and leaves.
+async def hold(number, url=URL, then=""):
     connections = [await connect(url) for _ in range(int(number))]
     print("open", flush=True)
-    if then:  # a message each once this file exists, then leave
+    if then:
         while not os.path.exists(then):
             await asyncio.sleep(0.05)
         for connection in connections:
@@ -131,7 +145,8 @@ async def hold(number, url=URL, then=""):  # many clients, until the server clos
             pass
     summary(collections.Counter(connection.close_code for connection in connections))
 
-async def churn(seconds, url=URL):  # connect, echo, leave, again and again
+# Connects, sends a message, and leaves, again and again.
+async def churn(seconds, url=URL):
     seen, longest, end = collections.Counter(), 0, time.monotonic() + float(seconds)
     async def worker():
         nonlocal longest
@@ -154,7 +169,8 @@ async def churn(seconds, url=URL):  # connect, echo, leave, again and again
     print(f"the longest handshake took {longest * 1000:.0f} ms", end=", ")
     summary(seen)
 
-async def flood(seconds):  # all the work that a server can get: 10-byte messages, without waiting
+# Keeps the server as busy as possible: sends messages of 10 bytes without waiting for replies.
+async def flood(seconds):
     end, got = time.monotonic() + float(seconds), 0
     async def worker():
         nonlocal got
@@ -171,7 +187,8 @@ async def flood(seconds):  # all the work that a server can get: 10-byte message
     await asyncio.gather(*[worker() for _ in range(8)])
     print(got, "replies")
 
-async def upgrade():  # by hand
+# Does the handshake without a WebSocket library.
+async def upgrade():
     reader, writer = await asyncio.open_connection("127.0.0.1", 4000)
     writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n"
                  b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -179,12 +196,14 @@ async def upgrade():  # by hand
     await reader.readuntil(b"\r\n\r\n")
     return reader, writer
 
-async def deaf():  # takes the Close frame and does nothing
+# Never answers the Close.
+async def deaf():
     both = await upgrade()
     print("open", flush=True)
     await asyncio.sleep(20)
 
-async def fill(number):  # one more than there is room for
+# Opens as many connections as there is room for, and tries one more.
+async def fill(number):
     connections = [await connect() for _ in range(int(number))]
     try:
         await connect()
@@ -194,7 +213,8 @@ async def fill(number):  # one more than there is room for
         health = await client.fetch(url, raise_error=False)
         print(f"the next one gets {error.code}, /healthz {health.code}")
 
-async def bad(what):  # warnings
+# Does something that the server logs as a warning.
+async def bad(what):
     if what == "frame":
         connection = await connect()
         connection.protocol.stream.write(b"\xff\xff")
@@ -362,7 +382,8 @@ systemctl reset-failed $SOCKET $UNIT
 systemctl start $UNIT
 check "reset-failed of both, then it starts" "$(client echo)" [ "$(show ActiveState)" = active ]
 
-fails() { # TEXT STATUS LINE: a start that fails as it should
+# fails TEXT STATUS LINE: a start fails with this exit code, and systemctl status shows this line.
+fails() {
     local took restarts
     took=$(milliseconds systemctl start $UNIT)
     sleep 1
@@ -421,7 +442,8 @@ echo 'prefix = "one:"' > "$CONFIG"
 systemctl daemon-reload
 systemctl enable --runtime --now ws-echo@{1..4} 2> /dev/null
 in_background hold 60 $URL "$work/go"
-clients() { # how many each of the four has, as its status says
+# clients: the number of clients of each of the four instances, according to its status.
+clients() {
     for n in {1..4}; do show StatusText "ws-echo@$n" | sed 's/[^0-9]*//; s/ .*//'; done | xargs
 }
 all_have_clients() { matches "$(clients)" '^[1-9][0-9]* [1-9][0-9]* [1-9][0-9]* [1-9][0-9]*$'; }
@@ -454,20 +476,23 @@ cat > "$ETC_DIR/probe.py" <<'PYTHON'
 import ctypes, errno, mmap, os, re, resource, shutil, signal, socket, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
 
-def call(number, *arguments):  # a system call, by its number on x86-64
+# Makes a system call by its number on x86-64.
+def call(number, *arguments):
     if libc.syscall(number, *arguments) < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 def line(name, seen, holds):
     print("ok  " if holds else "FAIL", f"{name}: {seen}", flush=True)
 
-def refused(name, what, *codes):  # what must fail, with one of these errors
+# Calls a function that must fail with one of these errors.
+def refused(name, what, *codes):
     try:
         line(name, f"no error but {what()!r}", False)
     except (OSError, RuntimeError) as error:
         line(name, error, not codes or error.errno in codes)
 
-def run_from_memory(path):  # fexecve(3) of a copy that is in no directory
+# Executes a copy that is in no directory, as with fexecve(3).
+def run_from_memory(path):
     copy = os.memfd_create("copy", 0)
     with open(path, "rb") as file:
         os.write(copy, file.read())
@@ -536,7 +561,8 @@ refused("RestrictSUIDSGID=", lambda: os.chmod("/tmp/true", 0o4700), errno.EPERM)
 line("SystemCallFilter=", f"{status['Seccomp_filters']} filters", status["Seccomp"] == "2")
 child = os.fork()
 if not child:
-    libc.syscall(0x40000000 | 39)  # getpid of the x32 ABI
+    # This is getpid(2) of the x32 ABI.
+    libc.syscall(0x40000000 | 39)
     os._exit(0)
 end = os.waitpid(child, 0)[1]
 line("SystemCallArchitectures=, x32", f"signal {end}", end == signal.SIGSYS)
@@ -573,7 +599,8 @@ for what in send, lambda: open("/dev/ws-echo-probe"):
         print("ok" if error.errno == errno.EPERM else "FAIL", error, flush=True)
 PYTHON
 rm /dev/ws-echo-probe
-mknod -m 666 /dev/ws-echo-probe c 10 250 # nothing that exists
+# No device has this number.
+mknod -m 666 /dev/ws-echo-probe c 10 250
 fresh "PrivateNetwork=no
 RestrictAddressFamilies=AF_INET
 PrivateDevices=no
@@ -605,9 +632,11 @@ refused("SystemCallFilter=, connect() of an inherited socket", lambda: inherited
 try:
     seen = f"{inherited.sendto(b'x', socket.MSG_FASTOPEN, outside)} byte sent"
 except OSError as error:
-    seen = error  # EINPROGRESS: it connects, too; EOPNOTSUPP: net.ipv4.tcp_fastopen forbids it
+    # EINPROGRESS means that it connects as well; EOPNOTSUPP, that net.ipv4.tcp_fastopen forbids it.
+    seen = error
 print(f"ok   what stays open, sendto(MSG_FASTOPEN) of an inherited socket: {seen}", flush=True)
-signal.pause()  # or else systemd would listen on what is left of the socket
+# If this process ended, systemd would listen on what is left of the socket.
+signal.pause()
 PYTHON
 "$PYTHON" "$APP_DIR/echo_server.py" --port=4003 2> "$work/outside" &
 until_true 5 grep -q listening "$work/outside"
