@@ -2093,8 +2093,8 @@ async def until(condition: Callable[[], bool], deadline: float) -> None:
 
 
 class Refusal(Exception):  # noqa: N818  # a plain GET is refused as well, and is no error
-    """A request is refused with this status. The metrics count the reasons; the answer and the log
-    also have the detail."""
+    """Says why a request is refused, and with which status. The metrics count the reasons; the
+    answer and the log have the detail, too."""
 
     headers: ClassVar[dict[int, dict[str, str]]] = {
         405: {"Allow": "GET"},
@@ -2269,9 +2269,9 @@ def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
 
 
 def peer_of(request: httputil.HTTPServerRequest, proxies: Proxies = ()) -> str:
-    """Returns the address of the peer: the one of its socket, or the one that Tornado has taken
-    from a header. If the socket is that of a trusted proxy, it is the last address in
-    X-Forwarded-For that is not a trusted proxy's, either."""
+    """Returns the address of the peer: that of its socket, or the one that Tornado has found in a
+    header. Behind trusted proxies, it is the last address in X-Forwarded-For that is not one of
+    theirs."""
     address = cast(Any, request.connection).context.address
     if not isinstance(address, tuple):
         host: Address | str = "unix"
@@ -2336,7 +2336,7 @@ def answer(handler: web.RequestHandler, media_type: str, body: str, **more: str)
     handler.finish(body)
 
 
-# The name of a metric, the text about it, and its values by labels.
+# The name of a metric, its help text, and its values by labels.
 Family = tuple[str, str, Mapping[str, float]]
 
 
@@ -2362,7 +2362,7 @@ def connection_metrics(connections: Connections) -> list[Family]:
         ("connections", "Open WebSocket connections.", {"": len(connections.open)}),
         ("connections_opened_total", "Connections opened.", {"": connections.opened}),
         ("connections_closed_total", "Connections closed, by code (1006: none).", by_code),
-        ("connections_cut_total", "Connections cut, by reason.", by("reason", connections.cut)),
+        ("connections_cut_total", "Peers given up on, by reason.", by("reason", connections.cut)),
         ("handshakes_refused_total", "Refusals, by reason.", by("reason", connections.refused)),
         ("messages_total", "Messages, by direction and type.", messages),
         ("message_bytes_total", "Bytes of messages, by direction and type.", sizes),
@@ -2406,7 +2406,7 @@ def process_metrics() -> list[Family]:
             pages = int(file.read().split()[1])
         size = pages * resource.getpagesize()
         values["resident_memory_bytes"] = size, "Resident memory size in bytes."
-        # Listing them has opened one more.
+        # The listing itself needs one of them.
         descriptors = len(os.listdir("/proc/self/fd")) - 1
         values["open_fds"] = descriptors, "Number of open file descriptors."
     return [(f"process_{name}", text, {"": value}) for name, (value, text) in values.items()]
@@ -2513,7 +2513,7 @@ class Options:
     certfile: str = tls("", "PEM file with the certificate chain; turns TLS on", "FILE")
     keyfile: str = tls("", "PEM file with the private key, if --certfile has none", "FILE")
     client_cafile: str = tls(
-        "", "PEM file with CAs; each client needs a certificate by one", "FILE"
+        "", "PEM file with CAs; each client needs a certificate from one", "FILE"
     )
     prefix: str = echo("ECHO:", "start of each reply; '' makes the server a mirror", "TEXT")
     origins: str = echo(
@@ -2665,8 +2665,8 @@ class ServedHandler(EchoHandler):
         )
 
     def clear(self) -> None:
-        """Sets the default headers of an answer, which takes 8 us and 1 KB. In the lobby, Tornado
-        sends no answer, so they are left out."""
+        """Sets the default headers of an answer, which takes 8 us and 1 KB. The answer to a visitor
+        is not made of them, so they are left out."""
         if not isinstance(self.request.connection, Visitor):
             super().clear()
 
@@ -2734,8 +2734,8 @@ class Visitor:
         return self
 
     def set_close_callback(self, callback: object) -> None:
-        """RequestHandler calls this. Nothing needs the callback: between this and the end of the
-        handshake, nothing is awaited."""
+        """RequestHandler calls this. Nothing needs the callback, since nothing is awaited before the
+        handshake is done."""
 
     def ready(self, events: int) -> None:
         """Called when the first bytes have arrived, or the visitor has left."""
@@ -2883,7 +2883,7 @@ class Lobby:
         visitor.socket.recv(head.end())
         self.visitors.pop(visitor, None)
         wire = Wire(visitor.socket)
-        # This precedes `open` of the handler, which may drop the connection.
+        # The answer leaves before the handler's `open` is called, which may drop the connection.
         wire.send(answer)
         connection.start(wire, b"")
         return True
@@ -2957,7 +2957,7 @@ class Lobby:
 
 
 class HeadCheck(iostream.IOStream):
-    """A stream that tells the peer why a request is refused; Tornado would close it silently."""
+    """A stream that tells the peer why a request is refused, before it is closed."""
 
     visitor: Visitor
     # How many bytes of the head may still arrive, and whether the request line has arrived.
@@ -3120,7 +3120,7 @@ class Server:
             left = self.lobby.accepted - len(self.lobby.visitors) - len(self.connections.open)
             if left - seen >= 50:
                 seen = left
-                # Exceptions in Tornado leave much of it in reference cycles.
+                # Much of the memory is in reference cycles, which exceptions in Tornado leave.
                 gc.collect(2 if len(self.connections.open) < 1_000 else 1)
                 trim(0)
 
@@ -3130,7 +3130,8 @@ class Server:
             raise Refusal(503, "the server is stopping" if self.stopping else "the server is full")
 
     def stop(self, number: int) -> None:
-        """Called for SIGTERM and SIGINT. The first starts a clean stop, and the second exits."""
+        """Called for SIGTERM and SIGINT. The first signal starts a clean stop, and the second ends
+        the process at once."""
         if self.stopping:
             self.connections.close()
             sys.exit(128 + number)
@@ -3202,7 +3203,7 @@ def listening_sockets(options: Options) -> list[socket.socket]:
 def check_free(path: str) -> None:
     """Raises OSError if somebody listens on this socket file. Otherwise it can be replaced."""
     with socket.socket(socket.AF_UNIX) as probe:
-        # Otherwise this would wait for a listener whose queue is full.
+        # A blocking socket would wait for a listener whose queue is full.
         probe.setblocking(False)
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             with contextlib.suppress(BlockingIOError):
@@ -3221,8 +3222,8 @@ def socket_file(path: str) -> tuple[str, int, int] | None:
 
 
 def inherited_sockets() -> list[socket.socket]:
-    """Socket activation, as in sd_listen_fds(3): returns the sockets that systemd has passed to
-    this process, from descriptor 3 on. Raises CannotServe."""
+    """Socket activation, see sd_listen_fds(3): returns the sockets that systemd has passed to this
+    process, from descriptor 3 on. Raises CannotServe."""
     pid, count, _ = (
         os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     )
@@ -3253,7 +3254,7 @@ def inherited_socket(number: int) -> socket.socket:
 
 
 def notify(state: str) -> None:
-    """Tells systemd, as in sd_notify(3). Does nothing if systemd has not started this process."""
+    """Tells systemd, see sd_notify(3). Does nothing if systemd has not started this process."""
     if path := os.environ.get("NOTIFY_SOCKET"):
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -3351,7 +3352,7 @@ async def run_client(options: Options) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception as error:
-        # It may be about the URL, the host name, the connection, TLS, the handshake, or a reply.
+        # The error may concern the URL, the host name, the connection, TLS, the handshake, a reply.
         return fail(f"[CLIENT] error:{options.connect}: {explain(error)}")
 
 
@@ -3431,7 +3432,7 @@ async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
             for text in itertools.chain(given or (line.rstrip("\n") for line in file), [None]):
                 loop.call_soon_threadsafe(queue.put_nowait, text)
 
-    # This is a thread because some kinds of standard input, such as files, cannot be polled.
+    # A thread reads, since some kinds of standard input, such as files, cannot be polled.
     threading.Thread(target=read, daemon=True).start()
     while (text := await queue.get()) is not None:
         yield text
@@ -3562,7 +3563,7 @@ def parse_args(argv: list[str] | None) -> Options:
 
 
 def fail(text: str, code: int = 1) -> int:
-    # If standard error is closed, the exit code alone has to tell.
+    # If standard error is closed, only the exit code tells of the failure.
     with contextlib.suppress(OSError):
         if sys.stderr:
             print(text, file=sys.stderr)

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Tests what the units promise. For each claim, it prints a line with "ok" or "FAIL" and what it has
 # seen. The exit code is 1 if there is a FAIL, and 77 if the script cannot run. It needs root, a
-# booted systemd, x86-64, and ws-echo installed as the README says. Use a machine or a container that
+# booted systemd, x86-64, and ws-echo installed as the README says. Use a machine or container that
 # can be thrown away: it breaks the configuration, kills the service, and restarts it often.
 set -u
 APP_DIR=${APP_DIR:-/opt/ws-echo} ETC_DIR=${ETC_DIR:-/etc/ws-echo}
