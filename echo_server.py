@@ -2734,8 +2734,8 @@ class Visitor:
         return self
 
     def set_close_callback(self, callback: object) -> None:
-        """RequestHandler calls this. Nothing needs the callback, since nothing is awaited before the
-        handshake is done."""
+        """RequestHandler calls this. The callback is not needed, since the handshake that follows
+        awaits nothing."""
 
     def ready(self, events: int) -> None:
         """Called when the first bytes have arrived, or the visitor has left."""
