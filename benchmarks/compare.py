@@ -25,7 +25,7 @@ from servers import HERE, Candidate, ad_hoc, find, pin, raise_file_limit, runnin
 from wire import ClosedError, MeasurementError
 
 # Descriptors needed in addition to those of the connections.
-FILES_BESIDE_CONNECTIONS = 500
+OTHER_FILES = 500
 # The share of the time spent waiting for a core from which on it is reported.
 WAITED = 0.1
 
@@ -244,8 +244,8 @@ def prepare(options: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     files = raise_file_limit()
-    if files < options.idle + FILES_BESIDE_CONNECTIONS:
-        options.idle = max(100, files - FILES_BESIDE_CONNECTIONS)
+    if files < options.idle + OTHER_FILES:
+        options.idle = max(100, files - OTHER_FILES)
         say(f"warning: the limit of {files} open files allows {options.idle} connections")
 
 

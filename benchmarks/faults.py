@@ -257,7 +257,7 @@ def deflating(server: Subject, count: int) -> "contextlib.closing[Caller]":
 
 
 def settled(value: Callable[[], int], least: int) -> int:
-    """Wait until the value has come down to `least`, but not for ever; return the value."""
+    """Wait until the value has come down to `least`, but not forever; return the value."""
     until = time.perf_counter() + SETTLE
     while value() > least and time.perf_counter() < until:
         time.sleep(0.05)

@@ -492,11 +492,11 @@ def large_binary(server: Process, settings: Settings) -> Result:
 # One huge message at a time, among short ones
 
 HUGE_SIZE = 8 * 1024 * 1024
-BESIDE = 10
+BACKGROUND = 10
 INTERVAL = 0.005
 
 
-class Beside:
+class Background:
     """Connections that send short messages at fixed times, whether or not earlier ones have been
     answered."""
 
@@ -535,17 +535,17 @@ class Beside:
             self.latencies.append(now - sent.popleft())
 
 
-def _huge_run(big: Streams, beside: Beside, seconds: float) -> int:
+def _huge_run(big: Streams, background: Background, seconds: float) -> int:
     """Return the number of huge messages that were answered. The first answer after `seconds`
     ends the run."""
     count = 0
     last = time.perf_counter()
     until = last + seconds
     while True:
-        beside.send_due()
-        for fd, event in big.poll.poll(beside.pause()):
-            if fd in beside:
-                beside.handle(fd)
+        background.send_due()
+        for fd, event in big.poll.poll(background.pause()):
+            if fd in background:
+                background.handle(fd)
                 continue
             answered = big.handle(fd, event)
             count += answered
@@ -559,16 +559,16 @@ def _huge_run(big: Streams, beside: Beside, seconds: float) -> int:
 
 
 def huge(server: Process, settings: Settings) -> Result:
-    with connections(server, 1 + BESIDE) as sockets:
+    with connections(server, 1 + BACKGROUND) as sockets:
         streams = [_single(sockets[0], TEXT, HUGE_SIZE, 1)]
         with contextlib.closing(Streams(streams, window=1)) as big:
-            beside = Beside(sockets[1:], big.poll)
-            _huge_run(big, beside, settings.warm_up)
-            beside.latencies = array.array("d")
+            background = Background(sockets[1:], big.poll)
+            _huge_run(big, background, settings.warm_up)
+            background.latencies = array.array("d")
             meter = Meter(server)
-            count = _huge_run(big, beside, settings.seconds)
+            count = _huge_run(big, background, settings.seconds)
             result = meter.per(count * HUGE_SIZE, 1e9, ("wall_byte", "cpu_byte", "client_byte"))
-    return result | (percentiles(beside.latencies) if beside.latencies else {})
+    return result | (percentiles(background.latencies) if background.latencies else {})
 
 
 # Memory
@@ -698,20 +698,20 @@ LOADS = (
     ),
     Load(
         "huge",
-        "one text message of 8 MiB at a time; 10 connections beside it send 32 bytes every 5 ms",
+        "one text message of 8 MiB at a time; 10 others each send 32 bytes every 5 ms",
         huge,
         (
             Metric("cpu_byte", "CPU, ns/byte", 3),
             Metric("wall_byte", "time, ns/byte", 3),
-            Metric("p50", "p50 beside, ms", 2),
-            Metric("p99", "p99 beside, ms", 2),
+            Metric("p50", "p50 of the short, ms", 2),
+            Metric("p99", "p99 of the short, ms", 2),
             Metric("client_byte", "generator, ns/byte", 3, compared=False),
         ),
         ("cpu_byte", "p99"),
     ),
     Load(
         "many",
-        "as one, with 9,900 idle connections beside the 100",
+        "like one, while 9,900 other connections are idle",
         many,
         (RATE, CPU, P50, P99, CLIENT),
         ("rate", "cpu"),
