@@ -114,14 +114,18 @@ class Process:
     def __init__(
         self,
         *args: str,
+        program: Path = MODULE,
+        own: int = 0,
         before: Sequence[str] = (),
         env: dict[str, str] | None = None,
         **popen: Any,
     ) -> None:
+        """`own` is the port of a `program` that does not say where it listens."""
         environment = os.environ | (env or {})
+        self.own = own
         self.lines: list[str] = []
         self.popen = start(
-            *before, sys.executable, str(MODULE), *args, stderr=PIPE, env=environment, **popen
+            *before, sys.executable, str(program), *args, stderr=PIPE, env=environment, **popen
         )
         self.reader = threading.Thread(target=self.read)
         self.reader.start()
@@ -157,6 +161,10 @@ class Process:
 
     @property
     def url(self) -> str:
+        """When it listens."""
+        if self.own:
+            until(lambda: listens(("127.0.0.1", self.own)), lambda: f"it has said {self.lines}")
+            return f"ws://localhost:{self.own}/"
         return self.line(r"\[SERVER\] listening on (wss?://\S+?)(,|$)")[1]
 
     @property
@@ -245,9 +253,9 @@ def refused(server: Process, data: bytes) -> tuple[int, Message, str]:
         return answer(sock, data)
 
 
-def shaken(
+def upgraded(
     server: Process,
-    line: str = "GET / HTTP/1.1",
+    path: str = "/",
     trust: ssl.SSLContext | None = None,
     **changed: str,
 ) -> socket.socket:
@@ -255,7 +263,7 @@ def shaken(
     sock = server.dial()
     if trust:
         sock = trust.wrap_socket(sock, server_hostname="localhost")
-    sock.sendall(request(line, **changed))
+    sock.sendall(request(f"GET {path} HTTP/1.1", **changed))
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += sock.recv(1)
@@ -265,26 +273,19 @@ def shaken(
 
 def raw_echo(sock: socket.socket, text: str = "Hello!") -> str:
     """What comes back. Some versions of Python let only one thread at a time use a TLS socket."""
-    sock.sendall(masked(text.encode()))
+    sock.sendall(frame(FIN | TEXT, text.encode()))
     with sock.makefile("rb") as file:
         return read_frame(file)[1].decode()
 
 
-def masked(payload: bytes, opcode: int = 1) -> bytes:
-    """A frame as a client sends it; its key is 0."""
-    head = bytearray(echo_server.frame_header(0x80 | opcode, len(payload)))
-    head[1] |= 0x80
-    return bytes(head) + bytes(4) + payload
-
-
 def read_frame(file: BinaryIO) -> tuple[int, bytes]:
-    """Opcode and payload of an unmasked frame; opcode -1 at the end of the stream."""
+    """First byte and payload, as of Peer.frame; the first byte is -1 at the end of the stream."""
     head = file.read(2)
     if len(head) < 2:
         return -1, b""
     size = {126: 2, 127: 8}.get(head[1], 0)
     length = int.from_bytes(file.read(size), "big") if size else head[1]
-    return head[0] & 15, file.read(length)
+    return head[0], file.read(length)
 
 
 def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -639,7 +640,7 @@ async def test_a_subclass_sees_open_messages_and_close_in_their_order(
     assert await client.read_message() == "page 2"
     client.close(4001, "bed time")
     assert await client.read_message() is None
-    await until_async(lambda: len(app.settings["pages"]) == 3)
+    await eventually(lambda: len(app.settings["pages"]) == 3)
     assert app.settings["pages"] == [
         ("open", ("blue",), {}),
         "dear diary",
@@ -798,14 +799,8 @@ async def test_the_log_has_the_words_of_the_original_sample(
 
 
 async def log_lines(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
-    await until_async(lambda: len(ours(caplog)) >= count)
+    await eventually(lambda: len(ours(caplog)) >= count)
     return [record.getMessage() for record in ours(caplog)]
-
-
-async def until_async(condition: Callable[[], bool]) -> None:
-    """Polls, while the loop runs, until the condition holds; the test's own limit bounds it."""
-    while not condition():
-        await gen.sleep(0.005)
 
 
 @pytest.mark.gen_test
@@ -928,32 +923,17 @@ def free_port() -> int:
     return port
 
 
-class Shown(Process):
+def application(folder: Path, code: str, *args: str) -> Process:
     """A whole application of the README in a folder with our file, as a process of its own."""
-
-    def __init__(self, folder: Path, code: str, *args: str) -> None:
-        self.own = free_port()
-        code, *options = (text.replace("8888", str(self.own)) for text in (code, *args))
-        (folder / "app.py").write_text(code)
-        shutil.copy(MODULE, folder)
-        self.lines: list[str] = []
-        self.popen = start(sys.executable, "app.py", *options, cwd=folder, stderr=PIPE)
-        self.reader = threading.Thread(target=self.read)
-        self.reader.start()
-
-    @property
-    def url(self) -> str:
-        """When it listens."""
-        until(self.listens, lambda: f"it has said {self.lines}")
-        return f"ws://localhost:{self.own}/"
-
-    def listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.own)) == 0
+    own = free_port()
+    code, *options = (text.replace("8888", str(own)) for text in (code, *args))
+    (folder / "app.py").write_text(code)
+    shutil.copy(MODULE, folder)
+    return Process(*options, program=Path("app.py"), own=own, cwd=folder)
 
 
 def test_as_the_readme_shows_an_application_has_it_beside_other_handlers(tmp_path: Path) -> None:
-    with Shown(tmp_path, shown("Beside other handlers")) as app:
+    with application(tmp_path, shown("Beside other handlers")) as app:
         (tmp_path / "docs").mkdir()
         (tmp_path / "docs" / "echo.txt").write_text("It is at /echo.")
         assert get(app, "/echo.txt")[2] == "It is at /echo."
@@ -998,7 +978,7 @@ async def listening(app: Application, **options: Any) -> AsyncIterator[int]:
     yield sockets[0].getsockname()[1]
     http.stop()
     await http.close_all_connections()
-    await until_async(lambda: not Connections.current().open)
+    await eventually(lambda: not Connections.current().open)
 
 
 @pytest.mark.gen_test
@@ -1072,7 +1052,7 @@ def own(level: str = "WARNING") -> str:
 
 
 def test_as_the_readme_shows_an_application_closes_its_clients_with_1001(tmp_path: Path) -> None:
-    with Shown(tmp_path, own(), "--port=8888") as app, app.connect("echo") as client:
+    with application(tmp_path, own(), "--port=8888") as app, app.connect("echo") as client:
         assert echoed(client) == "ECHO:Hello!"
         app.signal(signal.SIGTERM)
         with pytest.raises(ConnectionClosed, match="1001"):
@@ -1084,7 +1064,7 @@ def test_as_the_readme_shows_an_application_closes_its_clients_with_1001(tmp_pat
 def test_as_the_readme_shows_our_lines_come_in_the_log_of_the_application(
     tmp_path: Path, level: str, lines: int
 ) -> None:
-    with Shown(tmp_path, own(level), "--port=8888", "--logging=debug") as app:
+    with application(tmp_path, own(level), "--port=8888", "--logging=debug") as app:
         with app.connect("echo") as client:
             assert echoed(client) == "ECHO:Hello!"
         assert app.stop() == 0
@@ -1205,17 +1185,6 @@ def test_check_text_agrees_with_the_whole_decoder_on_every_start_of_a_character(
             rest = None
         assert (rest is not None) == can_become_text(data), data
         assert not rest or data.endswith(rest)
-
-
-def can_become_text(data: bytes) -> bool:
-    """By trying what may follow."""
-    for tail in (b"", b"\x80", b"\x80\x80", b"\x80\x80\x80"):
-        try:
-            (data + tail).decode()
-        except UnicodeDecodeError:
-            continue
-        return True
-    return False
 
 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY])
@@ -2856,7 +2825,7 @@ async def test_all_of_a_record_is_seen_where_a_host_reads_less(
     peer.leave()
     http.stop()
     await http.close_all_connections()
-    await until_async(lambda: not Connections.current().open)
+    await eventually(lambda: not Connections.current().open)
 
 
 class SaysTheLastWord(Recorder):
@@ -3660,17 +3629,17 @@ async def test_what_comes_behind_a_fault_is_dropped_while_the_event_loop_is_busy
     await eventually(lambda: len(Connections.current().open) == 1)
 
 
-@pytest.mark.parametrize("ending", [b"", masked(close_body(4001), CLOSE)], ids=["nothing", "close"])
+@pytest.mark.parametrize("ending", [b"", close(4001)], ids=["nothing", "close"])
 def test_a_peer_that_shuts_its_side_below_tls_gets_all_replies_and_our_close(
     tls: Process, trust: ssl.SSLContext, ending: bytes
 ) -> None:
-    with shaken(tls, "GET /?delay=0.1 HTTP/1.1", trust) as sock, sock.makefile("rb") as file:
-        sock.sendall(masked(b"x" * 100_000) * 3 + ending)
+    with upgraded(tls, "/?delay=0.1", trust) as sock, sock.makefile("rb") as file:
+        sock.sendall(frame(FIN | TEXT, b"x" * 100_000) * 3 + ending)
         socket.socket.shutdown(sock, socket.SHUT_WR)
         for _ in range(3):
-            assert read_frame(file) == (TEXT, REPLY)
+            assert read_frame(file) == (FIN | TEXT, REPLY)
         if ending:
-            assert read_frame(file) == (CLOSE, close_body(4001))
+            assert read_frame(file) == (FIN | CLOSE, close_body(4001))
         assert read_frame(file) == (-1, b"")
 
 
@@ -3697,17 +3666,17 @@ def test_a_second_signal_is_no_error_of_a_coroutine_that_runs(serve: Serve) -> N
 
 def test_the_time_in_which_the_server_was_stopped_is_not_held_against_a_peer(serve: Serve) -> None:
     server = serve("--ping-interval=0.4", "--ping-timeout=0.6")
-    with shaken(server) as sock, sock.makefile("rb") as file:
-        assert read_frame(file) == (PING, b"")
-        sock.sendall(masked(b"", PONG))
+    with upgraded(server) as sock, sock.makefile("rb") as file:
+        assert read_frame(file) == (FIN | PING, b"")
+        sock.sendall(frame(FIN | PONG))
         time.sleep(0.25)  # it has seen the answer, and looked at its deadlines since
         server.signal(signal.SIGSTOP)
         time.sleep(1.5)
         server.signal(signal.SIGCONT)
-        assert read_frame(file) == (PING, b"")
+        assert read_frame(file) == (FIN | PING, b"")
         time.sleep(0.4)  # which is less than the time for an answer
-        sock.sendall(masked(b"", PONG) + masked(b"hi"))
-        assert read_frame(file) == (TEXT, b"ECHO:hi")
+        sock.sendall(frame(FIN | PONG) + frame(FIN | TEXT, b"hi"))
+        assert read_frame(file) == (FIN | TEXT, b"ECHO:hi")
 
 
 # ---- In somebody's application: as a WebSocketHandler
@@ -4268,20 +4237,14 @@ def test_a_peer_that_never_reads_costs_little_memory(
     with server.connect() as client, server.dial() as greedy:
         client.send("Hello!")
         client.recv(PATIENCE)
-        before = peak_memory(server)
+        before = memory(server, "VmHWM")
         greedy.settimeout(0.5)
         greedy.sendall(request())
         with pytest.raises(TimeoutError):  # it is read no more
-            greedy.sendall(masked(b"x" * size) * (30_000_000 // size))
+            greedy.sendall(frame(FIN | TEXT, b"x" * size) * (30_000_000 // size))
         client.send("Hello!")
         client.recv(PATIENCE)
-        assert peak_memory(server) - before < 4_000_000
-
-
-def peak_memory(server: Process) -> int:
-    """In bytes."""
-    status = Path(f"/proc/{server.popen.pid}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        assert memory(server, "VmHWM") - before < 4_000_000
 
 
 # ---- Ends that are reached by a rare way
@@ -4298,7 +4261,7 @@ async def test_of_pings_in_one_turn_the_latest_is_answered_though_all_leaves_at_
     peer = await host.connect()
     peer.send(text("a" * 900))
     assert await peer.replies(b"ECHO:" + b"a" * 900)
-    pings = [masked(b"%0125d" % number, PING) for number in range(80)]
+    pings = [frame(FIN | PING, b"%0125d" % number) for number in range(80)]
     # More than the high-water mark, in one turn.
     peer.send(text("b" * 900) * 70, *pings)
     while await peer.frame() != (FIN | PONG, b"%0125d" % 79):
@@ -4310,7 +4273,7 @@ async def test_of_pings_in_one_turn_the_latest_is_answered_though_all_leaves_at_
 async def test_after_on_close_no_method_of_the_handler_is_called(host: Host) -> None:
     calls = Calls()
     peer = await host.connect(Recorder, calls=calls)
-    peer.send(close(4001), masked(b"a", PING))
+    peer.send(close(4001), frame(FIN | PING, b"a"))
     await eventually(lambda: calls.closes)
     peer.leave()
     await eventually(lambda: not Connections.current().open)
@@ -4371,7 +4334,7 @@ async def test_a_message_that_stalls_costs_a_coroutine_before_it_no_reply(host: 
     peer = await host.connect(Waiting, calls=calls, stall_timeout=0.2)
     other = await host.connect(stall_timeout=0.2)
     for unfinished in (peer, other):
-        unfinished.send(text("a"), masked(b"unfinished")[:9])
+        unfinished.send(text("a"), frame(FIN | TEXT, b"unfinished")[:9])
     # What is failed later has stalled for no longer.
     assert await other.replies(b"ECHO:a") and await other.close_code() == 1008
     calls.gate.set()
@@ -4612,9 +4575,9 @@ def test_close_codes_that_applications_choose_are_two_series_in_the_metrics(
 ) -> None:
     process = serve("--metrics")
     for code in (1000, 3000, 3001, 3999, 4000, 4321, 4999):
-        with shaken(process) as sock:
+        with upgraded(process) as sock:
             sock.sendall(close(code))
-            assert close_code_of(sock) == code
+            assert close_code(sock) == code
     names = [f'{{code="{name}"}}' for name in ("1000", "3000-3999", "4000-4999")]
     wanted = dict(zip(names, (1, 3, 3), strict=True))
     until(lambda: families(process)["ws_echo_connections_closed_total"] == wanted)
@@ -4977,7 +4940,7 @@ def test_a_request_has_the_same_answer_in_one_piece_and_in_two(
                 raw_echo(other)
             for sock, end, (_, data) in zip(socks, ends, some, strict=True):
                 with contextlib.suppress(OSError):
-                    sock.sendall(data[end:] + masked(b"Hello!") + masked(b"\x03\xe8", CLOSE))
+                    sock.sendall(data[end:] + frame(FIN | TEXT, b"Hello!") + close())
                     sock.shutdown(socket.SHUT_WR)
             varies = rb"(Date|Etag): .*\r\n|127\.0\.0\.1:\d+"
             return [re.sub(varies, b"", everything(sock)) for sock in socks]
@@ -5606,7 +5569,7 @@ def test_without_epoll_it_serves_as_well(serve: Serve) -> None:
 
 def test_over_tls_it_echoes(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
     process = serve(f"--certfile={certificate}")
-    with shaken(process, trust=trust) as client:
+    with upgraded(process, trust=trust) as client:
         assert process.url.startswith("wss://localhost:")
         assert raw_echo(client) == "ECHO:Hello!"
         assert raw_echo(client, "x" * 300_000) == "ECHO:" + "x" * 300_000
@@ -5619,7 +5582,7 @@ def test_the_key_may_be_in_a_file_of_its_own(
     issued.private_key_pem.write_to_path(str(tmp_path / "key"))
     issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
     process = serve(f"--certfile={tmp_path / 'cert'}", f"--keyfile={tmp_path / 'key'}")
-    with shaken(process, trust=trust) as client:
+    with upgraded(process, trust=trust) as client:
         assert raw_echo(client) == "ECHO:Hello!"
 
 
@@ -5634,7 +5597,7 @@ def test_tls_below_1_2_is_refused(serve: Serve, certificate: Path, trust: ssl.SS
 
 def test_tls_1_2_is_enough(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
     trust.maximum_version = ssl.TLSVersion.TLSv1_2
-    with shaken(serve(f"--certfile={certificate}"), trust=trust) as client:
+    with upgraded(serve(f"--certfile={certificate}"), trust=trust) as client:
         assert raw_echo(client) == "ECHO:Hello!"
 
 
@@ -5645,7 +5608,7 @@ def test_of_protocols_above_tls_http_1_1_is_selected(
     tls: Process, trust: ssl.SSLContext, offered: list[str], selected: str | None
 ) -> None:
     trust.set_alpn_protocols(offered)
-    with shaken(tls, trust=trust) as sock:
+    with upgraded(tls, trust=trust) as sock:
         assert cast(ssl.SSLSocket, sock).selected_alpn_protocol() == selected
 
 
@@ -5660,11 +5623,11 @@ def test_a_client_with_a_certificate_that_is_asked_for_is_let_in(
     serve: Serve, certificate: Path, trust: ssl.SSLContext, client_authority: tuple[trustme.CA, str]
 ) -> None:
     client_authority[0].issue_cert("me@example.com").configure_cert(trust)
-    with shaken(serve(f"--certfile={certificate}", client_authority[1]), trust=trust) as client:
+    with upgraded(serve(f"--certfile={certificate}", client_authority[1]), trust=trust) as client:
         assert raw_echo(client) == "ECHO:Hello!"
 
 
-@pytest.mark.parametrize("last", [masked(b"\x03\xe8", 8), b"\x00\x00"], ids=["close", "fault"])
+@pytest.mark.parametrize("last", [close(), b"\x00\x00"], ids=["close", "fault"])
 def test_tls_ends_with_close_notify(
     serve: Serve, certificate: Path, trust: ssl.SSLContext, last: bytes
 ) -> None:
@@ -5675,12 +5638,12 @@ def test_tls_ends_with_close_notify(
     with sock, sock.makefile("rb") as file:
         assert answer(sock, request())[0] == 101
         sock.sendall(last)
-        assert read_frame(file)[0] == 8
+        assert read_frame(file)[0] == FIN | CLOSE
         assert file.read() == b""  # it raises SSLEOFError where TCP ends first
 
 
 def test_close_notify_is_answered(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
-    with shaken(serve(f"--certfile={certificate}"), trust=trust) as sock:
+    with upgraded(serve(f"--certfile={certificate}"), trust=trust) as sock:
         assert raw_echo(sock) == "ECHO:Hello!"
         cast(ssl.SSLSocket, sock).unwrap()  # raises SSLEOFError where TCP ends first
 
@@ -5714,7 +5677,7 @@ def test_a_key_update_harms_no_replies_that_wait(
                 while sent < 6000:  # until nothing more is taken, and without reading
                     if not out and sent % 5 == 0:
                         request_key_update(sock)
-                    out = masked(bytes(1000), BINARY)
+                    out = frame(FIN | BINARY, bytes(1000))
                     sock.send(out)
                     out, sent = b"", sent + 1
             if (
@@ -5732,16 +5695,17 @@ def test_what_has_come_before_sigterm_is_answered(
     process = serve(*[f"--certfile={certificate}"] if secure else [])
     with contextlib.ExitStack() as stack:
         clients = [
-            stack.enter_context(shaken(process, trust=trust if secure else None)) for _ in range(10)
+            stack.enter_context(upgraded(process, trust=trust if secure else None))
+            for _ in range(10)
         ]
         for _ in range(40):
             for client in clients:
-                client.sendall(masked(b"x" * 1000))
+                client.sendall(frame(FIN | TEXT, b"x" * 1000))
         process.signal(signal.SIGTERM)
         for client in clients:
             with client.makefile("rb") as file:
                 assert [read_frame(file)[1] for _ in range(40)] == [b"ECHO:" + b"x" * 1000] * 40
-                assert read_frame(file) == (CLOSE, close_body(1001, "the server is stopping"))
+                assert read_frame(file) == (FIN | CLOSE, close_body(1001, "the server is stopping"))
         process.signal(signal.SIGTERM)  # at once: nobody here says goodbye
 
 
@@ -5848,7 +5812,7 @@ def test_sighup_takes_a_renewed_certificate_and_keeps_connections(
     serve: Serve, authority: trustme.CA, certificate: Path, trust: ssl.SSLContext
 ) -> None:
     process = serve(f"--certfile={certificate}")
-    with shaken(process, trust=trust) as client:
+    with upgraded(process, trust=trust) as client:
         before = serial(process, trust)
         authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(
             str(certificate)
@@ -5948,23 +5912,23 @@ def test_over_tls_everybody_is_closed_with_1001(
     serve: Serve, certificate: Path, trust: ssl.SSLContext
 ) -> None:
     process = serve(f"--certfile={certificate}")
-    with shaken(process, trust=trust) as client, client.makefile("rb") as file:
+    with upgraded(process, trust=trust) as client, client.makefile("rb") as file:
         process.signal(signal.SIGTERM)
-        opcode, payload = read_frame(file)
-        assert (opcode, payload[:2]) == (8, b"\x03\xe9")
-        client.sendall(masked(payload[:2], opcode=8))
+        first, payload = read_frame(file)
+        assert (first, payload[:2]) == (FIN | CLOSE, b"\x03\xe9")
+        client.sendall(frame(FIN | CLOSE, payload[:2]))
         assert process.exit_code() == 0
 
 
 def test_replies_that_are_owed_come_before_1001(serve: Serve) -> None:
     process = serve()
-    with shaken(process) as sock, sock.makefile("rb") as file:
-        fill(sock, masked(b"x" * 65536, opcode=2))
+    with upgraded(process) as sock, sock.makefile("rb") as file:
+        fill(sock, frame(FIN | BINARY, b"x" * 65536))
         process.signal(signal.SIGTERM)
         replies = 0
-        while (frame := read_frame(file)) == (2, b"ECHO:" + b"x" * 65536):
+        while (last := read_frame(file)) == (FIN | BINARY, b"ECHO:" + b"x" * 65536):
             replies += 1
-        assert (frame[0], frame[1][:2]) == (8, b"\x03\xe9")
+        assert (last[0], last[1][:2]) == (FIN | CLOSE, b"\x03\xe9")
     assert process.exit_code() == 0
     assert int(process.line(r"close\(\) .* (\d+) messages")[1]) == replies > 2
 
@@ -5993,7 +5957,7 @@ def fill(sock: socket.socket, message: bytes) -> None:
 
 def test_clients_that_never_close_are_waited_for_no_longer_than_drain_timeout(serve: Serve) -> None:
     process = serve("--drain-timeout=0.5")
-    with shaken(process), process.dial():
+    with upgraded(process), process.dial():
         began = time.monotonic()
         assert process.stop() == 0
         assert 0.5 <= time.monotonic() - began < 0.95
@@ -6001,7 +5965,7 @@ def test_clients_that_never_close_are_waited_for_no_longer_than_drain_timeout(se
 
 def test_without_a_drain_timeout_it_does_not_wait(serve: Serve) -> None:
     process = serve("--drain-timeout=0")
-    with shaken(process) as sock:
+    with upgraded(process) as sock:
         assert process.stop() == 0
         assert sock.recv(99).startswith(b"\x88")
 
@@ -6009,7 +5973,7 @@ def test_without_a_drain_timeout_it_does_not_wait(serve: Serve) -> None:
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once_with_128_and_its_number(serve: Serve, second: int) -> None:
     process = serve()
-    with shaken(process) as sock:
+    with upgraded(process) as sock:
         process.signal(signal.SIGTERM)
         assert sock.recv(99).startswith(b"\x88")
         process.signal(second)
@@ -6018,7 +5982,7 @@ def test_a_second_signal_ends_it_at_once_with_128_and_its_number(serve: Serve, s
 
 def test_while_stopping_nobody_is_let_in_and_the_health_check_says_so(serve: Serve) -> None:
     process = serve()
-    with shaken(process) as held, process.dial() as idle, process.dial() as other:
+    with upgraded(process) as held, process.dial() as idle, process.dial() as other:
         for sock in (idle, other):
             assert answer(sock, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
         process.signal(signal.SIGTERM)
@@ -6043,7 +6007,7 @@ def test_who_is_in_the_queue_of_the_listening_socket_is_let_in_and_sent_away(ser
             with sock.makefile("rb") as file:
                 assert b" 101 " in file.readline()
                 assert b"" not in iter(file.readline, b"\r\n")
-                assert read_frame(file) == (CLOSE, b"\x03\xe9the server is stopping")
+                assert read_frame(file) == (FIN | CLOSE, b"\x03\xe9the server is stopping")
     assert process.exit_code() == 0
 
 
@@ -6103,14 +6067,14 @@ def test_plain_connections_do_not_take_the_descriptors_of_health_checks_and_hand
     """With 200 descriptors, of which 64 are kept for these."""
     process = serve(before=["sh", "-c", 'ulimit -n 200; exec "$@"', "sh"])
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(shaken(process)) for _ in range(136)]
+        clients = [stack.enter_context(upgraded(process)) for _ in range(136)]
         asked = [ask(stack.enter_context(process.dial())) for _ in range(80)]
         assert asked[:32] == [(200, None)] * 32
         assert asked[32:] == [(200, "close")] * 48
         assert refused(process, request())[0] == 503
         clients.pop().close()
         process.line(r"close\(\)")
-        stack.enter_context(shaken(process))
+        stack.enter_context(upgraded(process))
     assert process.stop() == 0
 
 
@@ -6205,11 +6169,11 @@ def still_open_after(sock: socket.socket, byte: int) -> bool:
 
 def test_a_websocket_outlives_the_handshake_timeout(serve: Serve) -> None:
     process = serve("--handshake-timeout=0.1")
-    with shaken(process) as sock:
+    with upgraded(process) as sock:
         sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
             sock.recv(1)
-        sock.sendall(masked(b"Hello!"))
+        sock.sendall(frame(FIN | TEXT, b"Hello!"))
         assert sock.recv(99) == b"\x81\x0bECHO:Hello!"
 
 
@@ -6440,7 +6404,7 @@ def choosy() -> Iterator[Process]:
 def test_origins_are_compared_as_browsers_write_them(
     choosy: Process, headers: dict[str, str]
 ) -> None:
-    shaken(choosy, "GET / HTTP/1.1", None, **headers).close()
+    upgraded(choosy, "/", None, **headers).close()
 
 
 @pytest.mark.parametrize(
@@ -6466,7 +6430,7 @@ def test_pages_of_other_origins_are_refused_in_our_words(
 
 
 def test_without_a_choice_of_origins_pages_of_all_sites_may_connect(server: Process) -> None:
-    shaken(server, Sec_Fetch_Site="cross-site").close()
+    upgraded(server, Sec_Fetch_Site="cross-site").close()
 
 
 @pytest.fixture(scope="module")
@@ -6503,7 +6467,7 @@ def test_a_trusted_proxy_says_who_the_peer_is(
     behind_proxies: Process, forwarded: str, peer: str
 ) -> None:
     path = f"/{forwarded.encode().hex()}"
-    with shaken(behind_proxies, f"GET {path} HTTP/1.1", X_Forwarded_For=forwarded) as sock:
+    with upgraded(behind_proxies, path, X_Forwarded_For=forwarded) as sock:
         found = behind_proxies.line(rf"connection\(\) from (.*) {path}$")
         assert found[1] == peer.replace("PORT", str(sock.getsockname()[1]))
 
@@ -6513,7 +6477,7 @@ def test_a_trusted_proxy_says_who_the_peer_is(
 )
 def test_the_address_of_a_proxy_may_be_written_in_other_forms(serve: Serve, proxies: str) -> None:
     process = serve(f"--trusted-proxies={proxies}")
-    with shaken(process, X_Forwarded_For="203.0.113.7"):
+    with upgraded(process, X_Forwarded_For="203.0.113.7"):
         assert process.line(r"connection\(\) from (.*) /$")[1] == "203.0.113.7"
 
 
@@ -6521,10 +6485,10 @@ def test_on_a_socket_of_both_families_ipv4_is_known_as_such(serve: Serve) -> Non
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
         process = inheriting(serve, listener, "--trusted-proxies=127.0.0.0/8")
         assert process.url == f"ws://localhost:{listener.getsockname()[1]}/"
-        with shaken(process, "GET /a HTTP/1.1") as sock:
+        with upgraded(process, "/a") as sock:
             peer = f"127.0.0.1:{sock.getsockname()[1]}"
             assert process.line(r"connection\(\) from (.*) /a$")[1] == peer
-        with shaken(process, "GET /b HTTP/1.1", X_Forwarded_For="203.0.113.7"):
+        with upgraded(process, "/b", X_Forwarded_For="203.0.113.7"):
             assert process.line(r"connection\(\) from (.*) /b$")[1] == "203.0.113.7"
 
 
@@ -6547,7 +6511,7 @@ async def test_embedded_the_peer_is_whom_tornado_has_found_in_a_header(
 @pytest.mark.parametrize("arguments", [[], ["--trusted-proxies=10.0.0.0/8,unix"]])
 def test_nobody_else_says_who_the_peer_is(serve: Serve, arguments: list[str]) -> None:
     process = serve(*arguments)
-    with shaken(process, X_Forwarded_For="203.0.113.7") as sock:
+    with upgraded(process, X_Forwarded_For="203.0.113.7") as sock:
         assert (
             process.line(r"connection\(\) from (.*) /$")[1] == f"127.0.0.1:{sock.getsockname()[1]}"
         )
@@ -6605,15 +6569,17 @@ def test_messages_are_shown_by_default_and_counted_when_there_are_too_many(serve
     """Also while a connection with a scenario, whose messages all need a call, is among them."""
     process, numbers = serve(), itertools.count()
     with (
-        shaken(process) as plain,
+        upgraded(process) as plain,
         plain.makefile("rb") as replies,
-        shaken(process, "GET /?delay=0 HTTP/1.1") as called,
+        upgraded(process, "/?delay=0") as called,
     ):
 
         def has_talked_for_two_seconds() -> bool:
             texts = [b"%d" % next(numbers) for _ in range(500)]
-            plain.sendall(b"".join(map(masked, texts)))
-            assert [read_frame(replies) for _ in texts] == [(TEXT, b"ECHO:" + t) for t in texts]
+            plain.sendall(b"".join(frame(FIN | TEXT, sent) for sent in texts))
+            assert [read_frame(replies) for _ in texts] == [
+                (FIN | TEXT, b"ECHO:" + t) for t in texts
+            ]
             assert raw_echo(called, f"{next(numbers)}").startswith("ECHO:")
             return len(process.matching(" more: ")) >= 2
 
@@ -6906,7 +6872,7 @@ def bystander(server: Process, trust: ssl.SSLContext | None = None) -> Iterator[
     """A well-behaved client keeps echoing; afterwards the server has given back descriptors."""
     server.line("listening")
     before = descriptors(server)
-    with upgraded(server, trust) as sock:
+    with upgraded(server, trust=trust) as sock:
         times: list[float] = []
         ended = threading.Event()
         thread = threading.Thread(target=keep_echoing, args=(sock, times, ended))
@@ -6930,16 +6896,12 @@ def keep_echoing(sock: socket.socket, times: list[float], ended: threading.Event
     """Stops early when a reply is wrong or missing."""
     for number in itertools.count():
         began = time.monotonic()
-        sock.sendall(masked(b"%06d" % number))
+        sock.sendall(frame(FIN | TEXT, b"%06d" % number))
         if sock.recv(99) != b"\x81\x0bECHO:%06d" % number:
             return
         times.append(time.monotonic() - began)
         if ended.wait(0.005):
             return
-
-
-def upgraded(server: Process, trust: ssl.SSLContext | None = None, **headers: str) -> socket.socket:
-    return shaken(server, "GET / HTTP/1.1", trust, **headers)
 
 
 def descriptors(server: Process) -> int:
@@ -6972,12 +6934,12 @@ def cut_off(sock: socket.socket) -> None:
     sock.close()
 
 
-def close_code_of(sock: socket.socket) -> int:
+def close_code(sock: socket.socket) -> int:
     """Of the Close frame that comes, whatever came before."""
     with sock.makefile("rb") as file:
-        while (frame := read_frame(file))[0] != CLOSE:
-            assert frame[0] >= 0, "it has left without a Close"
-    return int.from_bytes(frame[1][:2], "big")
+        while (got := read_frame(file))[0] != FIN | CLOSE:
+            assert got[0] >= 0, "it has left without a Close"
+    return int.from_bytes(got[1][:2], "big")
 
 
 with_proc = pytest.mark.skipif(
@@ -6995,7 +6957,7 @@ def test_a_reset_right_behind_what_needs_no_reply_is_noticed(
     serve: Serve, path: str, sent: bytes
 ) -> None:
     server = serve("--ping-interval=0")
-    sock = shaken(server, f"GET {path} HTTP/1.1")
+    sock = upgraded(server, path)
     server.signal(signal.SIGSTOP)  # so that it sees both at once
     sock.sendall(sent)
     cut_off(sock)
@@ -7060,12 +7022,12 @@ MOMENTS = {
     "at once": b"",
     "in the request": b"GET / HTTP/1.1\r\nHo",
     "behind the request": request(),
-    "in a frame": request() + masked(b"x" * 1000)[:500],
-    "in the header of a frame": request() + masked(b"x" * 70_000)[:5],
+    "in a frame": request() + frame(FIN | TEXT, b"x" * 1000)[:500],
+    "in the header of a frame": request() + frame(FIN | TEXT, b"x" * 70_000)[:5],
     "in a message": request() + frame(TEXT, b"x" * 70_000),
-    "with replies on their way": request() + masked(b"x" * 70_000) * 9,
+    "with replies on their way": request() + frame(FIN | TEXT, b"x" * 70_000) * 9,
     "behind a fault": request() + b"\xff\xff",
-    "behind a close": request() + masked(b"", CLOSE),
+    "behind a close": request() + frame(FIN | CLOSE),
     "behind a good request and a bad one": b"GET / HTTP/1.1\r\nHost: x\r\n\r\nbad\r\n\r\n",
     "in the hello of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
 }
@@ -7207,10 +7169,10 @@ def test_no_header_reaches_the_log_other_than_short_and_in_ascii(serve: Serve) -
 
 
 STRANGE_MESSAGES = [
-    (masked(HOSTILE.encode()) + masked(b"", CLOSE), "a\\x1b[2J"),
-    (masked(HOSTILE.encode("utf-16"), BINARY) + masked(b"", CLOSE), "a\\x00"),
-    (masked(close_body(1000, "secret\x1b\n"), CLOSE), "close"),
-    (masked(b"\xff", PING) + masked(b"\xff"), "1007"),
+    (frame(FIN | TEXT, HOSTILE.encode()) + frame(FIN | CLOSE), "a\\x1b[2J"),
+    (frame(FIN | BINARY, HOSTILE.encode("utf-16")) + frame(FIN | CLOSE), "a\\x00"),
+    (close(1000, "secret\x1b\n"), "close"),
+    (frame(FIN | PING, b"\xff") + frame(FIN | TEXT, b"\xff"), "1007"),
 ]
 
 
@@ -7222,9 +7184,9 @@ def test_no_message_reaches_the_log_other_than_short_and_in_ascii(
     serve: Serve, level: str, data: bytes, seen: str
 ) -> None:
     server = serve(f"--log-level={level}")
-    with shaken(server) as sock:
+    with upgraded(server) as sock:
         sock.sendall(data)
-        close_code_of(sock)
+        close_code(sock)
     assert server.stop() == 0
     assert all(line.isascii() and line.isprintable() and len(line) < 1000 for line in server.lines)
     assert bool(server.matching(re.escape(seen))) == (level == "debug" or seen in ("close", "1007"))
@@ -7232,9 +7194,9 @@ def test_no_message_reaches_the_log_other_than_short_and_in_ascii(
 
 def test_a_reply_to_somebody_who_has_left_is_one_line(serve: Serve) -> None:
     server = serve()
-    sock = shaken(server)
+    sock = upgraded(server)
     with bystander(server):
-        send_until_refused(sock, masked(b"x" * 100_000))
+        send_until_refused(sock, frame(FIN | TEXT, b"x" * 100_000))
         cut_off(sock)
         server.line("error:")
     with bystander(server):  # whose line comes behind what might follow
@@ -7275,7 +7237,7 @@ def test_endless_fragments_are_stopped(
         sock.sendall(start)
         sender = threading.Thread(target=send_until_cut, args=(sock, more))
         sender.start()
-        assert close_code_of(sock) in codes
+        assert close_code(sock) in codes
         sock.shutdown(socket.SHUT_RDWR)
         sender.join(PATIENCE)
     assert memory(server, "VmHWM") - before < 4_000_000
@@ -7340,7 +7302,7 @@ def test_data_behind_a_close_that_waits_is_not_kept_while_others_send_bombs(serv
     flood = text("a") + close() + text("x" * 1_000_000) * 10
     with contextlib.ExitStack() as stack:
         paths = ["/", "/?delay=60"] * 4
-        socks = [shaken(server, f"GET {path} HTTP/1.1", None, **DEFLATE) for path in paths]
+        socks = [upgraded(server, path, None, **DEFLATE) for path in paths]
         before = forget_peak(server)
         for sock, data in zip(map(stack.enter_context, socks), [bombs, flood] * 4, strict=True):
             sender = threading.Thread(target=sock.sendall, args=[data])
@@ -7368,7 +7330,7 @@ def test_many_bombs_above_the_limit_are_1009_and_take_little_memory(serve: Serve
         for _ in range(100):
             with upgraded(server, Sec_WebSocket_Extensions="permessage-deflate") as sock:
                 sock.sendall(bomb)
-                assert close_code_of(sock) == 1009
+                assert close_code(sock) == 1009
         assert memory(server, "VmHWM") - before < 12_000_000
 
 
@@ -7381,7 +7343,7 @@ def test_unfinished_messages_take_what_has_come_of_them_and_give_it_back(serve: 
         socks = [stack.enter_context(upgraded(server)) for _ in range(60)]
         for sock in socks:
             sock.sendall(almost)
-        assert {close_code_of(sock) for sock in socks} == {1008}
+        assert {close_code(sock) for sock in socks} == {1008}
         assert memory(server, "VmHWM") - before < 60 * 1.5 * (1 << 20)
     until(
         lambda: memory(server) - before < 16_000_000,
@@ -7391,9 +7353,9 @@ def test_unfinished_messages_take_what_has_come_of_them_and_give_it_back(serve: 
 
 def test_turns_that_are_put_off_lose_nothing(serve: Serve) -> None:
     server, content = serve(), os.urandom(50_000).hex()
-    frames = [masked(packed(f"{n} {content}".encode()), RSV1 | TEXT) for n in range(20)]
+    frames = [frame(FIN | RSV1 | TEXT, packed(f"{n} {content}".encode())) for n in range(20)]
     with contextlib.ExitStack() as stack:
-        peers = [stack.enter_context(upgraded(server, None, **DEFLATE)) for _ in range(10)]
+        peers = [stack.enter_context(upgraded(server, "/", None, **DEFLATE)) for _ in range(10)]
         senders = [threading.Thread(target=peer.sendall, args=[b"".join(frames)]) for peer in peers]
         for sender in senders:
             sender.start()
@@ -7431,7 +7393,7 @@ class Pipeliner:
                 assert payload == b"ECHO:%d" % self.replies
                 self.replies += 1
         sender.cancel()
-        writer.write(masked(payload, CLOSE))
+        writer.write(frame(FIN | CLOSE, payload))
         assert await reader.read() == b""
         writer.transport.abort()
 
@@ -7439,7 +7401,9 @@ class Pipeliner:
         for start in itertools.count(0, 50):
             while start > self.replies + 500:  # noqa: ASYNC110  # so much is under way
                 await asyncio.sleep(0.001)
-            writer.write(b"".join(masked(b"%d" % number) for number in range(start, start + 50)))
+            writer.write(
+                b"".join(frame(FIN | TEXT, b"%d" % number) for number in range(start, start + 50))
+            )
             await writer.drain()
 
 
@@ -7470,7 +7434,8 @@ def test_at_sigterm_everybody_who_reads_gets_the_replies_and_then_1001(
     with contextlib.ExitStack() as stack:
         for _ in range(3):  # they never read
             send_until_refused(
-                stack.enter_context(upgraded(server, context)), masked(b"x" * 100_000)
+                stack.enter_context(upgraded(server, trust=context)),
+                frame(FIN | TEXT, b"x" * 100_000),
             )
         asyncio.run(pipelining(clients, server.port, stop, context))
         began = time.monotonic()
@@ -7491,7 +7456,9 @@ def test_at_sigterm_500_clients_that_pipeline_get_1001_and_the_exit_is_in_time(
 
     with contextlib.ExitStack() as stack:
         for _ in range(10):  # they never read
-            send_until_refused(stack.enter_context(upgraded(server)), masked(b"x" * 100_000))
+            send_until_refused(
+                stack.enter_context(upgraded(server)), frame(FIN | TEXT, b"x" * 100_000)
+            )
         asyncio.run(pipelining(clients, server.port, stop))
         began = time.monotonic()
         assert server.exit_code() == 0 and time.monotonic() - began < 3
@@ -7504,11 +7471,11 @@ def test_at_sigterm_a_handshake_of_tls_that_does_not_go_on_is_not_waited_for(
     serve: Serve, certificate: Path, trust: ssl.SSLContext
 ) -> None:
     server = serve(f"--certfile={certificate}", "--drain-timeout=0.5")
-    with upgraded(server, trust) as client, server.dial() as sock:
+    with upgraded(server, trust=trust) as client, server.dial() as sock:
         sock.sendall(client_hello()[:99])
         server.signal(signal.SIGTERM)
-        assert close_code_of(client) == 1001
-        client.sendall(masked(close_body(1001), CLOSE))
+        assert close_code(client) == 1001
+        client.sendall(close(1001))
         assert server.exit_code() == 0
 
 
@@ -7528,7 +7495,7 @@ def test_sighup_under_load_loses_nothing(
                 reloaded = len(server.matching("reloaded")) >= number
                 return reloaded and all(map(lambda c, n: c.replies > n, clients, seen))
 
-            await until_async(is_served)
+            await eventually(is_served)
         server.signal(signal.SIGTERM)
 
     asyncio.run(pipelining(clients, server.port, reload_often, trust if secure else None))
@@ -7590,7 +7557,7 @@ def test_behind_haproxy_a_server_that_stops_under_load_refuses_nobody(
         seen = len(statuses)
         until(lambda: len(statuses) > seen + 200)
         for client in clients:
-            client.sendall(masked(b"Hello!"))
+            client.sendall(frame(FIN | TEXT, b"Hello!"))
         ends = Counter(client.recv(4) for client in clients)
         assert ends == {b"\x88\x18\x03\xe9": 10, b"\x81\x0bEC": 10}
     assert one.exit_code() == 0
@@ -7792,7 +7759,7 @@ def require(condition: object, code: int) -> None:
         raise Failed(code)
 
 
-def may_become_text(data: bytes) -> bool:
+def can_become_text(data: bytes) -> bool:
     """Whether there is an end with which it is UTF-8; one of these fits whatever comes first."""
     for ending in ENDINGS:
         with contextlib.suppress(UnicodeDecodeError):
@@ -7907,7 +7874,7 @@ class Model:
         content = self.content
         if self.compressed:
             content = inflated_so_far(content, last, self.window or b"")
-        require(self.opcode == BINARY or may_become_text(content), 1007)
+        require(self.opcode == BINARY or can_become_text(content), 1007)
         require(len(content) <= LIMIT, 1009)
         if last:
             require(self.opcode == BINARY or is_text(content), 1007)
@@ -7927,15 +7894,6 @@ def is_text(data: bytes) -> bool:
 def unmasked(key: bytes, data: bytes) -> bytes:
     keys = (key * (len(data) // 4 + 1))[: len(data)]
     return (int.from_bytes(data, "big") ^ int.from_bytes(keys, "big")).to_bytes(len(data), "big")
-
-
-def answer_of(file: BinaryIO) -> tuple[int, bytes]:
-    """Opcode and content of the frame that comes next; opcode -1 at the end."""
-    first = file.peek(1)[:1]  # type: ignore[attr-defined]  # it is a BufferedReader
-    opcode, payload = read_frame(file)
-    if first and first[0] & RSV1:
-        payload = zlib.decompressobj(-15).decompress(payload + TAIL)
-    return opcode, payload[:2] if opcode == CLOSE else payload
 
 
 sizes = st.sampled_from([0, 1, 125, 126, 127, 1018, 1019, 1024, LIMIT - 1, LIMIT, LIMIT + 1])
@@ -7987,7 +7945,7 @@ class Conversation(RuleBasedStateMachine):
     @rule(offer=st.sampled_from(OFFERS))
     def connect(self, offer: str) -> None:
         self.sock = upgraded(
-            self.server, self.trust, **({"Sec_WebSocket_Extensions": offer} if offer else {})
+            self.server, trust=self.trust, **({"Sec_WebSocket_Extensions": offer} if offer else {})
         )
         self.file = self.sock.makefile("rb")
         self.open, self.deflate = True, bool(offer)
@@ -8017,16 +7975,25 @@ class Conversation(RuleBasedStateMachine):
     @rule()
     def pause(self) -> None:
         """Until the server has seen what was sent: it has answered somebody else since."""
-        self.neighbour.sendall(masked(b"Hello!"))
+        self.neighbour.sendall(frame(FIN | TEXT, b"Hello!"))
         assert self.neighbour.recv(99) == b"\x81\x0bECHO:Hello!"
         self.totals[str(TEXT)] += 1
+
+    def answer(self) -> tuple[int, bytes]:
+        """Opcode and content of the frame that comes next; opcode -1 at the end."""
+        first, payload = read_frame(self.file)
+        if first < 0:
+            return first, payload
+        if first & RSV1:
+            payload = zlib.decompressobj(-15).decompress(payload + TAIL)
+        return first & 15, payload[:2] if first == FIN | CLOSE else payload
 
     @precondition(lambda self: self.open)
     @rule()
     def receive(self) -> None:
         """What the model expects, and the end if that is expected."""
         expected = self.model.replies[self.left :]
-        assert [answer_of(self.file) for _ in expected] == [
+        assert [self.answer() for _ in expected] == [
             (opcode, payload[:2] if opcode == CLOSE else payload) for opcode, payload in expected
         ]
         self.left = len(self.model.replies)
@@ -8034,7 +8001,7 @@ class Conversation(RuleBasedStateMachine):
             if self.model.code in (1007, 1008, 1009):
                 # The server waits for a Close, for which there may be no place.
                 socket.socket.shutdown(self.sock, socket.SHUT_WR)
-            assert answer_of(self.file) == (-1, b"")
+            assert self.answer() == (-1, b"")
             self.end(self.model.code)
         elif not self.model.opcode and not self.model.rest:
             self.count_messages()
@@ -8133,7 +8100,7 @@ class Conversation(RuleBasedStateMachine):
         self.receive()
         if self.open:
             with contextlib.suppress(ssl.SSLError):  # an alert: TLS does not like it
-                assert answer_of(self.file) == (-1, b"")
+                assert self.answer() == (-1, b"")
             self.end(1006)
 
 
@@ -8151,7 +8118,7 @@ def test_whatever_is_sent_is_answered_as_the_contract_says(
     # Hypothesis parses this file. When garbage of other tests is collected meanwhile, and asyncio
     # logs an exception of it, Python 3.11 parses within its parser, and loses count of its depth.
     gc.collect()
-    with upgraded(server, Conversation.trust) as Conversation.neighbour:
+    with upgraded(server, trust=Conversation.trust) as Conversation.neighbour:
         run_state_machine_as_test(Conversation, settings=budget)
         expected = expected_measures()
         until(
