@@ -1980,6 +1980,17 @@ class Host:
         assert peer.head.startswith("HTTP/1.1 101 ")
         return peer
 
+    async def record(
+        self, handler: type[Recorder], shut: bool = False, **options: Any
+    ) -> tuple[Peer, Calls]:
+        """A peer whose handler has been opened, and its calls; the gate is open, or `shut`."""
+        calls = Calls()
+        if shut:
+            calls.gate.clear()
+        peer = await self.connect(handler, calls=calls, **options)
+        await eventually(lambda: calls)
+        return peer, calls
+
     async def finish(self) -> None:
         for peer in self.peers:
             peer.writer.transport.abort()
@@ -2203,10 +2214,7 @@ class Picky(EchoHandler):
 @pytest.mark.gen_test
 @pytest.mark.parametrize(("offered", "selected"), [("a, b", "b"), ("a", "")])
 async def test_a_subclass_selects_the_subprotocol(host: Host, offered: str, selected: str) -> None:
-    calls = Calls()
-    peer = await host.connect(
-        PickyRecorder, headers={"Sec-WebSocket-Protocol": offered}, calls=calls
-    )
+    peer, calls = await host.record(PickyRecorder, headers={"Sec-WebSocket-Protocol": offered})
     assert header_of(peer, "Sec-WebSocket-Protocol") == selected
     await eventually(lambda: calls)
     assert calls.handler.selected_subprotocol == (selected or None)
@@ -2311,7 +2319,11 @@ class Calls(list[Any]):
     """What was called, in order."""
 
     handler: Recorder
-    gate: asyncio.Event | None = None  # what its coroutines wait for
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()  # what coroutines wait for; it is open until a test shuts it
+        self.gate.set()
 
     @property
     def closes(self) -> list[Any]:
@@ -2352,8 +2364,7 @@ class Waiting(Recorder):
 
     async def on_message(self, message: str | bytes) -> None:
         self.calls.append(("start", message))
-        if self.calls.gate:
-            await self.calls.gate.wait()
+        await self.calls.gate.wait()
         await asyncio.sleep(0)
         self.calls.append(("end", message))
         try:
@@ -2365,7 +2376,6 @@ class Waiting(Recorder):
 class WaitingToOpen(Recorder):
     async def open(self, *args: str, **kwargs: str) -> None:
         super().open()
-        assert self.calls.gate
         await self.calls.gate.wait()
         self.calls.append(("opened",))
 
@@ -2402,8 +2412,7 @@ class BrokenOpenCoroutine(Recorder):
 
 @pytest.mark.gen_test
 async def test_the_methods_of_a_handler_are_called_in_order(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
+    peer, calls = await host.record(Recorder)
     peer.send(
         text("a"),
         frame(FIN | PING, b"p"),
@@ -2426,8 +2435,7 @@ async def test_the_methods_of_a_handler_are_called_in_order(host: Host) -> None:
 
 @pytest.mark.gen_test
 async def test_a_coroutine_handles_one_message_at_a_time_in_order(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Waiting, calls=calls)
+    peer, calls = await host.record(Waiting)
     words = [str(i) for i in range(500)]
     peer.send(*map(text, words), close(1000))
     assert await peer.replies(*map(str.encode, words))
@@ -2437,9 +2445,7 @@ async def test_a_coroutine_handles_one_message_at_a_time_in_order(host: Host) ->
 
 @pytest.mark.gen_test
 async def test_a_coroutine_open_holds_messages_back(host: Host) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(WaitingToOpen, early=text("early"), calls=calls)
+    peer, calls = await host.record(WaitingToOpen, early=text("early"), shut=True)
     peer.send(text("a"), frame(FIN | PING, b"p"))
     assert await peer.frame() == (FIN | PONG, b"p")
     assert calls == [("open",), ("ping", b"p")]
@@ -2450,9 +2456,7 @@ async def test_a_coroutine_open_holds_messages_back(host: Host) -> None:
 
 @pytest.mark.gen_test
 async def test_pings_are_answered_while_a_coroutine_is_pending(host: Host) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(Waiting, calls=calls)
+    peer, calls = await host.record(Waiting, shut=True)
     peer.send(text("a"), text("b"))
     for i in range(3):
         peer.send(frame(FIN | PING, b"%d" % i))
@@ -2467,9 +2471,7 @@ async def test_pings_are_answered_while_a_coroutine_is_pending(host: Host) -> No
 async def test_what_came_before_the_end_is_delivered_one_after_the_other_and_on_close_is_last(
     host: Host, ending: bytes
 ) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(Waiting, calls=calls)
+    peer, calls = await host.record(Waiting, shut=True)
     peer.send(*map(text, "abcde"), ending)
     await eventually(lambda: ("start", "a") in calls)
     peer.leave()
@@ -2487,9 +2489,7 @@ async def test_what_came_before_the_end_is_delivered_one_after_the_other_and_on_
 
 @pytest.mark.gen_test
 async def test_who_leaves_while_open_runs_has_its_message_handled_behind_it(host: Host) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(WaitingToOpen, early=text("a"), calls=calls)
+    peer, calls = await host.record(WaitingToOpen, early=text("a"), shut=True)
     peer.leave()
     await others_have_their_turn(host, 5)
     assert calls == [("open",)]
@@ -2502,9 +2502,7 @@ async def test_who_leaves_while_open_runs_has_its_message_handled_behind_it(host
 async def test_a_pending_coroutine_that_writes_to_a_lost_peer_gets_websocket_closed_error(
     host: Host,
 ) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(Waiting, calls=calls)
+    peer, calls = await host.record(Waiting, shut=True)
     peer.send(text("a"))
     await eventually(lambda: ("start", "a") in calls)
     peer.reset()
@@ -2585,9 +2583,7 @@ async def test_on_close_comes_once_with_what_the_peer_said(
     way: Callable[[Peer], Awaitable[None]],
     said: list[tuple[int | None, str | None]],
 ) -> None:
-    calls = Calls()
-    peer = await host.connect(handler, calls=calls)
-    await eventually(lambda: calls)
+    peer, calls = await host.record(handler)
     await way(peer)
     await eventually(lambda: calls.closes and not Connections.current().open)
     await asyncio.sleep(0)
@@ -2597,8 +2593,7 @@ async def test_on_close_comes_once_with_what_the_peer_said(
 
 @pytest.mark.gen_test
 async def test_on_close_does_not_wait_for_a_client_that_does_not_read(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
+    peer, calls = await host.record(Recorder)
     peer.pause()
     peer.send(text("a"), close(4002))
     await eventually(lambda: calls.closes)
@@ -2631,8 +2626,7 @@ async def test_messages_behind_our_close_are_delivered_until_the_peers_comes(hos
             self.calls.append(("message", message))
             self.close(4000, "bye")
 
-    calls = Calls()
-    peer = await host.connect(Listening, calls=calls)
+    peer, calls = await host.record(Listening)
     peer.send(text("a"), text("b"))
     assert await peer.frame() == (FIN | CLOSE, close_body(4000, "bye"))
     peer.send(text("c"), close(4000, "ok"), text("d"))
@@ -2643,7 +2637,7 @@ async def test_messages_behind_our_close_are_delivered_until_the_peers_comes(hos
 
 @pytest.mark.gen_test
 async def test_a_fault_behind_our_close_does_not_bring_another(host: Host) -> None:
-    peer = await host.connect(Leaving, calls=Calls())
+    peer, _ = await host.record(Leaving)
     peer.send(text("a"))
     assert await peer.close_code() == 4000
     peer.send(b"\xff\xff")
@@ -2655,8 +2649,7 @@ async def test_a_fault_behind_our_close_does_not_bring_another(host: Host) -> No
 async def test_a_peer_may_leave_without_an_answer_to_our_close(
     host: Host, end: Callable[[Peer], None]
 ) -> None:
-    calls = Calls()
-    peer = await host.connect(Leaving, calls=calls)
+    peer, calls = await host.record(Leaving)
     peer.send(text("a"))
     assert await peer.close_code() == 4000
     end(peer)
@@ -2675,9 +2668,7 @@ async def test_a_peer_may_leave_without_an_answer_to_our_close(
     ],
 )
 async def test_close_sends_its_code_and_reason(host: Host, args: Any, body: bytes) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
-    await eventually(lambda: calls)
+    peer, calls = await host.record(Recorder)
     calls.handler.close(*args)
     assert await peer.frame() == (FIN | CLOSE, body)
     with pytest.raises(WebSocketClosedError):
@@ -2689,8 +2680,7 @@ async def test_close_sends_its_code_and_reason(host: Host, args: Any, body: byte
 async def test_an_error_in_a_handler_is_1011_and_one_traceback(
     host: Host, handler: type[Recorder]
 ) -> None:
-    calls = Calls()
-    peer = await host.connect(handler, calls=calls)
+    peer, calls = await host.record(handler)
     peer.send(text("a"), text("b"))
     assert await peer.goodbye() == 1011
     peer.leave()
@@ -2708,8 +2698,7 @@ class WritesWhenItIsTooLate(Recorder):
 async def test_a_coroutine_that_writes_to_a_peer_who_has_left_is_one_line(
     host: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
-    calls = Calls()
-    peer = await host.connect(WritesWhenItIsTooLate, calls=calls)
+    peer, calls = await host.record(WritesWhenItIsTooLate)
     peer.send(text("a"))
     peer.reset()
     await eventually(lambda: "[SERVER] error:reply not sent" in caplog.text and calls.closes)
@@ -2751,9 +2740,7 @@ async def taken(peer: Peer, data: bytes) -> None:
 
 @pytest.mark.gen_test
 async def test_pongs_behind_a_pending_coroutine_take_no_memory(host: Host) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(Waiting, calls=calls)
+    peer, calls = await host.record(Waiting, shut=True)
     peer.send(text("a"))
     await eventually(lambda: ("start", "a") in calls)
     async with little_memory(1_000_000):
@@ -2764,8 +2751,7 @@ async def test_pongs_behind_a_pending_coroutine_take_no_memory(host: Host) -> No
 
 @pytest.mark.gen_test
 async def test_a_peer_that_left_behind_its_fault_is_closed_once(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
+    peer, calls = await host.record(Recorder)
     peer.send(b"\xff\xff")
     peer.reset()
     await eventually(lambda: calls.closes)
@@ -2774,8 +2760,7 @@ async def test_a_peer_that_left_behind_its_fault_is_closed_once(host: Host) -> N
 
 @pytest.mark.gen_test
 async def test_a_close_that_finds_nobody_is_the_end(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
+    peer, calls = await host.record(Recorder)
     peer.reset()
     await asyncio.sleep(0)  # it is reset, and nobody has looked
     calls.handler.close(4000)
@@ -2839,7 +2824,7 @@ class SaysTheLastWord(Recorder):
 
 @pytest.mark.gen_test
 async def test_frames_behind_our_close_take_no_memory_while_a_reply_waits(host: Host) -> None:
-    peer = await host.connect(SaysTheLastWord, receive_buffer=4096, calls=Calls())
+    peer, _ = await host.record(SaysTheLastWord, receive_buffer=4096)
     (connection,) = Connections.current().open
     peer.send(text("a"))
     await eventually(connection.is_closing)
@@ -2853,7 +2838,7 @@ async def test_frames_behind_our_close_take_no_memory_while_a_reply_waits(host: 
 @pytest.mark.gen_test
 async def test_bombs_that_wait_for_a_coroutine_are_not_inflated_ahead(host: Host) -> None:
     calls = Calls()
-    calls.gate = asyncio.Event()
+    calls.gate.clear()
     host.app.settings["websocket_max_message_size"] = 100_000
     peer, other = await host.connect(Waiting, headers=DEFLATE, calls=calls), await host.connect()
     async with little_memory(5_000_000):
@@ -2873,9 +2858,7 @@ async def test_bombs_that_wait_for_a_coroutine_are_not_inflated_ahead(host: Host
 async def test_whole_messages_that_wait_are_not_taken_for_one_that_does_not_go_on(
     host: Host,
 ) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(Waiting, stall_timeout=0.3, calls=calls)
+    peer, calls = await host.record(Waiting, stall_timeout=0.3, shut=True)
     peer.send(text("a") * 1000)
     before = time.monotonic()
     while time.monotonic() < before + 0.9:
@@ -2910,8 +2893,7 @@ class BrokenPing(Recorder):
 async def test_behind_an_error_in_a_handler_nothing_is_handled(
     host: Host, handler: type[Recorder], seen: list[Any]
 ) -> None:
-    calls = Calls()
-    peer = await host.connect(handler, calls=calls)
+    peer, calls = await host.record(handler)
     peer.send(
         frame(FIN | (TEXT if handler is Broken else PING), b"1"),
         frame(FIN | PING, b"2"),
@@ -2972,8 +2954,7 @@ class Generator(Recorder):
 async def test_a_result_that_cannot_be_awaited_is_1011_and_one_traceback(
     host: Host, handler: type[Recorder]
 ) -> None:
-    calls = Calls()
-    peer = await host.connect(handler, calls=calls)
+    peer, calls = await host.record(handler)
     peer.send(text("a"))
     assert await peer.close_code() == 1011
     peer.leave()
@@ -3000,7 +2981,7 @@ class Yielding(Recorder):
 async def test_whatever_tornado_can_await_may_be_returned(
     host: Host, handler: type[Recorder]
 ) -> None:
-    peer = await host.connect(handler, calls=Calls())
+    peer, _ = await host.record(handler)
     words = [str(i) for i in range(500)]
     peer.send(*map(text, words))
     assert await peer.replies(*map(str.encode, words))
@@ -3014,8 +2995,7 @@ class BrokenClose(Recorder):
 
 @pytest.mark.gen_test
 async def test_an_error_in_on_close_is_one_traceback(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(BrokenClose, calls=calls)
+    peer, calls = await host.record(BrokenClose)
     peer.send(close())
     await peer.rest()
     await eventually(lambda: calls.closes)
@@ -3024,7 +3004,6 @@ async def test_an_error_in_on_close_is_one_traceback(host: Host) -> None:
 
 class ClosesAndWaits(Recorder):
     async def on_message(self, message: str | bytes) -> None:
-        assert self.calls.gate
         self.close(4000)
         await self.calls.gate.wait()
 
@@ -3033,9 +3012,7 @@ class ClosesAndWaits(Recorder):
 async def test_messages_behind_our_close_are_not_kept_without_bound_for_a_pending_coroutine(
     host: Host,
 ) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(ClosesAndWaits, calls=calls)
+    peer, calls = await host.record(ClosesAndWaits, shut=True)
     peer.send(text("a"))
     assert await peer.close_code() == 4000
     words, other = text("x" * 1_000_000) * 20, await host.connect()
@@ -3048,7 +3025,6 @@ async def test_messages_behind_our_close_are_not_kept_without_bound_for_a_pendin
 
 class WritesAndWaits(Recorder):
     async def on_message(self, message: str | bytes) -> None:
-        assert self.calls.gate
         self.calls.append(("start", message))
         self.write_message("x" * 8_000_000)
         await self.calls.gate.wait()
@@ -3056,9 +3032,7 @@ class WritesAndWaits(Recorder):
 
 @pytest.mark.gen_test
 async def test_a_message_waits_for_the_coroutine_though_the_peer_has_read_all(host: Host) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(WritesAndWaits, receive_buffer=4096, calls=calls)
+    peer, calls = await host.record(WritesAndWaits, receive_buffer=4096, shut=True)
     peer.send(text("a"), text("b"))
     assert await peer.replies(b"x" * 8_000_000)
     peer.send(frame(FIN | PING))
@@ -3085,9 +3059,7 @@ async def test_while_a_coroutine_is_pending_no_more_than_a_message_is_read_ahead
     host: Host,
 ) -> None:
     host.app.settings["websocket_max_message_size"] = 100_000
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(Waiting, calls=calls)
+    peer, calls = await host.record(Waiting, shut=True)
     peer.send(text("x" * 100_000) * 300)
     await others_have_their_turn(host)
     assert peer.writer.transport.get_write_buffer_size() > 10_000_000  # the kernel has the rest
@@ -3106,8 +3078,7 @@ class WritesToTheLost(Recorder):
 
 @pytest.mark.gen_test
 async def test_on_close_does_not_come_within_another_method(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(WritesToTheLost, calls=calls)
+    peer, calls = await host.record(WritesToTheLost)
     peer.send(text("a"))
     peer.reset()
     await eventually(lambda: calls.closes)
@@ -3124,7 +3095,7 @@ class WritesMuch(Recorder):
 
 @pytest.mark.gen_test
 async def test_writes_that_nobody_awaits_leave_in_order(host: Host) -> None:
-    peer = await host.connect(WritesMuch, receive_buffer=4096, calls=Calls())
+    peer, _ = await host.record(WritesMuch, receive_buffer=4096)
     peer.send(text("a"), frame(FIN | PING), close(4000))
     assert await peer.replies(*[b"x" * 100_000] * 50)
     assert await peer.frame() == (FIN | PONG, b"")
@@ -3147,9 +3118,7 @@ async def test_replies_that_wait_leave_before_our_close(host: Host, end: bytes, 
 async def test_write_message_raises_on_a_closed_connection(
     host: Host, end: Callable[[Peer], Awaitable[None]]
 ) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
-    await eventually(lambda: calls)
+    peer, calls = await host.record(Recorder)
     await end(peer)
     await eventually(lambda: calls.closes)
     with pytest.raises(WebSocketClosedError):
@@ -3164,9 +3133,7 @@ async def test_write_message_of_what_the_kernel_takes_is_done_at_once(
 ) -> None:
     # As long as the round lasts, and on a machine that is busy two milliseconds may be over.
     monkeypatch.setattr(echo_server, "ROUND", PATIENCE)
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
-    await eventually(lambda: calls)
+    peer, calls = await host.record(Recorder)
     sent = [calls.handler.write_message(message) for message in ("text", b"bytes", {"a": 1})]
     assert all(future.done() and future.exception() is None for future in sent)
     await calls.handler.write_message(b"binary", binary=True)
@@ -3176,9 +3143,7 @@ async def test_write_message_of_what_the_kernel_takes_is_done_at_once(
 
 @pytest.mark.gen_test
 async def test_a_write_is_pending_until_the_peer_reads(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, receive_buffer=4096, calls=calls)
-    await eventually(lambda: calls)
+    peer, calls = await host.record(Recorder, receive_buffer=4096)
     sent = [
         calls.handler.write_message(bytes(16 << 20), binary=True),
         calls.handler.write_message("behind"),
@@ -3194,9 +3159,7 @@ async def test_a_write_is_pending_until_the_peer_reads(host: Host) -> None:
 
 @pytest.mark.gen_test
 async def test_a_pending_write_fails_when_the_peer_is_lost(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, receive_buffer=4096, calls=calls)
-    await eventually(lambda: calls)
+    peer, calls = await host.record(Recorder, receive_buffer=4096)
     sent = [
         calls.handler.write_message(bytes(16 << 20), binary=True),
         calls.handler.write_message("behind"),
@@ -3210,9 +3173,7 @@ async def test_a_pending_write_fails_when_the_peer_is_lost(host: Host) -> None:
 
 @pytest.mark.gen_test
 async def test_a_handler_can_ping(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
-    await eventually(lambda: calls)
+    peer, calls = await host.record(Recorder)
     calls.handler.ping(b"are you there?")
     assert await peer.frame() == (FIN | PING, b"are you there?")
     peer.send(frame(FIN | PONG, b"are you there?"))
@@ -3221,9 +3182,7 @@ async def test_a_handler_can_ping(host: Host) -> None:
 
 @pytest.mark.gen_test
 async def test_a_handler_can_set_nodelay(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
-    await eventually(lambda: calls)
+    peer, calls = await host.record(Recorder)
     calls.handler.set_nodelay(True)
     peer.send(text("a"))
     assert await peer.replies(b"ECHO:a")
@@ -3288,7 +3247,7 @@ async def test_compressed_replies_of_a_coroutine_come_before_the_close(
     host: Host, hurried: None
 ) -> None:
     message = noise(100_000)
-    peer = await host.connect(Waiting, headers=DEFLATE, receive_buffer=4096, calls=Calls())
+    peer, _ = await host.record(Waiting, headers=DEFLATE, receive_buffer=4096)
     peer.send(frame(FIN | BINARY, message) * PILE, close(4001))
     for _ in range(PILE):
         assert inflated((await peer.frame())[1]) == message
@@ -3299,8 +3258,7 @@ async def test_compressed_replies_of_a_coroutine_come_before_the_close(
 @OWED
 @pytest.mark.gen_test(timeout=20)
 async def test_go_away_waits_for_a_peer_that_reads_slowly(host: Host, hurried: None) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, receive_buffer=4096, calls=calls)
+    peer, calls = await host.record(Recorder, receive_buffer=4096)
     peer.send(text(WORD) * PILE)
     await reads_slowly(peer, 1)
     leaving = asyncio.create_task(Connections.current().go_away(host.app, 10))
@@ -3339,9 +3297,7 @@ async def test_what_a_peer_sends_behind_its_close_costs_it_no_reply(
 
 @pytest.mark.gen_test
 async def test_a_ping_behind_a_close_that_waits_is_answered(host: Host) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(Waiting, calls=calls)
+    peer, calls = await host.record(Waiting, shut=True)
     peer.send(text("a"), close(4001), frame(FIN | PING, b"p"))
     assert await peer.frame() == (FIN | PONG, b"p")
     calls.gate.set()
@@ -3514,7 +3470,6 @@ async def test_who_writes_to_all_is_not_failed_for_those_who_leave(
 class SlowToPrepare(Recorder):
     async def prepare(self) -> None:
         self.calls.append(("prepare",))
-        assert self.calls.gate
         await self.calls.gate.wait()
         self.calls.append(("prepared",))
 
@@ -3535,7 +3490,7 @@ async def test_a_client_that_leaves_during_prepare_or_get_is_neither_opened_nor_
     host: Host, end: Callable[[Peer], None], handler: type[Recorder]
 ) -> None:
     calls = Calls()
-    calls.gate = asyncio.Event()
+    calls.gate.clear()
     peer, other = await host.dial(), await host.connect()
     peer.send(request(f"GET {host.route(handler, calls=calls)} HTTP/1.1"))
     await eventually(lambda: calls)
@@ -3597,9 +3552,7 @@ async def test_memory_behind_a_delay_is_that_of_a_message_in_bytes(host: Host) -
 async def test_data_behind_the_end_is_not_kept_while_a_coroutine_runs(
     host: Host, first: bytes
 ) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(Waiting, calls=calls)
+    peer, calls = await host.record(Waiting, shut=True)
     peer.send(text("a"), first)
     await eventually(lambda: ("start", "a") in calls)
     async with little_memory(1_500_000):
@@ -3816,8 +3769,7 @@ class AfterOpen(Recorder):
 
 @pytest.mark.gen_test
 async def test_after_open_there_is_what_tornado_has(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(AfterOpen, calls=calls)
+    peer, calls = await host.record(AfterOpen)
     peer.send(text("a"))
     assert await peer.close_code() == 4000
     await eventually(lambda: calls)
@@ -3839,9 +3791,7 @@ async def test_after_open_there_is_what_tornado_has(host: Host) -> None:
 @pytest.mark.gen_test
 @pytest.mark.parametrize("method", ["_abort", "on_connection_close"])
 async def test_a_host_can_be_rid_of_a_connection_at_once(host: Host, method: str) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
-    await eventually(lambda: calls)
+    peer, calls = await host.record(Recorder)
     getattr(calls.handler.ws_connection, method)()
     await eventually(lambda: calls.closes)
     assert await peer.rest() == b""
@@ -3849,9 +3799,7 @@ async def test_a_host_can_be_rid_of_a_connection_at_once(host: Host, method: str
 
 @pytest.mark.gen_test
 async def test_a_host_may_close_the_stream(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
-    await eventually(lambda: calls)
+    peer, calls = await host.record(Recorder)
     calls.handler.ws_connection.stream.close()  # type: ignore[union-attr]  # as Tornado's
     await eventually(lambda: calls.closes and not Connections.current().open)
     assert await peer.rest() == b""
@@ -3893,6 +3841,7 @@ async def test_the_certificate_of_a_client_can_be_had(authority: trustme.CA) -> 
 
 class PushesMuch(Recorder):
     async def open(self, *args: str, **kwargs: str) -> None:
+        super().open()
         asyncio.get_running_loop().call_soon(self.push)
 
     def push(self) -> None:
@@ -3905,15 +3854,14 @@ class PushesMuch(Recorder):
 
 @pytest.mark.gen_test(timeout=20)
 async def test_both_sides_may_send_24_mb_before_they_read(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(PushesMuch, receive_buffer=4096, calls=calls, stall_timeout=1.0)
+    peer, calls = await host.record(PushesMuch, receive_buffer=4096, stall_timeout=1.0)
     peer.pause()
     for _ in range(240):
         peer.send(text("x" * 100_000))
         await peer.writer.drain()
     peer.resume()
     assert await peer.replies(*[b"y" * 100_000] * 240)
-    await eventually(lambda: calls == [100_000] * 240)
+    await eventually(lambda: calls == [("open",), *[100_000] * 240])
 
 
 class WithDatabase(Recorder):
@@ -3928,8 +3876,7 @@ class WithDatabase(Recorder):
 async def test_a_get_of_the_hosts_own_goes_on_when_the_connection_has_ended(
     host: Host, end: Callable[[Peer], None]
 ) -> None:
-    calls = Calls()
-    peer = await host.connect(WithDatabase, calls=calls)
+    peer, calls = await host.record(WithDatabase)
     peer.send(text("a"))
     assert await peer.replies(b"ECHO:a")
     end(peer)
@@ -4080,8 +4027,7 @@ async def test_an_idle_peer_that_answers_pings_stays(host: Host) -> None:
 @pytest.mark.gen_test
 async def test_an_idle_peer_that_does_not_answer_is_dropped(host: Host) -> None:
     host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
+    peer, calls = await host.record(Recorder)
     assert await peer.frame() == (FIN | PING, b"")
     assert await peer.frame() == (FIN | CLOSE, close_body(1008, "no answer to a ping"))
     assert await peer.rest() == b""
@@ -4132,8 +4078,7 @@ async def test_pings_do_not_keep_an_unfinished_message_alive(host: Host) -> None
 
 @pytest.mark.gen_test
 async def test_a_peer_that_takes_nothing_is_reset(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, receive_buffer=4096, calls=calls, stall_timeout=0.3)
+    peer, calls = await host.record(Recorder, receive_buffer=4096, stall_timeout=0.3)
     peer.send(text("x" * 100_000) * 200)
     await eventually(lambda: calls.closes)
     assert Connections.current().closed[1008] == len(calls.closes) == 1
@@ -4216,8 +4161,7 @@ async def test_a_packet_of_bombs_does_not_keep_others_waiting(host: Host) -> Non
 
 @pytest.mark.gen_test
 async def test_a_peer_that_was_failed_and_stays_is_dropped(host: Host, hurried: None) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
+    peer, calls = await host.record(Recorder)
     peer.send(b"\xff\xff")
     assert await peer.close_code() == 1002
     while not calls.closes:
@@ -4271,8 +4215,7 @@ async def test_of_pings_in_one_turn_the_latest_is_answered_though_all_leaves_at_
 @either
 @pytest.mark.gen_test
 async def test_after_on_close_no_method_of_the_handler_is_called(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
+    peer, calls = await host.record(Recorder)
     peer.send(close(4001), frame(FIN | PING, b"a"))
     await eventually(lambda: calls.closes)
     peer.leave()
@@ -4329,9 +4272,7 @@ async def test_behind_the_peers_fin_ours_waits_for_no_time_limit(
 @either
 @pytest.mark.gen_test
 async def test_a_message_that_stalls_costs_a_coroutine_before_it_no_reply(host: Host) -> None:
-    calls = Calls()
-    calls.gate = asyncio.Event()
-    peer = await host.connect(Waiting, calls=calls, stall_timeout=0.2)
+    peer, calls = await host.record(Waiting, stall_timeout=0.2, shut=True)
     other = await host.connect(stall_timeout=0.2)
     for unfinished in (peer, other):
         unfinished.send(text("a"), frame(FIN | TEXT, b"unfinished")[:9])
@@ -4413,8 +4354,7 @@ async def test_a_handler_of_the_log_may_write_to_the_connection_that_is_logged(h
 
 @pytest.mark.gen_test
 async def test_a_host_may_call_on_connection_close(host: Host) -> None:
-    calls = Calls()
-    peer = await host.connect(Recorder, calls=calls)
+    peer, calls = await host.record(Recorder)
     calls.handler.on_connection_close()
     assert await peer.rest() == b""
     await eventually(lambda: not Connections.current().open)
