@@ -46,7 +46,7 @@ from collections.abc import (
 from email.message import Message
 from pathlib import Path
 from subprocess import PIPE
-from typing import IO, Any, BinaryIO, ClassVar, cast
+from typing import IO, Any, BinaryIO, ClassVar, NamedTuple, cast
 
 import pytest
 import trustme
@@ -2123,18 +2123,6 @@ WORDS = [
 
 
 @pytest.mark.gen_test
-@pytest.mark.parametrize("prefix", ["ECHO:", "", "é" * 70])
-async def test_text_and_binary_come_back_behind_the_prefix(host: Host, prefix: str) -> None:
-    peer = await host.connect(prefix=prefix)
-    for word in WORDS:
-        peer.send(text(word), frame(FIN | BINARY, word.encode()))
-        assert await peer.replies((prefix + word).encode())
-        assert await peer.replies((prefix + word).encode(), first=FIN | BINARY)
-    peer.send(frame(FIN | BINARY, b"\xff\xfe"))
-    assert await peer.replies(prefix.encode() + b"\xff\xfe", first=FIN | BINARY)
-
-
-@pytest.mark.gen_test
 @pytest.mark.parametrize("level", ["DEBUG", "WARNING"])
 async def test_replies_come_in_order(
     host: Host, level: str, caplog: pytest.LogCaptureFixture
@@ -2144,46 +2132,6 @@ async def test_replies_come_in_order(
     words = [str(i) * (i % 99) for i in range(2000)]
     peer.send(*map(text, words))
     assert await peer.replies(*(f"ECHO:{word}".encode() for word in words))
-
-
-@pytest.mark.gen_test
-async def test_a_ping_stands_in_order_between_replies_and_at_once_between_fragments(
-    host: Host,
-) -> None:
-    peer = await host.connect()
-    peer.send(
-        text("a"), frame(FIN | PING, b"1"), text("b"), frame(TEXT, b"c"), frame(FIN | PING, b"2")
-    )
-    assert await peer.replies(b"ECHO:a") and await peer.frame() == (FIN | PONG, b"1")
-    assert await peer.replies(b"ECHO:b") and await peer.frame() == (FIN | PONG, b"2")
-    peer.send(frame(FIN | PONG, b"not asked for"), frame(FIN, b"d"))
-    assert await peer.replies(b"ECHO:cd")
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("count", [1, 9000])
-async def test_frames_in_one_packet_with_the_handshake_are_answered(host: Host, count: int) -> None:
-    word = "x" * 110
-    peer = await host.connect(early=text(word) * count)
-    assert await peer.replies(*[f"ECHO:{word}".encode()] * count)
-    peer.send(text("and on"))
-    assert await peer.replies(b"ECHO:and on")
-
-
-@pytest.mark.gen_test
-async def test_a_close_in_one_packet_with_the_handshake_is_answered(host: Host) -> None:
-    peer = await host.connect(early=text("hi") + close(4000))
-    assert await peer.replies(b"ECHO:hi")
-    assert await peer.goodbye() == 4000
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("code", [None, 1000, 1001, 1014, 3000, 4999])
-async def test_a_close_is_answered_with_the_code_of_the_peer(host: Host, code: int | None) -> None:
-    peer = await host.connect()
-    peer.send(text("last"), close(code, "bye") if code else frame(FIN | CLOSE), text("too late"))
-    assert await peer.replies(b"ECHO:last")
-    assert await peer.goodbye() == code
 
 
 # ---- Subprotocol and compression
@@ -2408,39 +2356,6 @@ class BrokenOpenCoroutine(Recorder):
         super().open()
         await asyncio.sleep(0)
         raise ZeroDivisionError
-
-
-@pytest.mark.gen_test
-async def test_the_methods_of_a_handler_are_called_in_order(host: Host) -> None:
-    peer, calls = await host.record(Recorder)
-    peer.send(
-        text("a"),
-        frame(FIN | PING, b"p"),
-        frame(FIN | BINARY, b"b"),
-        frame(FIN | PONG, b"q"),
-        close(4001, "é"),
-    )
-    assert await peer.rest()
-    await eventually(lambda: calls.closes)
-    events = [
-        ("open",),
-        ("message", "a"),
-        ("ping", b"p"),
-        ("message", b"b"),
-        ("pong", b"q"),
-        ("close", 4001, "é"),
-    ]
-    assert calls == events
-
-
-@pytest.mark.gen_test
-async def test_a_coroutine_handles_one_message_at_a_time_in_order(host: Host) -> None:
-    peer, calls = await host.record(Waiting)
-    words = [str(i) for i in range(500)]
-    peer.send(*map(text, words), close(1000))
-    assert await peer.replies(*map(str.encode, words))
-    assert await peer.close_code() == 1000
-    assert calls[1:1001] == [(name, word) for word in words for name in ("start", "end")]
 
 
 @pytest.mark.gen_test
@@ -2675,19 +2590,6 @@ async def test_close_sends_its_code_and_reason(host: Host, args: Any, body: byte
         calls.handler.write_message("too late")
 
 
-@pytest.mark.gen_test
-@pytest.mark.parametrize("handler", [Broken, BrokenCoroutine, BrokenOpen, BrokenOpenCoroutine])
-async def test_an_error_in_a_handler_is_1011_and_one_traceback(
-    host: Host, handler: type[Recorder]
-) -> None:
-    peer, calls = await host.record(handler)
-    peer.send(text("a"), text("b"))
-    assert await peer.goodbye() == 1011
-    peer.leave()
-    await eventually(lambda: calls.closes)
-    assert calls == [("open",), ("close", 1011, "")] and host.errors() == ["tornado.application"]
-
-
 class WritesWhenItIsTooLate(Recorder):
     async def on_message(self, message: str | bytes) -> None:
         await eventually(lambda: not self.ws_connection or self.ws_connection.is_closing())
@@ -2781,14 +2683,6 @@ async def test_a_message_that_stalls_is_1008_also_where_a_ping_was_not_answered(
 
 
 @pytest.mark.gen_test
-async def test_replies_and_close_come_to_a_peer_that_first_sends_on(host: Host) -> None:
-    peer = await host.connect(receive_buffer=4096)
-    peer.send(text("x" * 60_000) * 30, b"\x00\x00", bytes(3 << 20))
-    assert await peer.replies(*[b"ECHO:" + b"x" * 60_000] * 30)
-    assert await peer.close_code() == 1002
-
-
-@pytest.mark.gen_test
 async def test_all_of_a_record_is_seen_where_a_host_reads_less(
     app: Application, ssl_options: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
@@ -2875,38 +2769,10 @@ class SetsMethods(EchoHandler):
         self.on_message = reply  # type: ignore[method-assign]  # it is what is tried
 
 
-@pytest.mark.gen_test
-async def test_a_method_that_a_coroutine_sets_is_called(host: Host) -> None:
-    peer = await host.connect(SetsMethods)
-    peer.send(text("a"))
-    assert await peer.replies(b"ECHO:mine")
-
-
 class BrokenPing(Recorder):
     def on_ping(self, data: bytes) -> None:
         super().on_ping(data)
         raise ZeroDivisionError
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(("handler", "seen"), [(Broken, []), (BrokenPing, [("ping", b"1")])])
-async def test_behind_an_error_in_a_handler_nothing_is_handled(
-    host: Host, handler: type[Recorder], seen: list[Any]
-) -> None:
-    peer, calls = await host.record(handler)
-    peer.send(
-        frame(FIN | (TEXT if handler is Broken else PING), b"1"),
-        frame(FIN | PING, b"2"),
-        frame(FIN | PONG),
-        text("a"),
-    )
-    if seen:
-        assert await peer.frame() == (FIN | PONG, b"1")
-    assert await peer.goodbye() == 1011
-    await eventually(lambda: calls.closes)
-    assert calls == [("open",), *seen, ("close", 1011, "")] and host.errors() == [
-        "tornado.application"
-    ]
 
 
 class ClosesAtPing(EchoHandler):
@@ -2919,23 +2785,14 @@ class BreaksAtPing(EchoHandler):
         raise ZeroDivisionError
 
 
-@pytest.mark.gen_test
-@pytest.mark.parametrize(("handler", "code"), [(ClosesAtPing, 4000), (BreaksAtPing, 1011)])
-async def test_nothing_is_sent_behind_our_close(
-    host: Host, handler: type[EchoHandler], code: int
-) -> None:
-    peer = await host.connect(handler)
-    peer.send(
-        text("a"), frame(FIN | PING), text("b"), text("c" * 2000), frame(FIN | PING), text("d")
-    )
-    assert await peer.replies(b"ECHO:a") and await peer.frame() == (FIN | PONG, b"")
-    assert await peer.goodbye() == code
-    assert len(host.errors()) == (handler is BreaksAtPing)
-
-
 class Nonsense(Recorder):
     def on_message(self, message: str | bytes) -> Any:
         return 5
+
+
+class Moment(Recorder):
+    def on_message(self, message: str | bytes) -> Any:
+        return gen.moment
 
 
 class NonsenseOpen(Recorder):
@@ -2947,19 +2804,6 @@ class NonsenseOpen(Recorder):
 class Generator(Recorder):
     def on_message(self, message: str | bytes) -> Any:
         yield self.write_message(message)
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("handler", [Nonsense, NonsenseOpen, Generator])
-async def test_a_result_that_cannot_be_awaited_is_1011_and_one_traceback(
-    host: Host, handler: type[Recorder]
-) -> None:
-    peer, calls = await host.record(handler)
-    peer.send(text("a"))
-    assert await peer.close_code() == 1011
-    peer.leave()
-    await eventually(lambda: calls.closes)
-    assert len(calls.closes) == 1 and host.errors() == ["tornado.application"]
 
 
 class Returning(Recorder):
@@ -2976,30 +2820,10 @@ class Yielding(Recorder):
         yield self.write_message(message)
 
 
-@pytest.mark.gen_test
-@pytest.mark.parametrize("handler", [Returning, Yielding])
-async def test_whatever_tornado_can_await_may_be_returned(
-    host: Host, handler: type[Recorder]
-) -> None:
-    peer, _ = await host.record(handler)
-    words = [str(i) for i in range(500)]
-    peer.send(*map(text, words))
-    assert await peer.replies(*map(str.encode, words))
-
-
 class BrokenClose(Recorder):
     def on_close(self) -> None:
         super().on_close()
         raise ZeroDivisionError
-
-
-@pytest.mark.gen_test
-async def test_an_error_in_on_close_is_one_traceback(host: Host) -> None:
-    peer, calls = await host.record(BrokenClose)
-    peer.send(close())
-    await peer.rest()
-    await eventually(lambda: calls.closes)
-    assert len(calls.closes) == 1 and host.errors() == ["tornado.application"]
 
 
 class ClosesAndWaits(Recorder):
@@ -3091,26 +2915,6 @@ class WritesMuch(Recorder):
     def on_message(self, message: str | bytes) -> None:
         for _ in range(50):
             self.write_message("x" * 100_000)
-
-
-@pytest.mark.gen_test
-async def test_writes_that_nobody_awaits_leave_in_order(host: Host) -> None:
-    peer, _ = await host.record(WritesMuch, receive_buffer=4096)
-    peer.send(text("a"), frame(FIN | PING), close(4000))
-    assert await peer.replies(*[b"x" * 100_000] * 50)
-    assert await peer.frame() == (FIN | PONG, b"")
-    assert await peer.close_code() == 4000
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    ("end", "code"), [(close(4000), 4000), (b"\xff\xff", 1002)], ids=["close", "fault"]
-)
-async def test_replies_that_wait_leave_before_our_close(host: Host, end: bytes, code: int) -> None:
-    peer = await host.connect(receive_buffer=4096)
-    peer.send(text("x" * 100_000) * 100, end)
-    assert await peer.replies(*[b"ECHO:" + b"x" * 100_000] * 100)
-    assert await peer.goodbye() == code
 
 
 @pytest.mark.gen_test
@@ -3723,17 +3527,6 @@ class WithNames(Mixin, EchoHandler):
         self.server = self.stall_timeout = "mine"
 
 
-@pytest.mark.gen_test
-async def test_a_host_may_have_an_initialize_and_names_of_its_own(host: Host) -> None:
-    peer = await host.connect(Plainly, database="tables")
-    peer.send(text("a"))
-    assert await peer.replies(b"ECHO:tables")
-    peer = await host.connect(WithNames, origins=["*"], stall_timeout=5.0)
-    peer.send(text("a"), close())
-    assert await peer.replies(b"ECHO:a")
-    assert await peer.close_code() == 1000
-
-
 class AfterOpen(Recorder):
     def open(self, *args: str, **kwargs: str) -> None:
         super().open()
@@ -4008,6 +3801,232 @@ print("echoed", echo_server.main(["--port=0"]))
 
 def test_without_what_windows_lacks_it_can_be_embedded_and_says_what_the_server_needs() -> None:
     assert python(WITHOUT_UNIX) == "echoed 1\necho_server: the server needs Linux or macOS\n"
+
+
+# ---- What is sent, and what comes back
+
+
+class Script(NamedTuple):
+    """What a peer sends at once, the frames that come back, and the code of the Close after them.
+
+    The code is None where the Close has none, and 0 where no Close comes.
+    """
+
+    sent: bytes
+    replies: list[bytes]
+    code: int | None = 0
+    handler: type[EchoHandler] = EchoHandler
+    # What a Recorder is called with after open(), and how many errors the log has.
+    calls: list[Any] | None = None
+    errors: int = 0
+    # Of the connection: its headers, what comes in one piece with them, options of the handler.
+    headers: Mapping[str, str] = NO_HEADERS
+    early: bytes = b""
+    receive_buffer: int = 0
+    options: Mapping[str, Any] = NO_HEADERS
+
+
+def said(*payloads: bytes | str, first: int = FIN | TEXT) -> list[bytes]:
+    """The messages of a server."""
+    return [
+        reply_frame(first, payload.encode() if isinstance(payload, str) else payload)
+        for payload in payloads
+    ]
+
+
+def pong(payload: bytes = b"") -> bytes:
+    return reply_frame(FIN | PONG, payload)
+
+
+NUMBERED = [str(number) for number in range(500)]
+FAILED = [("close", 1011, "")]
+SCRIPTS = {
+    "a ping is answered in order between replies": Script(
+        text("a") + frame(FIN | PING, b"1") + text("b"),
+        [*said("ECHO:a"), pong(b"1"), *said("ECHO:b")],
+    ),
+    "a ping is answered at once between fragments": Script(
+        frame(TEXT, b"c")
+        + frame(FIN | PING, b"2")
+        + frame(FIN | PONG, b"not asked for")
+        + frame(FIN, b"d"),
+        [pong(b"2"), *said("ECHO:cd")],
+    ),
+    **{
+        f"{count} frames in one packet with the handshake are answered": Script(
+            text("and on"),
+            said(*["ECHO:" + "x" * 110] * count, "ECHO:and on"),
+            early=text("x" * 110) * count,
+        )
+        for count in (1, 9000)
+    },
+    "a close in one packet with the handshake is answered": Script(
+        b"", said("ECHO:hi"), 4000, early=text("hi") + close(4000)
+    ),
+    **{
+        f"a close {code or 'without a code'} is answered with the same code": Script(
+            text("last") + (close(code, "bye") if code else frame(FIN | CLOSE)) + text("too late"),
+            said("ECHO:last"),
+            code,
+        )
+        for code in (None, 1000, 1001, 1014, 3000, 4999)
+    },
+    **{
+        f"{len(prefix)} characters of prefix come before text and binary": Script(
+            b"".join(text(word) + frame(FIN | BINARY, word.encode()) for word in WORDS)
+            + frame(FIN | BINARY, b"\xff\xfe"),
+            [
+                *(
+                    said(prefix + word, first=FIN | kind)[0]
+                    for word in WORDS
+                    for kind in (TEXT, BINARY)
+                ),
+                *said(prefix.encode() + b"\xff\xfe", first=FIN | BINARY),
+            ],
+            options={"prefix": prefix},
+        )
+        for prefix in ("ECHO:", "", "é" * 70)
+    },
+    "the methods of a handler are called in order": Script(
+        text("a")
+        + frame(FIN | PING, b"p")
+        + frame(FIN | BINARY, b"b")
+        + frame(FIN | PONG, b"q")
+        + close(4001, "é"),
+        [*said("ECHO:a"), pong(b"p"), *said("ECHO:b", first=FIN | BINARY)],
+        4001,
+        handler=Recorder,
+        calls=[
+            ("message", "a"),
+            ("ping", b"p"),
+            ("message", b"b"),
+            ("pong", b"q"),
+            ("close", 4001, "é"),
+        ],
+    ),
+    "a coroutine handles one message at a time in order": Script(
+        b"".join(map(text, NUMBERED)) + close(1000),
+        said(*NUMBERED),
+        1000,
+        handler=Waiting,
+        calls=[
+            *((name, word) for word in NUMBERED for name in ("start", "end")),
+            ("close", 1000, ""),
+        ],
+    ),
+    "a method that a coroutine sets is called": Script(
+        text("a"), said("ECHO:mine"), handler=SetsMethods
+    ),
+    **{
+        f"an error in a handler is 1011 and one traceback, {handler.__name__}": Script(
+            text("a") + text("b"), [], 1011, handler=handler, calls=FAILED, errors=1
+        )
+        for handler in (Broken, BrokenCoroutine, BrokenOpen, BrokenOpenCoroutine)
+    },
+    **{
+        f"a result that cannot be awaited is 1011 and one traceback, {handler.__name__}": Script(
+            text("a"), [], 1011, handler=handler, calls=FAILED, errors=1
+        )
+        for handler in (Nonsense, NonsenseOpen, Generator, Moment)
+    },
+    **{
+        f"whatever Tornado can await may be returned, {handler.__name__}": Script(
+            b"".join(map(text, NUMBERED)), said(*NUMBERED), handler=handler
+        )
+        for handler in (Returning, Yielding)
+    },
+    "after an error in on_message nothing is handled": Script(
+        text("1") + frame(FIN | PING, b"2") + frame(FIN | PONG) + text("a"),
+        [],
+        1011,
+        handler=Broken,
+        calls=FAILED,
+        errors=1,
+    ),
+    "after an error in on_ping nothing is handled": Script(
+        frame(FIN | PING, b"1") + frame(FIN | PING, b"2") + frame(FIN | PONG) + text("a"),
+        [pong(b"1")],
+        1011,
+        handler=BrokenPing,
+        calls=[("ping", b"1"), *FAILED],
+        errors=1,
+    ),
+    **{
+        f"nothing is sent after our close {code}": Script(
+            text("a")
+            + frame(FIN | PING)
+            + text("b")
+            + text("c" * 2000)
+            + frame(FIN | PING)
+            + text("d"),
+            [*said("ECHO:a"), pong()],
+            code,
+            handler=handler,
+            errors=errors,
+        )
+        for handler, code, errors in ((ClosesAtPing, 4000, 0), (BreaksAtPing, 1011, 1))
+    },
+    "an error in on_close is one traceback": Script(
+        close(), [], 1000, handler=BrokenClose, calls=[("close", 1000, "")], errors=1
+    ),
+    "writes that nobody awaits leave in order": Script(
+        text("a") + frame(FIN | PING) + close(4000),
+        [*said(*["x" * 100_000] * 50), pong()],
+        4000,
+        handler=WritesMuch,
+        receive_buffer=4096,
+    ),
+    **{
+        f"replies that wait leave before our close {code}": Script(
+            text("x" * 100_000) * 100 + end,
+            said(*["ECHO:" + "x" * 100_000] * 100),
+            code,
+            receive_buffer=4096,
+        )
+        for end, code in ((close(4000), 4000), (b"\xff\xff", 1002))
+    },
+    "replies and close come to a peer that first sends on": Script(
+        text("x" * 60_000) * 30 + b"\x00\x00" + bytes(3 << 20),
+        said(*["ECHO:" + "x" * 60_000] * 30),
+        1002,
+        receive_buffer=4096,
+    ),
+    "a host may have an initialize of its own": Script(
+        text("a"), said("ECHO:tables"), handler=Plainly, options={"database": "tables"}
+    ),
+    "a host may have names of its own": Script(
+        text("a") + close(),
+        said("ECHO:a"),
+        1000,
+        handler=WithNames,
+        options={"origins": ["*"], "stall_timeout": 5.0},
+    ),
+}
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
+async def test_what_is_sent_gets_the_replies_that_it_should(host: Host, script: Script) -> None:
+    connect: Callable[..., Awaitable[Any]] = host.connect
+    if issubclass(script.handler, Recorder):
+        connect = host.record
+    found = await connect(
+        script.handler,
+        headers=script.headers,
+        early=script.early,
+        receive_buffer=script.receive_buffer,
+        **script.options,
+    )
+    peer, calls = found if isinstance(found, tuple) else (found, Calls())
+    peer.send(script.sent)
+    expected = b"".join(script.replies)
+    assert await peer.receive(len(expected)) == expected
+    if script.code != 0:
+        assert await peer.goodbye() == script.code
+        await eventually(lambda: not Connections.current().open)
+    if script.calls is not None:
+        assert calls[1:] == script.calls
+    assert host.errors() == ["tornado.application"] * script.errors
 
 
 # ---- Deadlines and flow control
@@ -4297,21 +4316,6 @@ async def test_what_was_written_before_a_connection_is_dropped_still_leaves(host
     peer.send(text("a") * 3)
     assert await peer.replies(b"last words") and await peer.rest() == b""
     assert messages == ["a"]
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("result", [gen.moment, 1])
-async def test_what_on_message_returns_and_nobody_can_await_is_an_error(
-    host: Host, result: Any
-) -> None:
-    class Handler(EchoHandler):
-        def on_message(self, message: str | bytes) -> Any:
-            return result
-
-    peer = await host.connect(Handler)
-    peer.send(text("a"))
-    assert await peer.goodbye() == 1011 and host.errors()
-    await eventually(lambda: not Connections.current().open)
 
 
 @pytest.mark.gen_test
@@ -5249,15 +5253,6 @@ def test_a_wrong_option_is_a_usage_error_that_names_it(
     assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--port"], ["--nonsense"], ["4000"], ["--port=0", "--certfile"]]
-)
-def test_the_program_ends_with_2_after_a_usage_error(arguments: list[str]) -> None:
-    done = run(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert arguments[-1] in done.stderr
-
-
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_have_the_range_of_the_dataclass(
     name: str, capsys: pytest.CaptureFixture[str]
@@ -5341,19 +5336,6 @@ def test_a_wrong_file_is_an_error_of_one_line_that_names_the_option(
         True,
         True,
     )
-
-
-def test_the_program_ends_with_2_after_a_wrong_file(tmp_path: Path) -> None:
-    (tmp_path / "ws-echo.toml").write_text("port = 'x'")
-    assert run(f"--config={tmp_path / 'ws-echo.toml'}").returncode == 2
-
-
-@pytest.mark.parametrize("name", ["missing.toml", ".", "ws-echo.toml/x"])
-def test_a_file_that_cannot_be_read_ends_the_program_with_1(name: str, tmp_path: Path) -> None:
-    (tmp_path / "ws-echo.toml").touch()
-    done = run(f"--config={tmp_path / name}")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert str(tmp_path / name) in done.stderr
 
 
 # ------------------------------------------------------------------------------------------- Server
@@ -5467,22 +5449,6 @@ def assert_cannot_serve(arguments: list[str], *words: str) -> None:
 def test_a_port_in_use_is_named(serve: Serve) -> None:
     port = serve().port
     assert_cannot_serve([f"--port={port}"], str(port), "in use")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--address=192.0.2.1"], ["192.0.2.1"]),
-        (["--address=2001:db8::1"], ["2001:db8::1"]),
-        (["--address=..."], ["..."]),
-        (["--unix-socket=/nowhere/s"], ["/nowhere/s"]),
-        (["--unix-socket=/" + "x" * 200], ["/" + "x" * 200]),
-        (["--unix-socket=" + os.devnull], [os.devnull]),
-        (["--certfile=/nowhere/c"], ["/nowhere/c"]),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_listened_on_is_named(arguments: list[str], words: list[str]) -> None:
-    assert_cannot_serve(["--port=0", *arguments], *words)
 
 
 def test_a_file_that_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
@@ -5679,30 +5645,8 @@ def files(authority: trustme.CA, tmp_path: Path) -> Path:
     (tmp_path / "junk").write_text("junk")
     (tmp_path / "empty").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "wrong.toml").write_text("port = 'x'")
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ("certfile=missing", "missing"),
-        ("certfile=junk", "junk"),
-        ("certfile=empty", "empty"),
-        ("certfile=folder", "folder"),
-        ("certfile=cert", "cert"),
-        ("certfile=cert keyfile=missing", "missing"),
-        ("certfile=cert keyfile=junk", "junk"),
-        ("certfile=cert keyfile=other-key", "other-key"),
-        ("certfile=cert keyfile=key client-cafile=missing", "missing"),
-        ("certfile=cert keyfile=key client-cafile=junk", "junk"),
-        ("certfile=cert keyfile=key client-cafile=empty", "empty"),
-    ],
-)
-def test_a_file_that_tls_cannot_use_is_named_before_listening(
-    files: Path, arguments: str, named: str
-) -> None:
-    flags = [f"--{argument.replace('=', f'={files}/')}" for argument in arguments.split()]
-    assert_cannot_serve(["--port=0", *flags], f"{files}/{named}")
 
 
 def test_a_key_with_a_password_is_not_asked_for_at_the_terminal(files: Path) -> None:
@@ -5723,13 +5667,6 @@ def test_a_key_with_a_password_is_not_asked_for_at_the_terminal(files: Path) -> 
     assert_cannot_serve(
         ["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={locked}"], str(locked)
     )
-
-
-@pytest.mark.parametrize("option", ["keyfile", "client-cafile"])
-def test_tls_options_without_a_certificate_are_refused(files: Path, option: str) -> None:
-    done = run("--port=0", f"--{option}={files / 'key'}")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"--{option}" in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
@@ -6671,17 +6608,6 @@ def assert_client_fails(url: str, *arguments: str, word: str = "") -> None:
     assert said.startswith(f"[CLIENT] error:{url}: ") and word in said
 
 
-def test_the_client_ends_with_1_when_it_is_refused() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    assert_client_fails(f"ws://127.0.0.1:{port}/", "--send=a", word=": Connection refused\n")
-
-
-@pytest.mark.parametrize("url", ["ws://", "ws://localhost:99999/", "ws://[::1", "ws://.../"])
-def test_the_client_ends_with_1_when_the_url_leads_nowhere(url: str) -> None:
-    assert_client_fails(url, "--send=a", "--timeout=3")
-
-
 def test_the_client_ends_with_1_when_the_handshake_is_refused(serve: Serve) -> None:
     process = serve("--max-connections=1")
     with process.connect():
@@ -6734,12 +6660,6 @@ def test_the_client_ends_with_1_when_an_answer_does_not_come_in_time(serve: Serv
         process.signal(signal.SIGCONT)
 
 
-def test_an_empty_url_does_not_make_a_server_of_the_client() -> None:
-    done = run("--connect=", "--address=192.0.2.1")
-    assert done.returncode in (1, 2)
-    assert "192.0.2.1" not in done.stderr
-
-
 @pytest.mark.parametrize(("arguments", "stdin"), [(["--send=\udcff"], ""), ([], "\udcff\n")])
 def test_the_client_ends_with_1_at_once_when_it_is_given_what_is_not_utf_8(
     server: Process, arguments: list[str], stdin: str
@@ -6762,15 +6682,6 @@ def test_the_client_checks_the_certificate_against_cafile(
     )
 
 
-def test_a_cafile_that_is_missing_is_named(server: Process) -> None:
-    assert_client_fails(
-        server.url.replace("ws", "wss"),
-        "--cafile=/nowhere/ca.pem",
-        "--send=a",
-        word="/nowhere/ca.pem",
-    )
-
-
 def test_server_and_client_say_what_the_readme_shows(serve: Serve) -> None:
     shown = re.findall(r"^ *(\[(?:SERVER|CLIENT)\] .*?)(?:   .*)?$", README, re.MULTILINE)
     process = serve()
@@ -6787,6 +6698,63 @@ def test_server_and_client_say_what_the_readme_shows(serve: Serve) -> None:
 
 
 # ------------------------------------------------------------------------------------- Command line
+
+
+# ---- Exit codes
+
+EXITS = [  # the code, the command line, and what the last line of standard error names
+    (2, "--port", "--port"),
+    (2, "--nonsense", "--nonsense"),
+    (2, "4000", "4000"),
+    (2, "--port=0 --certfile", "--certfile"),
+    (2, "--connect= --address=192.0.2.1", "--connect"),
+    (2, "--port=0 --keyfile=FOLDER/key", "--keyfile"),
+    (2, "--port=0 --client-cafile=FOLDER/key", "--client-cafile"),
+    (2, "--config=FOLDER/wrong.toml", "FOLDER/wrong.toml"),
+    (1, "--config=FOLDER/missing.toml", "FOLDER/missing.toml"),
+    (1, "--config=FOLDER/.", "FOLDER/."),
+    (1, "--config=FOLDER/wrong.toml/x", "FOLDER/wrong.toml/x"),
+    (1, "--port=0 --address=192.0.2.1", "192.0.2.1"),
+    (1, "--port=0 --address=2001:db8::1", "2001:db8::1"),
+    (1, "--port=0 --address=...", "..."),
+    (1, "--unix-socket=/nowhere/s", "/nowhere/s"),
+    (1, "--unix-socket=/" + "x" * 200, "/" + "x" * 200),
+    (1, "--unix-socket=" + os.devnull, os.devnull),
+    (1, "--port=0 --certfile=FOLDER/missing", "FOLDER/missing"),
+    (1, "--port=0 --certfile=FOLDER/junk", "FOLDER/junk"),
+    (1, "--port=0 --certfile=FOLDER/empty", "FOLDER/empty"),
+    (1, "--port=0 --certfile=FOLDER/folder", "FOLDER/folder"),
+    (1, "--port=0 --certfile=FOLDER/cert", "FOLDER/cert"),
+    *(
+        (1, f"--port=0 --certfile=FOLDER/cert --keyfile=FOLDER/{name}", f"FOLDER/{name}")
+        for name in ("missing", "junk", "other-key")
+    ),
+    *(
+        (
+            1,
+            f"--port=0 --certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/{name}",
+            f"FOLDER/{name}",
+        )
+        for name in ("missing", "junk", "empty")
+    ),
+    (1, "--connect=ws://127.0.0.1:1/ --send=a", "ws://127.0.0.1:1/: Connection refused"),
+    *(
+        (1, f"--connect={url} --send=a --timeout=3", f"[CLIENT] error:{url}: ")
+        for url in ("ws://", "ws://localhost:99999/", "ws://[::1", "ws://.../")
+    ),
+    (1, "--connect=wss://localhost:1/ --send=a --cafile=/nowhere/ca.pem", "/nowhere/ca.pem"),
+]
+
+
+@pytest.mark.parametrize(("code", "arguments", "named"), EXITS)
+def test_what_cannot_be_used_is_named_in_one_line_and_decides_the_exit_code(
+    files: Path, code: int, arguments: str, named: str
+) -> None:
+    done = run(*arguments.replace("FOLDER", str(files)).split())
+    usage, last = done.stderr.splitlines()[:-1], done.stderr.splitlines()[-1]
+    assert (done.returncode, done.stdout) == (code, "")
+    assert usage in ([], ["usage: echo_server.py [options]"][: code - 1])
+    assert named.replace("FOLDER", str(files)) in last
 
 
 def test_it_runs_from_any_folder_and_by_any_name(tmp_path: Path) -> None:
