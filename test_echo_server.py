@@ -85,9 +85,12 @@ from echo_server import (
     parse_args,
 )
 
+# -------------------------------------------------------------------------------------------- Tools
+
 MODULE = Path(echo_server.__file__)
 PATIENCE = 10.0  # seconds that anything may take before the test has failed
 NONCE = "dGhlIHNhbXBsZSBub25jZQ=="  # of RFC 6455 section 1.3
+
 HEADERS = {
     "Host": "localhost",
     "Upgrade": "websocket",
@@ -98,6 +101,7 @@ HEADERS = {
 
 
 def start(*command: str, **options: Any) -> subprocess.Popen[str]:
+    """A command that goes on, with text in and out."""
     options = {"stdin": subprocess.DEVNULL, "text": True} | options
     return subprocess.Popen(command, **options)  # noqa: S603  # it is ours
 
@@ -191,6 +195,9 @@ class Process:
         return connect(self.url + path.lstrip("/"), **options)
 
 
+Serve = Callable[..., Process]
+
+
 def until(
     condition: Callable[[], Any], otherwise: Callable[[], str] = lambda: "it did not happen"
 ) -> None:
@@ -202,11 +209,13 @@ def until(
 
 
 def listens(address: tuple[str, int] | str) -> bool:
+    """Whether somebody listens at an address, or at the path of a Unix socket."""
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as probe:
         return probe.connect_ex(address) == 0
 
 
 def connect(url: str, **options: Any) -> ClientConnection:
+    """A client of the websockets library."""
     client: ClientConnection = websockets_connect(
         url, open_timeout=PATIENCE, close_timeout=PATIENCE, proxy=None, **options
     )
@@ -214,6 +223,7 @@ def connect(url: str, **options: Any) -> ClientConnection:
 
 
 def echoed(client: ClientConnection, message: str | bytes = "Hello!") -> str | bytes:
+    """The answer to a message."""
     client.send(message)
     return client.recv(PATIENCE)
 
@@ -249,6 +259,7 @@ def get(
 
 
 def refused(server: Process, data: bytes) -> tuple[int, Message, str]:
+    """The answer on a connection of its own."""
     with server.dial() as sock:
         return answer(sock, data)
 
@@ -302,7 +313,7 @@ def no_unclosed_event_loop() -> None:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Process]]:
+def serve() -> Iterator[Serve]:
     """Starts servers, on any free port; none of them has printed a traceback when the test ends."""
     with contextlib.ExitStack() as stack:
         yield lambda *args, **popen: stack.enter_context(Process("--port=0", *args, **popen))
@@ -317,6 +328,7 @@ def server() -> Iterator[Process]:
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
+    """The authority of certificates that clients of these tests trust."""
     return trustme.CA()
 
 
@@ -336,10 +348,13 @@ def trust(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
+with_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs /proc to look into a process"
+)
+
 LIMIT = 4096  # bytes of a message, where a test needs to reach it quickly
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 FIN, RSV1, RSV2, RSV3 = 0x80, 0x40, 0x20, 0x10
-NO_TAKEOVER, TAKEOVER = Deflate("", False, 15), Deflate("", True, 15)
 KEY = b"\x37\xfa\x21\x3d"
 
 
@@ -364,14 +379,17 @@ def frame(first: int, payload: bytes = b"") -> bytes:
 
 
 def text(payload: str) -> bytes:
+    """A whole text message."""
     return frame(FIN | TEXT, payload.encode())
 
 
 def close_body(code: int, reason: str = "") -> bytes:
+    """The payload of a Close."""
     return struct.pack("!H", code) + reason.encode()
 
 
 def close(code: int = 1000, reason: str = "") -> bytes:
+    """A Close of a client."""
     return frame(FIN | CLOSE, close_body(code, reason))
 
 
@@ -406,6 +424,7 @@ def noise(length: int) -> bytes:
 
 
 HELLO = bytes.fromhex("f248cdc9c90700")  # RFC 7692 section 7.2.3.1
+
 NOT_UTF8 = {
     "a byte that no text has": b"\xff",
     "an overlong form": b"\xc0\x80",
@@ -514,6 +533,7 @@ BAD: dict[int, dict[str, bytes]] = {
 
 
 def faults(longest: int) -> list[Any]:
+    """The parameters of a test of what is BAD, up to so many bytes."""
     return [
         pytest.param(data, code, id=f"{code} {name}")
         for code, frames in BAD.items()
@@ -525,29 +545,17 @@ def faults(longest: int) -> list[Any]:
 FAULTS, SHORT_FAULTS = faults(1 << 20), faults(200)
 
 
-# ------------------------------------------------------------------------------------------ Handler
-
-
-MESSAGES = [
-    "Hello!",
-    "",
-    "a\0b",
-    '{"a": [1, 2.5, null]}',
-    "\U0001f600 Zoë ﷽",
-    "x" * (1 << 20),
-    b"",
-    b"\x00\xff",
-    b"x" * 65536,
-]
-
-
 class Shout(EchoHandler):
+    """Answers in capitals."""
+
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
         assert isinstance(message, str)
         return super().on_message(message.upper())
 
 
 class Diary(EchoHandler):
+    """Writes down what it is called with, in the settings of its application."""
+
     pages: list[object]
 
     def open(self, *args: str, **kwargs: str) -> None:
@@ -584,239 +592,491 @@ def app() -> Application:
 
 @pytest.fixture
 def ws_url(http_server: HTTPServer, base_url: str) -> str:
+    """The WebSocket URL of the application."""
     return base_url.replace("http", "ws", 1)
 
 
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    "message", MESSAGES, ids=lambda message: f"{type(message).__name__}{len(message)}"
-)
-async def test_a_route_in_an_application_echoes_on_tornados_own_http_server(
-    ws_url: str, message: str | bytes
-) -> None:
-    client = await websocket_connect(ws_url + "/echo")
-    await client.write_message(message, binary=isinstance(message, bytes))
-    reply = await client.read_message()
-    assert reply == ("ECHO:" + message if isinstance(message, str) else b"ECHO:" + message)
-    client.close()
-
-
-@pytest.mark.gen_test
-async def test_replies_come_one_for_each_message_and_in_order(ws_url: str) -> None:
-    client = await websocket_connect(ws_url + "/echo")
-    for number in range(1000):
-        client.write_message(str(number))
-    assert [await client.read_message() for _ in range(1000)] == [
-        f"ECHO:{number}" for number in range(1000)
-    ]
-    client.close()
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("message", ["", "Hello!", b"\x00"])
-async def test_an_empty_prefix_in_the_route_makes_a_mirror(
-    ws_url: str, message: str | bytes
-) -> None:
-    client = await websocket_connect(ws_url + "/mirror")
-    await client.write_message(message, binary=isinstance(message, bytes))
-    assert await client.read_message() == message
-    client.close()
-
-
-@pytest.mark.gen_test
-async def test_a_subclass_overrides_on_message(ws_url: str) -> None:
-    client = await websocket_connect(ws_url + "/shout")
-    await client.write_message("Hello!")
-    assert await client.read_message() == "ECHO:HELLO!"
-    client.close()
-
-
-@pytest.mark.gen_test
-async def test_a_subclass_sees_open_messages_and_close_in_their_order(
-    ws_url: str, app: Application
-) -> None:
-    client = await websocket_connect(ws_url + "/diary/blue?token=x")
-    await client.write_message("dear diary")
-    assert await client.read_message() == "page 2"
-    client.close(4001, "bed time")
-    assert await client.read_message() is None
-    await eventually(lambda: len(app.settings["pages"]) == 3)
-    assert app.settings["pages"] == [
-        ("open", ("blue",), {}),
-        "dear diary",
-        ("close", 4001, "bed time"),
-    ]
-
-
-@pytest.mark.gen_test
-async def test_the_hosts_limit_of_a_message_is_kept(ws_url: str) -> None:
-    client = await websocket_connect(ws_url + "/echo")
-    await client.write_message("x" * ((1 << 20) + 1))
-    assert await client.read_message() is None
-    assert client.close_code == 1009
-    client.close()
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    ("offered", "selected"),
-    [([], None), (["graphql-ws"], "graphql-ws"), (["b", "a", "c"], "b"), (["soap,wamp"], "soap")],
-)
-async def test_the_subprotocol_that_is_offered_first_is_selected(
-    ws_url: str, offered: list[str], selected: str | None
-) -> None:
-    client = await websocket_connect(ws_url + "/echo", subprotocols=offered)
-    assert client.selected_subprotocol == selected
-    client.close()
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    ("path", "origin"),
-    [
-        ("/echo", "http://evil.example"),
-        ("/echo", "null"),
-        ("/echo", "http://localhost:1"),
-        ("/echo", "http://[::1"),
-        ("/friends", "http://friend.example"),
-        ("/friends", "https://friend.example.evil.example"),
-        ("/list", "https://b"),
-        ("/list", "h"),
-        ("/shout", "http://evil.example"),
-        ("/anybody", "http://[::1"),
-    ],
-)
-async def test_an_origin_that_may_not_connect_gets_403_and_one_warning(
-    ws_url: str, path: str, origin: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(HTTPClientError) as refusal:
-        await websocket_connect(HTTPRequest(ws_url + path, headers={"Origin": origin}))
-    assert refusal.value.code == 403
-    assert [record.levelname for record in ours(caplog)] == ["WARNING"]
-    assert ours(caplog)[0].getMessage().startswith("[SERVER] error:")
-
-
 def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What our own logger was told."""
     return [record for record in caplog.records if record.name == "echo_server"]
 
 
-@pytest.mark.gen_test
-async def test_the_warning_says_which_origin_was_refused_and_from_where(
-    ws_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(HTTPClientError):
-        await websocket_connect(
-            HTTPRequest(ws_url + "/echo", headers={"Origin": "http://evil.example"})
-        )
-    assert re.fullmatch(
-        r".*http://evil\.example.* 127\.0\.0\.1:\d+.*", ours(caplog)[0].getMessage()
-    )
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    ("path", "origin"),
-    [
-        ("/echo", ""),
-        ("/anybody", "http://evil.example"),
-        ("/anybody", "null"),
-        ("/friends", "https://friend.example"),
-        ("/friends", ""),
-        ("/list", "https://friend.example"),
-        ("/list", "https://b.example"),
-    ],
-)
-async def test_an_origin_that_may_connect_does(
-    ws_url: str, base_url: str, path: str, origin: str
-) -> None:
-    """The empty one stands for our own."""
-    client = await websocket_connect(
-        HTTPRequest(ws_url + path, headers={"Origin": origin or base_url})
-    )
-    await client.write_message("Hello!")
-    assert await client.read_message() == "ECHO:Hello!"
-    client.close()
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("accept", ["text/html", "*/*"])
-async def test_embedded_a_plain_get_is_told_that_this_is_a_websocket(
-    http_client: AsyncHTTPClient, base_url: str, accept: str
-) -> None:
-    answer = await http_client.fetch(
-        base_url + "/echo", raise_error=False, headers={"Accept": accept}
-    )
-    assert (answer.code, answer.headers["Upgrade"], answer.headers["Sec-WebSocket-Version"]) == (
-        426,
-        "websocket",
-        "13",
-    )
-    assert answer.headers["Content-Type"].startswith("text/plain")
-    assert b"Upgrade: websocket" in answer.body
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("path", ["/", "/healthz", "/metrics", "/test"])
-async def test_embedded_no_other_url_is_answered(
-    http_client: AsyncHTTPClient, base_url: str, path: str
-) -> None:
-    answer = await http_client.fetch(
-        base_url + path, raise_error=False, headers={"Accept": "text/html"}
-    )
-    assert answer.code == 404
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    "query", ["close=4001&after=0", "push=1", "drop=1&after=0", "delay=60", "token=x"]
-)
-async def test_embedded_the_query_asks_for_nothing(ws_url: str, query: str) -> None:
-    client = await websocket_connect(f"{ws_url}/echo?{query}")
-    await client.write_message("Hello!")
-    assert await client.read_message() == "ECHO:Hello!"
-    client.close()
-
-
-@pytest.mark.gen_test
-async def test_the_log_has_the_words_of_the_original_sample(
-    ws_url: str, app: Application, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG, "echo_server")
-    client = await websocket_connect(ws_url + "/shout?token=secret")
-    for text in ("Hello!", "Zoë\n", "ab" * 300):
-        await client.write_message(text)
-        await client.read_message()
-    client.close(4001, "bye")
-    lines = await log_lines(caplog, 5)
-    assert re.fullmatch(r"\[SERVER\] connection\(\) from 127\.0\.0\.1:\d+ /shout", lines[0])
-    assert lines[1:4] == [
-        f"[SERVER] Received:{text}" for text in ("HELLO!", r"ZO\xcb\n", "AB" * 100)
-    ]
-    assert re.fullmatch(
-        r"\[SERVER\] close\(\) 4001 from 127\.0\.0\.1:\d+ after 0\.\d s, 3 messages, 611 bytes",
-        lines[4],
-    )
-
-
 async def log_lines(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
+    """Our lines of the log, when there are so many."""
     await eventually(lambda: len(ours(caplog)) >= count)
     return [record.getMessage() for record in ours(caplog)]
 
 
-@pytest.mark.gen_test
-async def test_at_the_level_info_the_log_has_no_message(
-    ws_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "echo_server")
-    client = await websocket_connect(ws_url + "/echo")
-    await client.write_message("Hello!")
-    await client.read_message()
-    client.close()
-    assert [re.sub(r"[^a-z].*", "", line[9:]) for line in await log_lines(caplog, 2)] == [
-        "connection",
-        "close",
-    ]
+def python(script: str, *args: str) -> str:
+    """What a fresh interpreter prints, which finds the module."""
+    done = ended(sys.executable, "-W", "error", "-c", script, *args, cwd=MODULE.parent)
+    return done.stdout + done.stderr
 
+
+@contextlib.asynccontextmanager
+async def listening(app: Application, **options: Any) -> AsyncIterator[int]:
+    """Its port."""
+    http, sockets = HTTPServer(app, **options), bind_sockets(0, "127.0.0.1")
+    http.add_sockets(sockets)
+    yield sockets[0].getsockname()[1]
+    http.stop()
+    await http.close_all_connections()
+    await eventually(lambda: not Connections.current().open)
+
+
+def reply_frame(first: int, payload: bytes) -> bytes:
+    """A frame of the server."""
+    return frame_header(first, len(payload)) + payload
+
+
+class Peer:
+    """A client that sends and sees bytes as they are."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.head = ""  # of the server's answer
+
+    def send(self, *data: bytes) -> None:
+        self.writer.write(b"".join(data))
+
+    async def send_bytewise(self, data: bytes) -> None:
+        for i in range(len(data)):
+            self.send(data[i : i + 1])
+            await asyncio.sleep(0)  # the server's turn, and it reads just this
+            await asyncio.sleep(0)
+
+    async def receive(self, size: int) -> bytes:
+        async with asyncio.timeout(PATIENCE):
+            return await self.reader.readexactly(size)
+
+    async def frame(self) -> tuple[int, bytes]:
+        """First byte and payload."""
+        first, length = await self.receive(2)
+        if length > 125:
+            length = int.from_bytes(await self.receive(2 if length == 126 else 8), "big")
+        return first, await self.receive(length)
+
+    async def replies(self, *payloads: bytes, first: int = FIN | TEXT) -> bool:
+        """Whether exactly these come next."""
+        expected = b"".join(reply_frame(first, payload) for payload in payloads)
+        return await self.receive(len(expected)) == expected
+
+    async def close_code(self) -> int | None:
+        """Of the Close frame that comes next; None when it has none."""
+        first, payload = await self.frame()
+        assert first == FIN | CLOSE
+        return int.from_bytes(payload[:2], "big") if payload else None
+
+    async def is_failed(self, code: int) -> None:
+        """A Close with this code comes; where frames can be told apart, ours is waited for."""
+        assert await self.close_code() == code
+        if code == 1002:
+            assert await self.rest() == b""
+        else:
+            self.leave()
+        await eventually(lambda: not Connections.current().open)
+
+    async def goodbye(self) -> int | None:
+        """The code of the Close frame that comes next. It is answered, and then the end comes."""
+        code = await self.close_code()
+        self.send(close(code or 1000))
+        assert await self.rest() == b""
+        return code
+
+    async def rest(self) -> bytes:
+        """What comes until the other side has shut TCP, which ends it; ConnectionResetError if that
+        is a reset."""
+        async with asyncio.timeout(PATIENCE):
+            data = await self.reader.read()
+        self.leave()
+        return data
+
+    def pause(self) -> None:
+        """Reads no more."""
+        cast(asyncio.Transport, self.writer.transport).pause_reading()
+
+    def resume(self) -> None:
+        cast(asyncio.Transport, self.writer.transport).resume_reading()
+
+    async def shut(self) -> None:
+        """Ends the sending side of TCP, below TLS, when all has been sent."""
+        await eventually(lambda: not self.writer.transport.get_write_buffer_size())
+        with self.same_socket() as sock:
+            sock.shutdown(socket.SHUT_WR)
+
+    def same_socket(self) -> socket.socket:
+        """Below asyncio, or uvloop, whose own cannot do everything."""
+        return socket.socket(fileno=os.dup(self.writer.get_extra_info("socket").fileno()))
+
+    def leave(self) -> None:
+        """Ends TCP without a Close."""
+        self.writer.close()
+
+    def reset(self) -> None:
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+
+async def eventually(condition: Callable[[], Any]) -> None:
+    """Polls in the event loop until the condition holds; until() is for outside of it."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110  # the server has no event for what a test may ask
+            await asyncio.sleep(0.002)
+
+
+NO_HEADERS: Mapping[str, str] = {}
+
+
+class Host:
+    """An application with our handler, and what connects to it."""
+
+    def __init__(
+        self,
+        app: Application,
+        address: tuple[str, int] | str,
+        trust: ssl.SSLContext | None,
+        errors: Callable[[], list[str]],
+    ) -> None:
+        """`address` is a path where it is that of a Unix socket."""
+        self.app, self.address, self.trust, self.errors = app, address, trust, errors
+        self.peers: list[Peer] = []
+        self.url = f"{'wss' if trust else 'ws'}://localhost:{address[1]}"
+
+    def route(self, handler: type[EchoHandler] = EchoHandler, **initialize: Any) -> str:
+        path = f"/{len(self.app.default_router.rules)}"
+        self.app.add_handlers(".*", [(path, handler, initialize)])
+        return path
+
+    async def dial(self, receive_buffer: int = 0) -> Peer:
+        sock = socket.socket(socket.AF_UNIX if isinstance(self.address, str) else socket.AF_INET)
+        if sock.family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if receive_buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        sock.connect(self.address)
+        name = "localhost" if self.trust else None
+        self.peers.append(
+            Peer(
+                *await asyncio.open_connection(
+                    sock=sock, ssl=self.trust, server_hostname=name, limit=4096
+                )
+            )
+        )
+        return self.peers[-1]
+
+    async def connect(
+        self,
+        handler: type[EchoHandler] = EchoHandler,
+        headers: Mapping[str, str] = NO_HEADERS,
+        early: bytes = b"",
+        receive_buffer: int = 0,
+        query: str = "",
+        **initialize: Any,
+    ) -> Peer:
+        """A peer behind its handshake; `early` comes in one piece with it."""
+        peer = await self.dial(receive_buffer)
+        line = f"GET {self.route(handler, **initialize)}{query} HTTP/1.1"
+        peer.send(
+            request(line, add="\r\n".join(f"{name}: {headers[name]}" for name in headers)), early
+        )
+        async with asyncio.timeout(PATIENCE):
+            peer.head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
+        assert peer.head.startswith("HTTP/1.1 101 ")
+        return peer
+
+    async def record(
+        self, handler: type[Recorder], shut: bool = False, **options: Any
+    ) -> tuple[Peer, Calls]:
+        """A peer whose handler has been opened, and its calls; the gate is open, or `shut`."""
+        calls = Calls()
+        if shut:
+            calls.gate.clear()
+        peer = await self.connect(handler, calls=calls, **options)
+        await eventually(lambda: calls)
+        return peer, calls
+
+    async def finish(self) -> None:
+        for peer in self.peers:
+            peer.writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await peer.writer.wait_closed()
+        await eventually(lambda: not Connections.current().open)
+
+
+# What is between peer and handler: without epoll it is as on macOS, and uvloop is the event loop of
+# some hosts.
+NOT_TLS = ["tcp", "tcp without epoll", "tcp over uvloop"]
+
+
+@pytest.fixture(params=[*NOT_TLS, "tls"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """What is between peer and handler; a test or a class may have a choice of its own."""
+    return str(request.param)
+
+
+@pytest.fixture
+def io_loop(request: pytest.FixtureRequest) -> Iterator[IOLoop]:
+    """As of pytest-tornado, but for uvloop."""
+    way = request.getfixturevalue("transport") if "transport" in request.fixturenames else ""
+    library = pytest.importorskip("uvloop") if "uvloop" in way else asyncio
+    loop = IOLoop(asyncio_loop=library.new_event_loop())
+    loop.make_current()
+    yield loop
+    loop.clear_current()
+    loop.close(all_fds=True)
+
+
+@pytest.fixture(scope="module")
+def ssl_options(authority: trustme.CA) -> ssl.SSLContext:
+    """What pytest-tornado gives its server for TLS."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    return context
+
+
+@pytest.fixture(scope="module")
+def client_context(authority: trustme.CA) -> ssl.SSLContext:
+    """What a peer needs to believe in the certificate of that server."""
+    context = ssl.SSLContext(
+        ssl.PROTOCOL_TLS_CLIENT
+    )  # without the authorities of the system, which take 20 ms to load
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.fixture
+def host(
+    request: pytest.FixtureRequest,
+    transport: str,
+    app: Application,
+    io_loop: IOLoop,
+    http_port: int,
+    caplog: pytest.LogCaptureFixture,
+    client_context: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Iterator[Host]:
+    """Afterwards no connection is left, and no error but those that the test asked for came."""
+    server = request.getfixturevalue("https_server" if transport == "tls" else "http_server")
+    address: tuple[str, int] | str = ("127.0.0.1", http_port)
+    if transport == "unix":
+        address = str(tmp_path / "socket")
+        server.add_socket(bind_unix_socket(address))
+    if transport == "tcp without epoll":
+        monkeypatch.delattr(select, "epoll", raising=False)
+    seen: list[str] = []
+
+    def errors() -> list[str]:
+        records = [
+            record for record in caplog.get_records("call") if record.levelno >= logging.ERROR
+        ]
+        new = [record.name for record in records][len(seen) :]
+        seen.extend(new)
+        return new
+
+    host = Host(app, address, client_context if transport == "tls" else None, errors)
+    yield host
+    io_loop.run_sync(host.finish, timeout=PATIENCE)
+    assert not errors()
+
+
+class Calls(list[Any]):
+    """What was called, in order."""
+
+    handler: Recorder
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()  # what coroutines wait for; it is open until a test shuts it
+        self.gate.set()
+
+    @property
+    def closes(self) -> list[Any]:
+        return [call for call in self if call[0] == "close"]
+
+
+class Recorder(EchoHandler):
+    """Writes down what is called with what."""
+
+    def initialize(self, *args: Any, **options: Any) -> None:
+        self.calls: Calls = options.pop("calls")
+        super().initialize(*args, **options)
+
+    def open(self, *args: str, **kwargs: str) -> Any:
+        self.calls.handler = self
+        self.calls.append(("open",))
+
+    def on_message(self, message: str | bytes) -> Awaitable[None] | None:
+        self.calls.append(("message", message))
+        return super().on_message(message)
+
+    def on_ping(self, data: bytes) -> None:
+        self.calls.append(("ping", data))
+
+    def on_pong(self, data: bytes) -> None:
+        self.calls.append(("pong", data))
+
+    def on_close(self) -> None:
+        self.calls.append(("close", self.close_code, self.close_reason))
+
+
+@pytest.fixture
+def files(authority: trustme.CA, tmp_path: Path) -> Path:
+    """A folder with certificates that go together, and other files."""
+    issued = authority.issue_cert("localhost")
+    issued.private_key_pem.write_to_path(str(tmp_path / "key"))
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
+    authority.issue_cert("localhost").private_key_pem.write_to_path(str(tmp_path / "other-key"))
+    (tmp_path / "junk").write_text("junk")
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "wrong.toml").write_text("port = 'x'")
+    return tmp_path
+
+
+def everything(sock: socket.socket) -> bytes:
+    """What is sent to us until the other side closes."""
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while part := sock.recv(4096):
+            data += part
+    return data
+
+
+INHERIT = (
+    "import os, sys; sys.argv[1] == 'none' or os.dup2(int(sys.argv[1]), 3); "
+    "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid() + int(sys.argv[2]))); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
+
+
+def inheriting(serve: Serve, given: Any, *arguments: str, offset: int = 0) -> Process:
+    """A server that is started as by socket activation, with this as its descriptor 3."""
+    numbers = [] if given is None else [given.fileno()]
+    number = str(*numbers or ["none"])
+    before = [sys.executable, "-c", INHERIT, number, str(offset)]
+    return serve(*arguments, before=before, pass_fds=[*numbers, *([3] if numbers else [])])
+
+
+@contextlib.contextmanager
+def bystander(server: Process, trust: ssl.SSLContext | None = None) -> Iterator[None]:
+    """A well-behaved client keeps echoing; afterwards the server has given back descriptors."""
+    server.line("listening")
+    before = descriptors(server)
+    with upgraded(server, trust=trust) as sock:
+        times: list[float] = []
+        ended = threading.Event()
+        thread = threading.Thread(target=keep_echoing, args=(sock, times, ended))
+        thread.start()
+        try:
+            until(lambda: len(times) > 3)
+            yield
+            seen = len(times)
+            until(lambda: len(times) > seen + 3)
+        finally:
+            ended.set()
+            thread.join(PATIENCE)
+    assert sorted(times)[len(times) * 99 // 100] < 0.25
+    until(
+        lambda: descriptors(server) <= before,
+        lambda: f"{descriptors(server)} descriptors rather than {before}",
+    )
+
+
+def keep_echoing(sock: socket.socket, times: list[float], ended: threading.Event) -> None:
+    """Stops early when a reply is wrong or missing."""
+    for number in itertools.count():
+        began = time.monotonic()
+        sock.sendall(frame(FIN | TEXT, b"%06d" % number))
+        if sock.recv(99) != b"\x81\x0bECHO:%06d" % number:
+            return
+        times.append(time.monotonic() - began)
+        if ended.wait(0.005):
+            return
+
+
+def descriptors(server: Process) -> int:
+    """How many descriptors a server has open."""
+    folder = Path(f"/proc/{server.popen.pid}/fd")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def memory(server: Process, key: str = "VmRSS") -> int:
+    """Bytes in memory; with VmHWM the most that they were since forget_peak()."""
+    status = Path(f"/proc/{server.popen.pid}/status").read_text()
+    return int(status.partition(key + ":")[2].split()[0]) * 1024
+
+
+def forget_peak(server: Process) -> int:
+    """Lets the peak of memory begin anew, and says where."""
+    server.line("listening")
+    Path(f"/proc/{server.popen.pid}/clear_refs").write_text("5")  # see proc(5)
+    return memory(server, "VmHWM")
+
+
+def send_until_cut(sock: socket.socket, data: bytes) -> None:
+    """As fast as it is taken, until the other side has closed."""
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        while True:
+            sock.sendall(data)
+
+
+def cut_off(sock: socket.socket) -> None:
+    """Ends the connection with a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def close_code(sock: socket.socket) -> int:
+    """Of the Close frame that comes, whatever came before."""
+    with sock.makefile("rb") as file:
+        while (got := read_frame(file))[0] != FIN | CLOSE:
+            assert got[0] >= 0, "it has left without a Close"
+    return int.from_bytes(got[1][:2], "big")
+
+
+@pytest.fixture(scope="module")
+def tls(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A server with TLS, for all the tests that leave no trace in it."""
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(path))
+    with Process("--port=0", f"--certfile={path}") as process:
+        yield process
+
+
+def send_until_refused(sock: socket.socket, data: bytes) -> None:
+    """Sends without reading, until nothing is taken any more."""
+    sock.settimeout(0.1)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sock.sendall(data)
+
+
+ENDINGS = [b"", *(bytes((first,)) + b"\x80" * more for first in (0x80, 0xBF) for more in (0, 1, 2))]
+
+
+def can_become_text(data: bytes) -> bool:
+    """Whether there is an end with which it is UTF-8; one of these fits whatever comes first."""
+    for ending in ENDINGS:
+        with contextlib.suppress(UnicodeDecodeError):
+            return (data + ending).decode() is not None
+    return False
+
+
+# ------------------------------------------------------------------------------------------ Handler
+
+MESSAGES = [
+    "Hello!",
+    "",
+    "a\0b",
+    '{"a": [1, 2.5, null]}',
+    "\U0001f600 Zoë ﷽",
+    "x" * (1 << 20),
+    b"",
+    b"\x00\xff",
+    b"x" * 65536,
+]
 
 STATE = r"""
 import argparse, asyncio, codecs, json, logging, os, signal, sys, threading, warnings
@@ -851,17 +1111,6 @@ assert before == after, (before, after)
 print(touched, late)
 """
 
-
-def python(script: str, *args: str) -> str:
-    """What a fresh interpreter prints, which finds the module."""
-    done = ended(sys.executable, "-W", "error", "-c", script, *args, cwd=MODULE.parent)
-    return done.stdout + done.stderr
-
-
-def test_importing_does_nothing() -> None:
-    assert python(STATE) == "[] []\n"
-
-
 HOST = """
 import sys
 from tornado.options import define, options, parse_command_line
@@ -872,11 +1121,6 @@ define("address", default="")
 parse_command_line(sys.argv)
 print(options.port, options.config, options.address)
 """
-
-
-def test_a_host_that_defines_port_and_config_imports_it() -> None:
-    assert python(HOST, "--port=5", "--config=mine", "--address=here") == "5 mine here\n"
-
 
 DOCSTRING = r"""
 import asyncio, re, tornado.web, echo_server
@@ -889,210 +1133,225 @@ print(app.wildcard_router.rules[0].target.__name__)
 """
 
 
-def test_the_three_lines_in_the_docstring_work() -> None:
-    assert python(DOCSTRING) == "EchoHandler\n"
-
-
-# ---- Embedding, as the README shows it
-
-README = (MODULE.parent / "README.md").read_text()
-
-
-def shown(section: str) -> str:
-    """The code that the README has under these words."""
-    block = re.search(
-        rf"\n\*\*{section}\.\*\*(?:(?!\n\n).)*\n```python\n(.*?)```\n", README, re.DOTALL
+@pytest.mark.gen_test
+class TestInAnApplication:
+    @pytest.mark.parametrize(
+        "message", MESSAGES, ids=lambda message: f"{type(message).__name__}{len(message)}"
     )
-    assert block, f"{section!r} shows nothing"
-    return block[1]
+    async def test_a_route_in_an_application_echoes_on_tornados_own_http_server(
+        self, ws_url: str, message: str | bytes
+    ) -> None:
+        client = await websocket_connect(ws_url + "/echo")
+        await client.write_message(message, binary=isinstance(message, bytes))
+        reply = await client.read_message()
+        assert reply == ("ECHO:" + message if isinstance(message, str) else b"ECHO:" + message)
+        client.close()
 
+    async def test_replies_come_one_for_each_message_and_in_order(self, ws_url: str) -> None:
+        client = await websocket_connect(ws_url + "/echo")
+        for number in range(1000):
+            client.write_message(str(number))
+        assert [await client.read_message() for _ in range(1000)] == [
+            f"ECHO:{number}" for number in range(1000)
+        ]
+        client.close()
 
-def defined(code: str) -> dict[str, Any]:
-    """The names that it defines."""
-    names: dict[str, Any] = {"__name__": "shown"}
-    exec(code, names)  # noqa: S102  # it is ours
-    return names
+    @pytest.mark.parametrize("message", ["", "Hello!", b"\x00"])
+    async def test_an_empty_prefix_in_the_route_makes_a_mirror(
+        self, ws_url: str, message: str | bytes
+    ) -> None:
+        client = await websocket_connect(ws_url + "/mirror")
+        await client.write_message(message, binary=isinstance(message, bytes))
+        assert await client.read_message() == message
+        client.close()
 
+    async def test_a_subclass_overrides_on_message(self, ws_url: str) -> None:
+        client = await websocket_connect(ws_url + "/shout")
+        await client.write_message("Hello!")
+        assert await client.read_message() == "ECHO:HELLO!"
+        client.close()
 
-def free_port() -> int:
-    """The kernel gives it to nobody else for a minute: a connection of it is in TIME_WAIT."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = int(listener.getsockname()[1])
-        with socket.create_connection(("127.0.0.1", port), PATIENCE):
-            listener.accept()[0].close()
-    return port
+    async def test_a_subclass_sees_open_messages_and_close_in_their_order(
+        self, ws_url: str, app: Application
+    ) -> None:
+        client = await websocket_connect(ws_url + "/diary/blue?token=x")
+        await client.write_message("dear diary")
+        assert await client.read_message() == "page 2"
+        client.close(4001, "bed time")
+        assert await client.read_message() is None
+        await eventually(lambda: len(app.settings["pages"]) == 3)
+        assert app.settings["pages"] == [
+            ("open", ("blue",), {}),
+            "dear diary",
+            ("close", 4001, "bed time"),
+        ]
 
+    async def test_the_hosts_limit_of_a_message_is_kept(self, ws_url: str) -> None:
+        client = await websocket_connect(ws_url + "/echo")
+        await client.write_message("x" * ((1 << 20) + 1))
+        assert await client.read_message() is None
+        assert client.close_code == 1009
+        client.close()
 
-def application(folder: Path, code: str, *args: str) -> Process:
-    """A whole application of the README in a folder with our file, as a process of its own."""
-    own = free_port()
-    code, *options = (text.replace("8888", str(own)) for text in (code, *args))
-    (folder / "app.py").write_text(code)
-    shutil.copy(MODULE, folder)
-    return Process(*options, program=Path("app.py"), own=own, cwd=folder)
+    @pytest.mark.parametrize(
+        ("offered", "selected"),
+        [
+            ([], None),
+            (["graphql-ws"], "graphql-ws"),
+            (["b", "a", "c"], "b"),
+            (["soap,wamp"], "soap"),
+        ],
+    )
+    async def test_the_subprotocol_that_is_offered_first_is_selected(
+        self, ws_url: str, offered: list[str], selected: str | None
+    ) -> None:
+        client = await websocket_connect(ws_url + "/echo", subprotocols=offered)
+        assert client.selected_subprotocol == selected
+        client.close()
 
+    @pytest.mark.parametrize(
+        ("path", "origin"),
+        [
+            ("/echo", "http://evil.example"),
+            ("/echo", "null"),
+            ("/echo", "http://localhost:1"),
+            ("/echo", "http://[::1"),
+            ("/friends", "http://friend.example"),
+            ("/friends", "https://friend.example.evil.example"),
+            ("/list", "https://b"),
+            ("/list", "h"),
+            ("/shout", "http://evil.example"),
+            ("/anybody", "http://[::1"),
+        ],
+    )
+    async def test_an_origin_that_may_not_connect_gets_403_and_one_warning(
+        self, ws_url: str, path: str, origin: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with pytest.raises(HTTPClientError) as refusal:
+            await websocket_connect(HTTPRequest(ws_url + path, headers={"Origin": origin}))
+        assert refusal.value.code == 403
+        assert [record.levelname for record in ours(caplog)] == ["WARNING"]
+        assert ours(caplog)[0].getMessage().startswith("[SERVER] error:")
 
-def test_as_the_readme_shows_an_application_has_it_beside_other_handlers(tmp_path: Path) -> None:
-    with application(tmp_path, shown("Beside other handlers")) as app:
-        (tmp_path / "docs").mkdir()
-        (tmp_path / "docs" / "echo.txt").write_text("It is at /echo.")
-        assert get(app, "/echo.txt")[2] == "It is at /echo."
-        with app.connect("echo") as client:
-            assert echoed(client) == "> Hello!"
+    async def test_the_warning_says_which_origin_was_refused_and_from_where(
+        self, ws_url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with pytest.raises(HTTPClientError):
+            await websocket_connect(
+                HTTPRequest(ws_url + "/echo", headers={"Origin": "http://evil.example"})
+            )
+        assert re.fullmatch(
+            r".*http://evil\.example.* 127\.0\.0\.1:\d+.*", ours(caplog)[0].getMessage()
+        )
 
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("kind", ["def", "async def"])
-async def test_as_the_readme_shows_a_subclass_answers_in_json(
-    app: Application, ws_url: str, kind: str
-) -> None:
-    length = defined(shown("With answers of your own").replace("def", kind))["Length"]
-    app.add_handlers(".*", [("/length", length)])
-    client = await websocket_connect(ws_url + "/length")
-    for text in ("Hello!", "", "Zoë \ud800"):
-        await client.write_message(json.dumps({"id": 7, "text": text}))
-        assert json.loads(await client.read_message() or "") == {"id": 7, "length": len(text)}
-    client.close()
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    "sense", ["Hello!", "", "7", "[]", "{}", '{"id": 7, "text": 7}', "[" * 994 + "]" * 994, b"\xff"]
-)
-async def test_as_the_readme_shows_what_makes_no_sense_gets_an_answer_that_says_so(
-    app: Application, ws_url: str, sense: str | bytes
-) -> None:
-    app.add_handlers(".*", [("/length", defined(shown("With answers of your own"))["Length"])])
-    client = await websocket_connect(ws_url + "/length")
-    for _ in range(2):
-        await client.write_message(sense, binary=isinstance(sense, bytes))
-        assert json.loads(await client.read_message() or "").keys() == {"error"}
-    client.close()
-
-
-@contextlib.asynccontextmanager
-async def listening(app: Application, **options: Any) -> AsyncIterator[int]:
-    """Its port."""
-    http, sockets = HTTPServer(app, **options), bind_sockets(0, "127.0.0.1")
-    http.add_sockets(sockets)
-    yield sockets[0].getsockname()[1]
-    http.stop()
-    await http.close_all_connections()
-    await eventually(lambda: not Connections.current().open)
-
-
-@pytest.mark.gen_test
-async def test_as_the_readme_shows_three_lines_are_enough() -> None:
-    async with listening(defined(shown("In three lines"))["app"]) as port:
-        client = await websocket_connect(f"ws://localhost:{port}/echo")
+    @pytest.mark.parametrize(
+        ("path", "origin"),
+        [
+            ("/echo", ""),
+            ("/anybody", "http://evil.example"),
+            ("/anybody", "null"),
+            ("/friends", "https://friend.example"),
+            ("/friends", ""),
+            ("/list", "https://friend.example"),
+            ("/list", "https://b.example"),
+        ],
+    )
+    async def test_an_origin_that_may_connect_does(
+        self, ws_url: str, base_url: str, path: str, origin: str
+    ) -> None:
+        """The empty one stands for our own."""
+        client = await websocket_connect(
+            HTTPRequest(ws_url + path, headers={"Origin": origin or base_url})
+        )
         await client.write_message("Hello!")
         assert await client.read_message() == "ECHO:Hello!"
         client.close()
 
+    @pytest.mark.parametrize("accept", ["text/html", "*/*"])
+    async def test_embedded_a_plain_get_is_told_that_this_is_a_websocket(
+        self, http_client: AsyncHTTPClient, base_url: str, accept: str
+    ) -> None:
+        answer = await http_client.fetch(
+            base_url + "/echo", raise_error=False, headers={"Accept": accept}
+        )
+        assert (
+            answer.code,
+            answer.headers["Upgrade"],
+            answer.headers["Sec-WebSocket-Version"],
+        ) == (
+            426,
+            "websocket",
+            "13",
+        )
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        assert b"Upgrade: websocket" in answer.body
 
-FRIEND = "https://app.example.org"  # in the README
+    @pytest.mark.parametrize("path", ["/", "/healthz", "/metrics", "/test"])
+    async def test_embedded_no_other_url_is_answered(
+        self, http_client: AsyncHTTPClient, base_url: str, path: str
+    ) -> None:
+        answer = await http_client.fetch(
+            base_url + path, raise_error=False, headers={"Accept": "text/html"}
+        )
+        assert answer.code == 404
 
-
-@pytest.mark.gen_test
-async def test_as_the_readme_shows_origins_compression_and_size_are_the_hosts_to_decide() -> None:
-    async with listening(defined(shown("With Tornado's settings"))["app"]) as port:
-        url = f"ws://127.0.0.1:{port}/echo"
-        with pytest.raises(HTTPClientError, match="403"):
-            await websocket_connect(HTTPRequest(url, headers={"Origin": "https://example.org"}))
-        async with websockets_connect_async(
-            url, additional_headers={"Origin": FRIEND}, proxy=None
-        ) as client:
-            assert not client.protocol.extensions
-            for size in (65536, 65537):
-                await client.send("x" * size)
-            assert await client.recv() == "ECHO:" + "x" * 65536
-            with pytest.raises(ConnectionClosed, match="1009"):
-                await client.recv()
-
-
-@pytest.mark.gen_test
-async def test_as_the_readme_shows_silence_is_answered_by_a_ping_and_then_by_the_end() -> None:
-    quick = re.sub(r"(websocket_ping_\w+)=(\d+)", r"\1=\g<2>/200", shown("With Tornado's settings"))
-    async with listening(defined(quick)["app"]) as port:
-        peer = Peer(*await asyncio.open_connection("127.0.0.1", port))
-        peer.send(request("GET /echo HTTP/1.1", Origin=FRIEND))
-        await peer.reader.readuntil(b"\r\n\r\n")
-        assert await peer.frame() == (FIN | PING, b"")
-        assert await peer.goodbye() == 1008
-        peer.leave()
-
-
-HOST_OF_ITS_OWN = """
-import asyncio, signal
-from tornado.options import define, options, parse_command_line
-from tornado.web import Application
-from echo_server import EchoHandler
-
-define("port", 1)
-
-async def main():
-    parse_command_line()
-    app = Application([("/echo", EchoHandler)])
-    server = app.listen(options.port)
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    await stop.wait()
-    server.stop()
-    await close_clients(app)
-
-asyncio.run(main())
-"""
-
-
-def own(level: str = "WARNING") -> str:
-    """Somebody's application, as the README says for those with options, log and signals."""
-    code = shown("With options, logging and signals of your own")
-    assert "WARNING" in code
-    return code.replace("WARNING", level) + HOST_OF_ITS_OWN
-
-
-def test_as_the_readme_shows_an_application_closes_its_clients_with_1001(tmp_path: Path) -> None:
-    with application(tmp_path, own(), "--port=8888") as app, app.connect("echo") as client:
-        assert echoed(client) == "ECHO:Hello!"
-        app.signal(signal.SIGTERM)
-        with pytest.raises(ConnectionClosed, match="1001"):
-            client.recv(PATIENCE)
-        assert app.exit_code() == 0
-
-
-@pytest.mark.parametrize(("level", "lines"), [("DEBUG", 3), ("INFO", 2), ("WARNING", 0)])
-def test_as_the_readme_shows_our_lines_come_in_the_log_of_the_application(
-    tmp_path: Path, level: str, lines: int
-) -> None:
-    with application(tmp_path, own(level), "--port=8888", "--logging=debug") as app:
-        with app.connect("echo") as client:
-            assert echoed(client) == "ECHO:Hello!"
-        assert app.stop() == 0
-    assert len(app.matching(r"^\[[DI] \d{6} [\d:]{8} echo_server:\d+\] \[SERVER\] ")) == lines
-    assert len(app.matching(r"\[SERVER\]")) == lines
-
-
-def test_as_the_readme_shows_pytest_runs_the_test_of_a_handler(tmp_path: Path) -> None:
-    shutil.copy(MODULE, tmp_path)
-    (tmp_path / "test_app.py").write_text(shown("With a test"))
-    done = ended(sys.executable, "-m", "pytest", "-q", "test_app.py", cwd=tmp_path)
-    assert re.search(r"(?m)^1 passed\b", done.stdout), done.stdout + done.stderr
-
-
-def test_every_test_and_load_that_the_readme_names_is_there() -> None:
-    named = re.findall(r"`(?:(test_\w+)|(?:faults|compare)\.py --\w+ ([\w,-]+))`", README)
-    tests, loads = (
-        {name for names in kind for name in names.split(",") if name}
-        for kind in zip(*named, strict=True)
+    @pytest.mark.parametrize(
+        "query", ["close=4001&after=0", "push=1", "drop=1&after=0", "delay=60", "token=x"]
     )
-    assert tests <= set(re.findall(r"(?m)^(?:async )?def (test_\w+)", Path(__file__).read_text()))
-    benchmarks = "".join(path.read_text() for path in (MODULE.parent / "benchmarks").glob("*.py"))
-    assert loads <= set(re.findall(r'"([\w-]+)"', benchmarks))
+    async def test_embedded_the_query_asks_for_nothing(self, ws_url: str, query: str) -> None:
+        client = await websocket_connect(f"{ws_url}/echo?{query}")
+        await client.write_message("Hello!")
+        assert await client.read_message() == "ECHO:Hello!"
+        client.close()
+
+    async def test_the_log_has_the_words_of_the_original_sample(
+        self, ws_url: str, app: Application, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG, "echo_server")
+        client = await websocket_connect(ws_url + "/shout?token=secret")
+        for text in ("Hello!", "Zoë\n", "ab" * 300):
+            await client.write_message(text)
+            await client.read_message()
+        client.close(4001, "bye")
+        lines = await log_lines(caplog, 5)
+        assert re.fullmatch(r"\[SERVER\] connection\(\) from 127\.0\.0\.1:\d+ /shout", lines[0])
+        assert lines[1:4] == [
+            f"[SERVER] Received:{text}" for text in ("HELLO!", r"ZO\xcb\n", "AB" * 100)
+        ]
+        assert re.fullmatch(
+            r"\[SERVER\] close\(\) 4001 from 127\.0\.0\.1:\d+ after 0\.\d s, 3 messages, 611 bytes",
+            lines[4],
+        )
+
+    async def test_at_the_level_info_the_log_has_no_message(
+        self, ws_url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "echo_server")
+        client = await websocket_connect(ws_url + "/echo")
+        await client.write_message("Hello!")
+        await client.read_message()
+        client.close()
+        assert [re.sub(r"[^a-z].*", "", line[9:]) for line in await log_lines(caplog, 2)] == [
+            "connection",
+            "close",
+        ]
+
+
+def test_importing_does_nothing() -> None:
+    assert python(STATE) == "[] []\n"
+
+
+def test_a_host_that_defines_port_and_config_imports_it() -> None:
+    assert python(HOST, "--port=5", "--config=mine", "--address=here") == "5 mine here\n"
+
+
+def test_the_three_lines_in_the_docstring_work() -> None:
+    assert python(DOCSTRING) == "EchoHandler\n"
 
 
 # ------------------------------------------------------------------------------------------- Frames
 
-
+NO_TAKEOVER, TAKEOVER = Deflate("", False, 15), Deflate("", True, 15)
 Received = tuple[list[tuple[int, bytes]], int | None]  # events, code of the fault
 
 
@@ -1113,6 +1372,47 @@ def bytewise(data: bytes) -> Iterator[bytes]:
     return (data[i : i + 1] for i in range(len(data)))
 
 
+quick = settings(deadline=None, derandomize=True, max_examples=250)
+
+payloads = (
+    st.binary(max_size=300)
+    | st.text(max_size=100).map(str.encode)
+    | st.integers(0, 2000).map(bytes)
+)
+
+messages = st.tuples(
+    st.sampled_from([TEXT, BINARY]),
+    payloads,
+    st.booleans(),  # compressed
+    st.lists(st.integers(0, 300), max_size=4),  # where it is cut
+    st.lists(st.sampled_from([PING, PONG]), max_size=2),  # what stands between its fragments
+)
+
+Cut = tuple[int, bytes, bool, list[int], list[int]]
+
+
+def cut(data: bytes, where: Iterable[int]) -> list[bytes]:
+    """In pieces, as many as it has cuts and one."""
+    ends = sorted(min(i, len(data)) for i in where)
+    return [data[i:j] for i, j in itertools.pairwise([0, *ends, len(data)])]
+
+
+def sent(message: Cut) -> tuple[list[bytes], list[tuple[int, bytes]]]:
+    """The frames of a message, and what should become of them."""
+    opcode, payload, compressed, cuts, controls = message
+    if opcode == TEXT:
+        payload = payload.decode("utf-8", "replace").encode()
+    parts = cut(packed(payload) if compressed else payload, cuts)
+    frames = [
+        frame(opcode | RSV1 * compressed, parts[0]),
+        *(frame(CONTINUATION, part) for part in parts[1:]),
+    ]
+    frames[-1] = bytes((frames[-1][0] | FIN,)) + frames[-1][1:]
+    between = controls if len(frames) > 1 else []
+    frames[1:1] = [frame(FIN | control, b"c") for control in between]
+    return frames, [(control, b"c") for control in between] + [(opcode, payload)]
+
+
 @pytest.mark.parametrize(("data", "code"), FAULTS)
 def test_a_fault_has_its_code_as_soon_as_its_last_byte_has_come(data: bytes, code: int) -> None:
     assert receive(data) == ([], code)
@@ -1120,7 +1420,7 @@ def test_a_fault_has_its_code_as_soon_as_its_last_byte_has_come(data: bytes, cod
 
 
 @pytest.mark.parametrize(("data", "code"), FAULTS)
-def test_messages_before_a_fault_are_delivered_and_none_behind_it(data: bytes, code: int) -> None:
+def test_messages_before_a_fault_are_delivered_and_none_after_it(data: bytes, code: int) -> None:
     stream = text("before") + data + frame(FIN) * 9 + text("behind") + close()
     assert receive(stream) == ([(TEXT, b"before")], code)
     assert receive(bytewise(stream)) == ([(TEXT, b"before")], code)
@@ -1236,7 +1536,7 @@ def test_every_other_close_code_is_a_protocol_error() -> None:
     assert {receive(close(code))[1] for code in range(65536) if code not in good} == {1002}
 
 
-def test_a_turn_ends_at_a_close_and_behind_it_only_control_frames_count() -> None:
+def test_a_turn_ends_at_a_close_and_after_it_only_control_frames_count() -> None:
     receiver = Receiver(LIMIT)
     behind = (
         text("hi")
@@ -1252,14 +1552,14 @@ def test_a_turn_ends_at_a_close_and_behind_it_only_control_frames_count() -> Non
 
 
 @pytest.mark.parametrize("data", BAD[1002].values(), ids=BAD[1002].keys())
-def test_what_is_bad_behind_a_close_is_no_fault(data: bytes) -> None:
+def test_a_bad_frame_after_a_close_is_not_a_fault(data: bytes) -> None:
     receiver = Receiver(LIMIT, NO_TAKEOVER)
     assert receiver.feed(frame(FIN | CLOSE)) == [(CLOSE, b"")]
     assert receiver.feed(data) == [] and receiver.fault is None
     assert not receiver.in_sync or receiver.closed
 
 
-def test_nothing_is_looked_at_behind_a_wrong_header() -> None:
+def test_nothing_is_read_after_a_bad_header() -> None:
     receiver = Receiver(LIMIT)
     assert receiver.feed(b"\xff" * 2) == []
     assert receiver.fault is not None and not receiver.in_sync and not receiver.more
@@ -1287,7 +1587,7 @@ STILL_TOLD_APART = {  # a fault of the content, and what ends its message
 @pytest.mark.parametrize(
     ("code", "fault", "rest"), STILL_TOLD_APART.values(), ids=STILL_TOLD_APART.keys()
 )
-def test_behind_a_fault_of_content_the_close_is_still_found(
+def test_after_a_fault_in_the_content_the_close_is_still_found(
     code: int, fault: bytes, rest: bytes, size: int
 ) -> None:
     stream = text("before") + fault + rest + text("behind") + frame(FIN | PING, b"p") + close()
@@ -1505,7 +1805,7 @@ def test_a_turn_ends_after_some_hundred_small_frames(small: bytes) -> None:
     assert sum(counts) == 5001 and max(counts) <= 1024
 
 
-def test_what_is_fed_before_the_rest_is_taken_comes_behind_it() -> None:
+def test_what_is_fed_before_the_rest_is_taken_comes_after_it() -> None:
     receiver = Receiver(LIMIT)
     events = receiver.feed(text("a") * 2000)
     assert receiver.more
@@ -1642,126 +1942,9 @@ def test_a_reply_keeps_to_the_window_that_was_asked_for(bits: int) -> None:
     assert inflated(data, bits) == payload
 
 
-# ---- Properties
-
-quick = settings(deadline=None, derandomize=True, max_examples=250)
-payloads = (
-    st.binary(max_size=300)
-    | st.text(max_size=100).map(str.encode)
-    | st.integers(0, 2000).map(bytes)
-)
-payload_texts = st.text("aé€😀\0", max_size=31)  # at most 125 bytes
-messages = st.tuples(
-    st.sampled_from([TEXT, BINARY]),
-    payloads,
-    st.booleans(),  # compressed
-    st.lists(st.integers(0, 300), max_size=4),  # where it is cut
-    st.lists(st.sampled_from([PING, PONG]), max_size=2),  # what stands between its fragments
-)
-Cut = tuple[int, bytes, bool, list[int], list[int]]
-
-
-def cut(data: bytes, where: Iterable[int]) -> list[bytes]:
-    """In pieces, as many as it has cuts and one."""
-    ends = sorted(min(i, len(data)) for i in where)
-    return [data[i:j] for i, j in itertools.pairwise([0, *ends, len(data)])]
-
-
-def sent(message: Cut) -> tuple[list[bytes], list[tuple[int, bytes]]]:
-    """The frames of a message, and what should become of them."""
-    opcode, payload, compressed, cuts, controls = message
-    if opcode == TEXT:
-        payload = payload.decode("utf-8", "replace").encode()
-    parts = cut(packed(payload) if compressed else payload, cuts)
-    frames = [
-        frame(opcode | RSV1 * compressed, parts[0]),
-        *(frame(CONTINUATION, part) for part in parts[1:]),
-    ]
-    frames[-1] = bytes((frames[-1][0] | FIN,)) + frames[-1][1:]
-    between = controls if len(frames) > 1 else []
-    frames[1:1] = [frame(FIN | control, b"c") for control in between]
-    return frames, [(control, b"c") for control in between] + [(opcode, payload)]
-
-
-@given(st.lists(messages, max_size=6), st.lists(st.integers(0, 3000), max_size=8))
-@quick
-def test_what_was_sent_arrives_however_it_is_split(what: list[Cut], cuts: list[int]) -> None:
-    stream = b"".join(data for message in what for data in sent(message)[0])
-    expected = [event for message in what for event in sent(message)[1]], None
-    assert receive(stream) == expected
-    assert receive(cut(stream, cuts)) == expected
-    assert receive(bytewise(stream)) == expected
-
-
-firsts = st.sampled_from(
-    [0x81, 0x82, 0x01, 0x00, 0x80, 0xC1, 0xC2, 0x41, 0x89, 0x8A, 0x88]
-) | st.integers(0, 255)
-bodies = (
-    payloads
-    | payloads.map(packed)
-    | st.sampled_from([*NOT_UTF8.values(), close_body(1000), close_body(1005, "x")])
-)
-any_frame = st.builds(frame, firsts, bodies)
-any_header = st.builds(
-    header,
-    firsts,
-    st.sampled_from([0, 5, 125, 126, LIMIT, LIMIT + 1, 65535]),
-    st.sampled_from([2, 8]),
-    st.sampled_from([0x80, 0x80, 0x80, 0]),
-)
-good_frames = messages.map(lambda message: b"".join(sent(message)[0]))
-streams = st.lists(good_frames | any_frame | any_header | st.binary(max_size=20), max_size=8).map(
-    b"".join
-)
-
-
-@given(
-    streams,
-    st.lists(st.integers(0, 1500), max_size=8),
-    st.sampled_from([125, LIMIT]),
-    st.booleans(),
-)
-@quick
-def test_any_bytes_have_the_same_events_and_fault_however_they_are_split(
-    stream: bytes, cuts: list[int], limit: int, compressed: bool
-) -> None:
-    whole = receive(stream, limit, compressed)
-    assert whole[1] in (None, 1002, 1007, 1008, 1009)
-    assert receive(cut(stream, cuts), limit, compressed) == whole
-    assert receive(bytewise(stream), limit, compressed) == whole
-
-
-@given(st.binary(max_size=400), st.sampled_from([TEXT, BINARY]), st.booleans())
-@quick
-def test_any_bytes_as_deflate_data_are_a_message_or_a_fault(
-    data: bytes, opcode: int, final: bool
-) -> None:
-    stream = frame(RSV1 | opcode, data) + frame(FIN * final, data)
-    events, code = receive(stream)
-    assert (len(events), code) in ([(1, None)] if final else [(0, None)]) + [
-        (0, 1007),
-        (0, 1008),
-        (0, 1009),
-    ]
-    assert receive(bytewise(stream)) == (events, code)
-
-
-@given(
-    st.sampled_from(FAULTS),
-    st.lists(messages, max_size=3),
-    st.lists(st.integers(0, 1000), max_size=6),
-)
-@quick
-def test_a_fault_behind_any_messages_has_its_code(
-    fault: Any, before: list[Cut], cuts: list[int]
-) -> None:
-    data, code = fault.values
-    stream = b"".join(piece for message in before for piece in sent(message)[0]) + data
-    events = [event for message in before for event in sent(message)[1]]
-    assert receive(stream) == receive(cut(stream, cuts)) == (events, code)
-
-
 # ---- Against an implementation that is not ours
+
+payload_texts = st.text("aé€😀\0", max_size=31)  # at most 125 bytes
 
 
 @given(st.lists(messages, max_size=6))
@@ -1817,297 +2000,95 @@ def test_websockets_reads_what_is_sent(length: int, bits: int) -> None:
     assert other.events_received() == [Frame(Opcode.BINARY, payload)]
 
 
+# ---- Properties
+
+
+@given(st.lists(messages, max_size=6), st.lists(st.integers(0, 3000), max_size=8))
+@quick
+def test_what_was_sent_arrives_however_it_is_split(what: list[Cut], cuts: list[int]) -> None:
+    stream = b"".join(data for message in what for data in sent(message)[0])
+    expected = [event for message in what for event in sent(message)[1]], None
+    assert receive(stream) == expected
+    assert receive(cut(stream, cuts)) == expected
+    assert receive(bytewise(stream)) == expected
+
+
+firsts = st.sampled_from(
+    [0x81, 0x82, 0x01, 0x00, 0x80, 0xC1, 0xC2, 0x41, 0x89, 0x8A, 0x88]
+) | st.integers(0, 255)
+
+bodies = (
+    payloads
+    | payloads.map(packed)
+    | st.sampled_from([*NOT_UTF8.values(), close_body(1000), close_body(1005, "x")])
+)
+
+any_frame = st.builds(frame, firsts, bodies)
+
+any_header = st.builds(
+    header,
+    firsts,
+    st.sampled_from([0, 5, 125, 126, LIMIT, LIMIT + 1, 65535]),
+    st.sampled_from([2, 8]),
+    st.sampled_from([0x80, 0x80, 0x80, 0]),
+)
+
+good_frames = messages.map(lambda message: b"".join(sent(message)[0]))
+
+streams = st.lists(good_frames | any_frame | any_header | st.binary(max_size=20), max_size=8).map(
+    b"".join
+)
+
+
+@given(
+    streams,
+    st.lists(st.integers(0, 1500), max_size=8),
+    st.sampled_from([125, LIMIT]),
+    st.booleans(),
+)
+@quick
+def test_any_bytes_have_the_same_events_and_fault_however_they_are_split(
+    stream: bytes, cuts: list[int], limit: int, compressed: bool
+) -> None:
+    whole = receive(stream, limit, compressed)
+    assert whole[1] in (None, 1002, 1007, 1008, 1009)
+    assert receive(cut(stream, cuts), limit, compressed) == whole
+    assert receive(bytewise(stream), limit, compressed) == whole
+
+
+@given(st.binary(max_size=400), st.sampled_from([TEXT, BINARY]), st.booleans())
+@quick
+def test_any_bytes_as_deflate_data_are_a_message_or_a_fault(
+    data: bytes, opcode: int, final: bool
+) -> None:
+    stream = frame(RSV1 | opcode, data) + frame(FIN * final, data)
+    events, code = receive(stream)
+    assert (len(events), code) in ([(1, None)] if final else [(0, None)]) + [
+        (0, 1007),
+        (0, 1008),
+        (0, 1009),
+    ]
+    assert receive(bytewise(stream)) == (events, code)
+
+
+@given(
+    st.sampled_from(FAULTS),
+    st.lists(messages, max_size=3),
+    st.lists(st.integers(0, 1000), max_size=6),
+)
+@quick
+def test_a_fault_after_any_messages_has_its_code(
+    fault: Any, before: list[Cut], cuts: list[int]
+) -> None:
+    data, code = fault.values
+    stream = b"".join(piece for message in before for piece in sent(message)[0]) + data
+    events = [event for message in before for event in sent(message)[1]]
+    assert receive(stream) == receive(cut(stream, cuts)) == (events, code)
+
+
 # --------------------------------------------------------------------------------------- Connection
 
-
-def reply_frame(first: int, payload: bytes) -> bytes:
-    """A frame of the server."""
-    return frame_header(first, len(payload)) + payload
-
-
-class Peer:
-    """A client that sends and sees bytes as they are."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-        self.head = ""  # of the server's answer
-
-    def send(self, *data: bytes) -> None:
-        self.writer.write(b"".join(data))
-
-    async def send_bytewise(self, data: bytes) -> None:
-        for i in range(len(data)):
-            self.send(data[i : i + 1])
-            await asyncio.sleep(0)  # the server's turn, and it reads just this
-            await asyncio.sleep(0)
-
-    async def receive(self, size: int) -> bytes:
-        async with asyncio.timeout(PATIENCE):
-            return await self.reader.readexactly(size)
-
-    async def frame(self) -> tuple[int, bytes]:
-        """First byte and payload."""
-        first, length = await self.receive(2)
-        if length > 125:
-            length = int.from_bytes(await self.receive(2 if length == 126 else 8), "big")
-        return first, await self.receive(length)
-
-    async def replies(self, *payloads: bytes, first: int = FIN | TEXT) -> bool:
-        """Whether exactly these come next."""
-        expected = b"".join(reply_frame(first, payload) for payload in payloads)
-        return await self.receive(len(expected)) == expected
-
-    async def close_code(self) -> int | None:
-        """Of the Close frame that comes next; None when it has none."""
-        first, payload = await self.frame()
-        assert first == FIN | CLOSE
-        return int.from_bytes(payload[:2], "big") if payload else None
-
-    async def is_failed(self, code: int) -> None:
-        """A Close with this code comes; where frames can be told apart, ours is waited for."""
-        assert await self.close_code() == code
-        if code == 1002:
-            assert await self.rest() == b""
-        else:
-            self.leave()
-        await eventually(lambda: not Connections.current().open)
-
-    async def goodbye(self) -> int | None:
-        """The code of the Close frame that comes next. It is answered, and then the end comes."""
-        code = await self.close_code()
-        self.send(close(code or 1000))
-        assert await self.rest() == b""
-        return code
-
-    async def rest(self) -> bytes:
-        """What comes until the other side has shut TCP, which ends it; ConnectionResetError if that
-        is a reset."""
-        async with asyncio.timeout(PATIENCE):
-            data = await self.reader.read()
-        self.leave()
-        return data
-
-    def pause(self) -> None:
-        """Reads no more."""
-        cast(asyncio.Transport, self.writer.transport).pause_reading()
-
-    def resume(self) -> None:
-        cast(asyncio.Transport, self.writer.transport).resume_reading()
-
-    async def shut(self) -> None:
-        """Ends the sending side of TCP, below TLS, when all has been sent."""
-        await eventually(lambda: not self.writer.transport.get_write_buffer_size())
-        with self.same_socket() as sock:
-            sock.shutdown(socket.SHUT_WR)
-
-    def same_socket(self) -> socket.socket:
-        """Below asyncio, or uvloop, whose own cannot do everything."""
-        return socket.socket(fileno=os.dup(self.writer.get_extra_info("socket").fileno()))
-
-    def leave(self) -> None:
-        """Ends TCP without a Close."""
-        self.writer.close()
-
-    def reset(self) -> None:
-        sock = self.writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.writer.transport.abort()
-
-
-async def eventually(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110  # the server has no event for what a test may ask
-            await asyncio.sleep(0.002)
-
-
-NO_HEADERS: Mapping[str, str] = {}
-
-
-class Host:
-    """An application with our handler, and what connects to it."""
-
-    def __init__(
-        self,
-        app: Application,
-        address: tuple[str, int] | str,
-        trust: ssl.SSLContext | None,
-        errors: Callable[[], list[str]],
-    ) -> None:
-        """`address` is a path where it is that of a Unix socket."""
-        self.app, self.address, self.trust, self.errors = app, address, trust, errors
-        self.peers: list[Peer] = []
-        self.url = f"{'wss' if trust else 'ws'}://localhost:{address[1]}"
-
-    def route(self, handler: type[EchoHandler] = EchoHandler, **initialize: Any) -> str:
-        path = f"/{len(self.app.default_router.rules)}"
-        self.app.add_handlers(".*", [(path, handler, initialize)])
-        return path
-
-    async def dial(self, receive_buffer: int = 0) -> Peer:
-        sock = socket.socket(socket.AF_UNIX if isinstance(self.address, str) else socket.AF_INET)
-        if sock.family == socket.AF_INET:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if receive_buffer:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        sock.connect(self.address)
-        name = "localhost" if self.trust else None
-        self.peers.append(
-            Peer(
-                *await asyncio.open_connection(
-                    sock=sock, ssl=self.trust, server_hostname=name, limit=4096
-                )
-            )
-        )
-        return self.peers[-1]
-
-    async def connect(
-        self,
-        handler: type[EchoHandler] = EchoHandler,
-        headers: Mapping[str, str] = NO_HEADERS,
-        early: bytes = b"",
-        receive_buffer: int = 0,
-        query: str = "",
-        **initialize: Any,
-    ) -> Peer:
-        """A peer behind its handshake; `early` comes in one piece with it."""
-        peer = await self.dial(receive_buffer)
-        line = f"GET {self.route(handler, **initialize)}{query} HTTP/1.1"
-        peer.send(
-            request(line, add="\r\n".join(f"{name}: {headers[name]}" for name in headers)), early
-        )
-        async with asyncio.timeout(PATIENCE):
-            peer.head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
-        assert peer.head.startswith("HTTP/1.1 101 ")
-        return peer
-
-    async def record(
-        self, handler: type[Recorder], shut: bool = False, **options: Any
-    ) -> tuple[Peer, Calls]:
-        """A peer whose handler has been opened, and its calls; the gate is open, or `shut`."""
-        calls = Calls()
-        if shut:
-            calls.gate.clear()
-        peer = await self.connect(handler, calls=calls, **options)
-        await eventually(lambda: calls)
-        return peer, calls
-
-    async def finish(self) -> None:
-        for peer in self.peers:
-            peer.writer.transport.abort()
-            with contextlib.suppress(OSError):
-                await peer.writer.wait_closed()
-        await eventually(lambda: not Connections.current().open)
-
-
-# What is between peer and handler: without epoll it is as on macOS, and uvloop is the event loop of
-# some hosts.
-NOT_TLS = ["tcp", "tcp without epoll", "tcp over uvloop"]
-
-
-@pytest.fixture(params=[*NOT_TLS, "tls"])
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def io_loop(request: pytest.FixtureRequest) -> Iterator[IOLoop]:
-    """As of pytest-tornado, but for uvloop."""
-    way = request.getfixturevalue("transport") if "transport" in request.fixturenames else ""
-    library = pytest.importorskip("uvloop") if "uvloop" in way else asyncio
-    loop = IOLoop(asyncio_loop=library.new_event_loop())
-    loop.make_current()
-    yield loop
-    loop.clear_current()
-    loop.close(all_fds=True)
-
-
-@pytest.fixture(scope="module")
-def ssl_options(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("localhost").configure_cert(context)
-    return context
-
-
-@pytest.fixture(scope="module")
-def client_context(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.SSLContext(
-        ssl.PROTOCOL_TLS_CLIENT
-    )  # without the authorities of the system, which take 20 ms to load
-    authority.configure_trust(context)
-    return context
-
-
-@pytest.fixture
-def host(
-    request: pytest.FixtureRequest,
-    transport: str,
-    app: Application,
-    io_loop: IOLoop,
-    http_port: int,
-    caplog: pytest.LogCaptureFixture,
-    client_context: ssl.SSLContext,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> Iterator[Host]:
-    """Afterwards no connection is left, and no error but those that the test asked for came."""
-    server = request.getfixturevalue("https_server" if transport == "tls" else "http_server")
-    address: tuple[str, int] | str = ("127.0.0.1", http_port)
-    if transport == "unix":
-        address = str(tmp_path / "socket")
-        server.add_socket(bind_unix_socket(address))
-    if transport == "tcp without epoll":
-        monkeypatch.delattr(select, "epoll", raising=False)
-    seen: list[str] = []
-
-    def errors() -> list[str]:
-        records = [
-            record for record in caplog.get_records("call") if record.levelno >= logging.ERROR
-        ]
-        new = [record.name for record in records][len(seen) :]
-        seen.extend(new)
-        return new
-
-    host = Host(app, address, client_context if transport == "tls" else None, errors)
-    yield host
-    io_loop.run_sync(host.finish, timeout=PATIENCE)
-    assert not errors()
-
-
 DEFLATE = {"Sec-WebSocket-Extensions": "permessage-deflate"}
-
-
-@pytest.mark.parametrize("transport", ["tcp", "tls"])  # what the codec says needs no more
-@pytest.mark.gen_test
-@pytest.mark.parametrize(("data", "code"), FAULTS)
-async def test_a_fault_is_answered_by_its_code_and_the_end(
-    host: Host, data: bytes, code: int
-) -> None:
-    host.app.settings["websocket_max_message_size"] = LIMIT
-    peer = await host.connect(headers=DEFLATE)
-    peer.send(text("before"), data)
-    assert await peer.replies(b"ECHO:before")
-    await peer.is_failed(code)
-
-
-@pytest.mark.parametrize("transport", ["tcp"])  # what the codec says needs no more
-@pytest.mark.gen_test
-@pytest.mark.parametrize(("data", "code"), SHORT_FAULTS)
-async def test_a_fault_that_comes_byte_by_byte_is_answered_too(
-    host: Host, data: bytes, code: int
-) -> None:
-    host.app.settings["websocket_max_message_size"] = LIMIT
-    peer = await host.connect(headers=DEFLATE)
-    await peer.send_bytewise(data)
-    await peer.is_failed(code)
-
-
-@pytest.mark.gen_test
-async def test_a_peer_can_read_why_it_was_failed_while_it_is_still_sending(host: Host) -> None:
-    peer = await host.connect()
-    peer.send(b"\xff\xff", bytes(4 << 20))
-    await asyncio.wait_for(peer.writer.drain(), PATIENCE)
-    assert await peer.goodbye() == 1002
-
 
 WORDS = [
     "",
@@ -2120,191 +2101,6 @@ WORDS = [
     "é" * 32768,
     "x" * (1 << 20),
 ]
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("level", ["DEBUG", "WARNING"])
-async def test_replies_come_in_order(
-    host: Host, level: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(level, "echo_server")
-    peer = await host.connect()
-    words = [str(i) * (i % 99) for i in range(2000)]
-    peer.send(*map(text, words))
-    assert await peer.replies(*(f"ECHO:{word}".encode() for word in words))
-
-
-# ---- Subprotocol and compression
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    ("offered", "selected"), [("chat", "chat"), ("b, a", "b"), ("", ""), (" , x", "x")]
-)
-async def test_the_first_subprotocol_is_selected(host: Host, offered: str, selected: str) -> None:
-    peer = await host.connect(headers={"Sec-WebSocket-Protocol": offered} if offered else {})
-    assert header_of(peer, "Sec-WebSocket-Protocol") == selected
-
-
-def header_of(peer: Peer, name: str) -> str:
-    lines = dict(line.lower().split(": ", 1) for line in peer.head.splitlines()[1:-1])
-    return lines.get(name.lower(), "")
-
-
-class Picky(EchoHandler):
-    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
-        return "b" if "b" in subprotocols else None
-
-    def get_compression_options(self) -> dict[str, Any] | None:
-        return {"compression_level": 9, "mem_level": 9} if self.prefix else None
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(("offered", "selected"), [("a, b", "b"), ("a", "")])
-async def test_a_subclass_selects_the_subprotocol(host: Host, offered: str, selected: str) -> None:
-    peer, calls = await host.record(PickyRecorder, headers={"Sec-WebSocket-Protocol": offered})
-    assert header_of(peer, "Sec-WebSocket-Protocol") == selected
-    await eventually(lambda: calls)
-    assert calls.handler.selected_subprotocol == (selected or None)
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("prefix", ["x", ""])
-async def test_a_subclass_decides_about_compression(host: Host, prefix: str) -> None:
-    peer = await host.connect(Picky, headers=DEFLATE, prefix=prefix)
-    peer.send(text("a" * 5000))
-    first, payload = await peer.frame()
-    assert bool(header_of(peer, "Sec-WebSocket-Extensions")) == bool(first & RSV1) == bool(prefix)
-    assert (inflated(payload) if prefix else payload) == prefix.encode() + b"a" * 5000
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("opcode", [TEXT, BINARY])
-async def test_replies_from_1_kib_are_compressed_each_by_itself(host: Host, opcode: int) -> None:
-    peer = await host.connect(headers=DEFLATE, prefix="")
-    assert header_of(peer, "Sec-WebSocket-Extensions") == "permessage-deflate"
-    for length in (0, 1, 125, 1023, 1024, 1024, 1 << 20):
-        peer.send(frame(FIN | RSV1 | opcode, packed(b"z" * length)))
-        first, payload = await peer.frame()
-        assert first == FIN | opcode | (RSV1 if length >= 1024 else 0)
-        assert (inflated(payload) if first & RSV1 else payload) == b"z" * length
-
-
-@pytest.mark.gen_test
-async def test_an_offered_window_is_kept_to(host: Host) -> None:
-    peer = await host.connect(
-        headers={"Sec-WebSocket-Extensions": "permessage-deflate; server_max_window_bits=9"}
-    )
-    assert "server_max_window_bits=9" in peer.head
-    data = noise(3000) * 9  # comes again outside of a window of 512 bytes
-    peer.send(frame(FIN | BINARY, data))
-    assert inflated((await peer.frame())[1], 9) == b"ECHO:" + data
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    "offer",
-    ["", "permessage-deflate; server_max_window_bits=8", "permessage-deflate; x=1", "x, y;z"],
-)
-async def test_without_an_offer_that_suits_nothing_is_compressed(host: Host, offer: str) -> None:
-    peer = await host.connect(headers={"Sec-WebSocket-Extensions": offer})
-    assert not header_of(peer, "Sec-WebSocket-Extensions")
-    peer.send(text("a" * 5000), frame(FIN | RSV1 | TEXT, HELLO))
-    assert await peer.replies(b"ECHO:" + b"a" * 5000)
-    assert await peer.close_code() == 1002
-
-
-@pytest.mark.gen_test
-async def test_compression_can_be_turned_off(host: Host) -> None:
-    peer = await host.connect(headers=DEFLATE, compression=False)
-    assert not header_of(peer, "Sec-WebSocket-Extensions")
-
-
-@pytest.mark.gen_test
-async def test_several_headers_of_offers_are_one_list(host: Host) -> None:
-    peer = await host.connect(
-        headers={"Sec-WebSocket-Extensions": "x\r\nSec-WebSocket-Extensions: permessage-deflate"}
-    )
-    assert header_of(peer, "Sec-WebSocket-Extensions").startswith("permessage-deflate")
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("user_agent", [None, "mine"])
-async def test_the_client_of_tornado_gets_every_message_with_compression_on(
-    host: Host, user_agent: str | None
-) -> None:
-    url = HTTPRequest(host.url + host.route(), ssl_options=host.trust, user_agent=user_agent)
-    client = await websocket_connect(url, compression_options={})
-    for i in range(5):
-        message = f"{i}, again and again, " * 500
-        await client.write_message(message)
-        assert await client.read_message() == "ECHO:" + message
-    client.close()
-    assert await client.read_message() is None
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("compression", ["deflate", None])
-async def test_the_client_of_websockets_gets_every_message(
-    host: Host, compression: str | None
-) -> None:
-    url = host.url + host.route()
-    async with websockets_connect_async(
-        url, ssl=host.trust, compression=compression, proxy=None, max_size=None
-    ) as client:
-        for word in WORDS:
-            await client.send(word)
-            assert await client.recv() == "ECHO:" + word
-        await client.send([b"frag", b"", b"ments"])
-        assert await client.recv() == b"ECHO:fragments"
-    assert client.close_code == 1000
-
-
-# ---- What a subclass sees
-
-
-class Calls(list[Any]):
-    """What was called, in order."""
-
-    handler: Recorder
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = asyncio.Event()  # what coroutines wait for; it is open until a test shuts it
-        self.gate.set()
-
-    @property
-    def closes(self) -> list[Any]:
-        return [call for call in self if call[0] == "close"]
-
-
-class Recorder(EchoHandler):
-    """Writes down what is called with what."""
-
-    def initialize(self, *args: Any, **options: Any) -> None:
-        self.calls: Calls = options.pop("calls")
-        super().initialize(*args, **options)
-
-    def open(self, *args: str, **kwargs: str) -> Any:
-        self.calls.handler = self
-        self.calls.append(("open",))
-
-    def on_message(self, message: str | bytes) -> Awaitable[None] | None:
-        self.calls.append(("message", message))
-        return super().on_message(message)
-
-    def on_ping(self, data: bytes) -> None:
-        self.calls.append(("ping", data))
-
-    def on_pong(self, data: bytes) -> None:
-        self.calls.append(("pong", data))
-
-    def on_close(self) -> None:
-        self.calls.append(("close", self.close_code, self.close_reason))
-
-
-class PickyRecorder(Recorder, Picky):
-    pass
 
 
 class Waiting(Recorder):
@@ -2321,17 +2117,86 @@ class Waiting(Recorder):
             self.calls.append(("lost", message))
 
 
-class WaitingToOpen(Recorder):
-    async def open(self, *args: str, **kwargs: str) -> None:
-        super().open()
-        await self.calls.gate.wait()
-        self.calls.append(("opened",))
+@contextlib.asynccontextmanager
+async def little_memory(most: int) -> AsyncIterator[None]:
+    """What is done meanwhile leaves not more than so many bytes behind."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[0] < most
+    finally:
+        tracemalloc.stop()
 
 
-class Leaving(Recorder):
-    def on_message(self, message: str | bytes) -> None:
-        self.close(4000, "bye")
-        self.close(4001, "has left already")
+async def taken(peer: Peer, data: bytes) -> None:
+    """Sends it, and waits until the server has read it all."""
+    peer.send(data)
+    await eventually(lambda: not peer.writer.transport.get_write_buffer_size())
+
+
+async def have_turns(other: Peer, turns: int) -> None:
+    for _ in range(turns):
+        other.send(text("a"))
+        assert await other.replies(b"ECHO:a")
+
+
+WORD = "x" * 100_000
+REPLY = b"ECHO:" + WORD.encode()
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits of time for a closing peer, so that a second is far more than they are."""
+    monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 0.3)
+    monkeypatch.setattr(echo_server, "LINGER_TIMEOUT", 0.3)
+
+
+# ---- Faults and replies
+
+
+@pytest.mark.gen_test
+class TestConnection:
+    @pytest.mark.parametrize("transport", ["tcp", "tls"])  # what the codec says needs no more
+    @pytest.mark.parametrize(("data", "code"), FAULTS)
+    async def test_a_fault_is_answered_by_its_code_and_the_end(
+        self, host: Host, data: bytes, code: int
+    ) -> None:
+        host.app.settings["websocket_max_message_size"] = LIMIT
+        peer = await host.connect(headers=DEFLATE)
+        peer.send(text("before"), data)
+        assert await peer.replies(b"ECHO:before")
+        await peer.is_failed(code)
+
+    @pytest.mark.parametrize("transport", ["tcp"])  # what the codec says needs no more
+    @pytest.mark.parametrize(("data", "code"), SHORT_FAULTS)
+    async def test_a_fault_that_comes_byte_by_byte_is_answered_too(
+        self, host: Host, data: bytes, code: int
+    ) -> None:
+        host.app.settings["websocket_max_message_size"] = LIMIT
+        peer = await host.connect(headers=DEFLATE)
+        await peer.send_bytewise(data)
+        await peer.is_failed(code)
+
+    async def test_a_peer_can_read_why_it_was_failed_while_it_is_still_sending(
+        self, host: Host
+    ) -> None:
+        peer = await host.connect()
+        peer.send(b"\xff\xff", bytes(4 << 20))
+        await asyncio.wait_for(peer.writer.drain(), PATIENCE)
+        assert await peer.goodbye() == 1002
+
+    @pytest.mark.parametrize("level", ["DEBUG", "WARNING"])
+    async def test_replies_come_in_order(
+        self, host: Host, level: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(level, "echo_server")
+        peer = await host.connect()
+        words = [str(i) * (i % 99) for i in range(2000)]
+        peer.send(*map(text, words))
+        assert await peer.replies(*(f"ECHO:{word}".encode() for word in words))
+
+
+# ---- What is sent, and what comes back
 
 
 class Broken(Recorder):
@@ -2356,409 +2221,6 @@ class BrokenOpenCoroutine(Recorder):
         super().open()
         await asyncio.sleep(0)
         raise ZeroDivisionError
-
-
-@pytest.mark.gen_test
-async def test_a_coroutine_open_holds_messages_back(host: Host) -> None:
-    peer, calls = await host.record(WaitingToOpen, early=text("early"), shut=True)
-    peer.send(text("a"), frame(FIN | PING, b"p"))
-    assert await peer.frame() == (FIN | PONG, b"p")
-    assert calls == [("open",), ("ping", b"p")]
-    calls.gate.set()
-    assert await peer.replies(b"ECHO:early", b"ECHO:a")
-    assert calls[2:] == [("opened",), ("message", "early"), ("message", "a")]
-
-
-@pytest.mark.gen_test
-async def test_pings_are_answered_while_a_coroutine_is_pending(host: Host) -> None:
-    peer, calls = await host.record(Waiting, shut=True)
-    peer.send(text("a"), text("b"))
-    for i in range(3):
-        peer.send(frame(FIN | PING, b"%d" % i))
-        assert await peer.frame() == (FIN | PONG, b"%d" % i)
-    assert [call for call in calls if call[0] != "ping"] == [("open",), ("start", "a")]
-    calls.gate.set()
-    assert await peer.replies(b"a", b"b")
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("ending", [b"", close(4000, "bye")], ids=["nothing", "close"])
-async def test_what_came_before_the_end_is_delivered_one_after_the_other_and_on_close_is_last(
-    host: Host, ending: bytes
-) -> None:
-    peer, calls = await host.record(Waiting, shut=True)
-    peer.send(*map(text, "abcde"), ending)
-    await eventually(lambda: ("start", "a") in calls)
-    peer.leave()
-    await others_have_their_turn(host, 5)
-    assert calls == [("open",), ("start", "a")]
-    calls.gate.set()
-    await eventually(lambda: calls.closes)
-    said = (4000, "bye") if ending else (None, None)
-    assert [call for call in calls if call[0] != "lost"] == [
-        ("open",),
-        *((name, word) for word in "abcde" for name in ("start", "end")),
-        ("close", *said),
-    ]
-
-
-@pytest.mark.gen_test
-async def test_who_leaves_while_open_runs_has_its_message_handled_behind_it(host: Host) -> None:
-    peer, calls = await host.record(WaitingToOpen, early=text("a"), shut=True)
-    peer.leave()
-    await others_have_their_turn(host, 5)
-    assert calls == [("open",)]
-    calls.gate.set()
-    await eventually(lambda: calls.closes)
-    assert calls == [("open",), ("opened",), ("message", "a"), ("close", None, None)]
-
-
-@pytest.mark.gen_test
-async def test_a_pending_coroutine_that_writes_to_a_lost_peer_gets_websocket_closed_error(
-    host: Host,
-) -> None:
-    peer, calls = await host.record(Waiting, shut=True)
-    peer.send(text("a"))
-    await eventually(lambda: ("start", "a") in calls)
-    peer.reset()
-    await eventually(
-        lambda: calls.handler.ws_connection and calls.handler.ws_connection.is_closing()
-    )
-    assert not calls.closes
-    calls.gate.set()
-    await eventually(lambda: calls.closes)
-    assert calls[-2:] == [("lost", "a"), ("close", None, None)]
-
-
-async def by_close(peer: Peer) -> None:
-    peer.send(close(4002, "enough"))
-    await peer.rest()
-
-
-async def by_empty_close(peer: Peer) -> None:
-    peer.send(frame(FIN | CLOSE))
-    await peer.rest()
-
-
-async def by_fault(peer: Peer) -> None:
-    peer.send(b"\xff\xff")
-    await peer.rest()
-
-
-async def by_fault_and_reset(peer: Peer) -> None:
-    peer.send(b"\xff\xff")
-    assert await peer.close_code() == 1002
-    peer.reset()
-
-
-async def by_leaving(peer: Peer) -> None:
-    peer.leave()
-
-
-async def by_leaving_within_a_message(peer: Peer) -> None:
-    peer.send(frame(TEXT, b"unfini"), header(FIN, 100), b"shed")
-    peer.leave()
-
-
-async def by_reset(peer: Peer) -> None:
-    peer.reset()
-
-
-async def by_close_and_reset(peer: Peer) -> None:
-    peer.send(close(4002, "enough"))
-    await asyncio.sleep(0)
-    peer.reset()
-
-
-async def by_reset_before_replies_are_read(peer: Peer) -> None:
-    peer.send(text("a" * 10000) * 500)
-    await peer.frame()
-    peer.reset()
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    ("way", "said"),
-    [
-        (by_close, [(4002, "enough")]),
-        (by_empty_close, [(None, None)]),
-        (by_fault, [(None, None)]),
-        (by_fault_and_reset, [(None, None)]),
-        (by_leaving, [(None, None)]),
-        (by_leaving_within_a_message, [(None, None)]),
-        (by_reset, [(None, None)]),
-        (by_close_and_reset, [(4002, "enough"), (None, None)]),
-        (by_reset_before_replies_are_read, [(None, None)]),
-    ],
-)
-@pytest.mark.parametrize("handler", [Recorder, Waiting])
-async def test_on_close_comes_once_with_what_the_peer_said(
-    host: Host,
-    handler: type[Recorder],
-    way: Callable[[Peer], Awaitable[None]],
-    said: list[tuple[int | None, str | None]],
-) -> None:
-    peer, calls = await host.record(handler)
-    await way(peer)
-    await eventually(lambda: calls.closes and not Connections.current().open)
-    await asyncio.sleep(0)
-    (call,) = calls.closes
-    assert (call[1:] in said and calls[-1] is call) or handler is Waiting
-
-
-@pytest.mark.gen_test
-async def test_on_close_does_not_wait_for_a_client_that_does_not_read(host: Host) -> None:
-    peer, calls = await host.record(Recorder)
-    peer.pause()
-    peer.send(text("a"), close(4002))
-    await eventually(lambda: calls.closes)
-    assert Connections.current().open
-    peer.resume()
-    assert await peer.replies(b"ECHO:a") and await peer.goodbye() == 4002
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-async def test_a_peer_that_leaves_within_the_handshake_leaves_nothing(
-    host: Host, end: Callable[[Peer], None]
-) -> None:
-    calls = Calls()
-    peer = await host.dial()
-    peer.send(request(f"GET {host.route(Recorder, calls=calls)} HTTP/1.1"), text("hi"))
-    end(peer)
-    other = await host.connect()
-    other.send(text("still there?"))
-    assert await other.replies(b"ECHO:still there?")
-    await eventually(
-        lambda: len(calls.closes) == len([call for call in calls if call == ("open",)])
-    )
-
-
-@pytest.mark.gen_test
-async def test_messages_behind_our_close_are_delivered_until_the_peers_comes(host: Host) -> None:
-    class Listening(Recorder):
-        def on_message(self, message: str | bytes) -> None:
-            self.calls.append(("message", message))
-            self.close(4000, "bye")
-
-    peer, calls = await host.record(Listening)
-    peer.send(text("a"), text("b"))
-    assert await peer.frame() == (FIN | CLOSE, close_body(4000, "bye"))
-    peer.send(text("c"), close(4000, "ok"), text("d"))
-    assert await peer.rest() == b""
-    await eventually(lambda: calls.closes)
-    assert calls == [("open",), *(("message", word) for word in "abc"), ("close", 4000, "ok")]
-
-
-@pytest.mark.gen_test
-async def test_a_fault_behind_our_close_does_not_bring_another(host: Host) -> None:
-    peer, _ = await host.record(Leaving)
-    peer.send(text("a"))
-    assert await peer.close_code() == 4000
-    peer.send(b"\xff\xff")
-    assert await peer.rest() == b""
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-async def test_a_peer_may_leave_without_an_answer_to_our_close(
-    host: Host, end: Callable[[Peer], None]
-) -> None:
-    peer, calls = await host.record(Leaving)
-    peer.send(text("a"))
-    assert await peer.close_code() == 4000
-    end(peer)
-    await eventually(lambda: calls.closes)
-    assert calls == [("open",), ("close", None, None)]
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    ("args", "body"),
-    [
-        ((), b""),
-        ((1001,), close_body(1001)),
-        ((None, "é"), close_body(1000, "é")),
-        ((4000, "x"), close_body(4000, "x")),
-    ],
-)
-async def test_close_sends_its_code_and_reason(host: Host, args: Any, body: bytes) -> None:
-    peer, calls = await host.record(Recorder)
-    calls.handler.close(*args)
-    assert await peer.frame() == (FIN | CLOSE, body)
-    with pytest.raises(WebSocketClosedError):
-        calls.handler.write_message("too late")
-
-
-class WritesWhenItIsTooLate(Recorder):
-    async def on_message(self, message: str | bytes) -> None:
-        await eventually(lambda: not self.ws_connection or self.ws_connection.is_closing())
-        await self.write_message(message)
-
-
-@pytest.mark.gen_test
-async def test_a_coroutine_that_writes_to_a_peer_who_has_left_is_one_line(
-    host: Host, caplog: pytest.LogCaptureFixture
-) -> None:
-    peer, calls = await host.record(WritesWhenItIsTooLate)
-    peer.send(text("a"))
-    peer.reset()
-    await eventually(lambda: "[SERVER] error:reply not sent" in caplog.text and calls.closes)
-    assert "Traceback" not in caplog.text
-
-
-class Plain(EchoHandler):
-    def on_message(self, message: str | bytes) -> None:
-        # And not by a shortcut.
-        super().on_message(message)
-
-
-@pytest.mark.gen_test
-async def test_a_reply_of_which_the_kernel_leaves_little_leaves_whole(host: Host) -> None:
-    peer = await host.connect(Plain, receive_buffer=65536)
-    count = 100  # more than the kernel takes: each ends somewhere else in its buffer
-    for _ in range(count):
-        peer.send(text("x" * 70_000))
-        await others_have_their_turn(host, 1)
-    assert await peer.replies(*[b"ECHO:" + b"x" * 70_000] * count)
-
-
-@contextlib.asynccontextmanager
-async def little_memory(most: int) -> AsyncIterator[None]:
-    """What is done meanwhile leaves not more than so many bytes behind."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[0] < most
-    finally:
-        tracemalloc.stop()
-
-
-async def taken(peer: Peer, data: bytes) -> None:
-    """Sends it, and waits until the server has read it all."""
-    peer.send(data)
-    await eventually(lambda: not peer.writer.transport.get_write_buffer_size())
-
-
-@pytest.mark.gen_test
-async def test_pongs_behind_a_pending_coroutine_take_no_memory(host: Host) -> None:
-    peer, calls = await host.record(Waiting, shut=True)
-    peer.send(text("a"))
-    await eventually(lambda: ("start", "a") in calls)
-    async with little_memory(1_000_000):
-        for _ in range(30):
-            await taken(peer, frame(FIN | PONG) * 20_000)
-    calls.gate.set()
-
-
-@pytest.mark.gen_test
-async def test_a_peer_that_left_behind_its_fault_is_closed_once(host: Host) -> None:
-    peer, calls = await host.record(Recorder)
-    peer.send(b"\xff\xff")
-    peer.reset()
-    await eventually(lambda: calls.closes)
-    assert len(calls.closes) == 1 and not Connections.current().open
-
-
-@pytest.mark.gen_test
-async def test_a_close_that_finds_nobody_is_the_end(host: Host) -> None:
-    peer, calls = await host.record(Recorder)
-    peer.reset()
-    await asyncio.sleep(0)  # it is reset, and nobody has looked
-    calls.handler.close(4000)
-    await eventually(lambda: calls.closes)
-    assert len(calls.closes) == 1 and not Connections.current().open
-
-
-@pytest.mark.gen_test
-async def test_a_message_that_stalls_is_1008_also_where_a_ping_was_not_answered(
-    host: Host, caplog: pytest.LogCaptureFixture
-) -> None:
-    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
-    peer = await host.connect(stall_timeout=0.2)
-    peer.send(frame(TEXT, b"unfini"))
-    assert await peer.frame() == (FIN | PING, b"")
-    assert await peer.goodbye() == 1008
-    assert "no answer to a ping" not in caplog.text
-
-
-@pytest.mark.gen_test
-async def test_all_of_a_record_is_seen_where_a_host_reads_less(
-    app: Application, ssl_options: ssl.SSLContext, client_context: ssl.SSLContext
-) -> None:
-    http, sockets = (
-        HTTPServer(app, ssl_options=ssl_options, chunk_size=1024),
-        bind_sockets(0, "127.0.0.1"),
-    )
-    http.add_sockets(sockets)
-    port = sockets[0].getsockname()[1]
-    peer = Peer(
-        *await asyncio.open_connection(
-            "127.0.0.1", port, ssl=client_context, server_hostname="localhost"
-        )
-    )
-    peer.send(request("GET /echo HTTP/1.1"), text("x" * 100) * 100)
-    async with asyncio.timeout(PATIENCE):
-        await peer.reader.readuntil(b"\r\n\r\n")
-    assert await peer.replies(*[b"ECHO:" + b"x" * 100] * 100)
-    peer.leave()
-    http.stop()
-    await http.close_all_connections()
-    await eventually(lambda: not Connections.current().open)
-
-
-class SaysTheLastWord(Recorder):
-    def on_message(self, message: str | bytes) -> None:
-        if not self.write_message("x" * 8_000_000).done():
-            self.close(4000)
-
-    def on_pong(self, data: bytes) -> None:
-        pass
-
-
-@pytest.mark.gen_test
-async def test_frames_behind_our_close_take_no_memory_while_a_reply_waits(host: Host) -> None:
-    peer, _ = await host.record(SaysTheLastWord, receive_buffer=4096)
-    (connection,) = Connections.current().open
-    peer.send(text("a"))
-    await eventually(connection.is_closing)
-    async with little_memory(1_000_000):
-        for _ in range(30):
-            await taken(peer, frame(FIN | PONG) * 20_000)
-    assert await peer.replies(b"x" * 8_000_000)
-    assert await peer.goodbye() == 4000
-
-
-@pytest.mark.gen_test
-async def test_bombs_that_wait_for_a_coroutine_are_not_inflated_ahead(host: Host) -> None:
-    calls = Calls()
-    calls.gate.clear()
-    host.app.settings["websocket_max_message_size"] = 100_000
-    peer, other = await host.connect(Waiting, headers=DEFLATE, calls=calls), await host.connect()
-    async with little_memory(5_000_000):
-        peer.send(frame(FIN | RSV1 | TEXT, packed(b"x" * 100_000)) * 500)
-        await have_turns(other, 100)
-        for _ in range(20):
-            calls.gate.set()
-            calls.gate.clear()
-            await have_turns(other, 1)
-        assert len(calls) > 20
-        calls.clear()
-    peer.reset()
-    calls.gate.set()
-
-
-@pytest.mark.gen_test
-async def test_whole_messages_that_wait_are_not_taken_for_one_that_does_not_go_on(
-    host: Host,
-) -> None:
-    peer, calls = await host.record(Waiting, stall_timeout=0.3, shut=True)
-    peer.send(text("a") * 1000)
-    before = time.monotonic()
-    while time.monotonic() < before + 0.9:
-        await others_have_their_turn(host, 1)
-    calls.gate.set()
-    assert await peer.replies(*[b"a"] * 1000)
 
 
 class SetsMethods(EchoHandler):
@@ -2826,673 +2288,10 @@ class BrokenClose(Recorder):
         raise ZeroDivisionError
 
 
-class ClosesAndWaits(Recorder):
-    async def on_message(self, message: str | bytes) -> None:
-        self.close(4000)
-        await self.calls.gate.wait()
-
-
-@pytest.mark.gen_test
-async def test_messages_behind_our_close_are_not_kept_without_bound_for_a_pending_coroutine(
-    host: Host,
-) -> None:
-    peer, calls = await host.record(ClosesAndWaits, shut=True)
-    peer.send(text("a"))
-    assert await peer.close_code() == 4000
-    words, other = text("x" * 1_000_000) * 20, await host.connect()
-    async with little_memory(len(words) + 3_000_000):
-        peer.send(words)
-        await have_turns(other, 100)
-    calls.gate.set()
-    await eventually(lambda: not peer.writer.transport.get_write_buffer_size())
-
-
-class WritesAndWaits(Recorder):
-    async def on_message(self, message: str | bytes) -> None:
-        self.calls.append(("start", message))
-        self.write_message("x" * 8_000_000)
-        await self.calls.gate.wait()
-
-
-@pytest.mark.gen_test
-async def test_a_message_waits_for_the_coroutine_though_the_peer_has_read_all(host: Host) -> None:
-    peer, calls = await host.record(WritesAndWaits, receive_buffer=4096, shut=True)
-    peer.send(text("a"), text("b"))
-    assert await peer.replies(b"x" * 8_000_000)
-    peer.send(frame(FIN | PING))
-    assert await peer.frame() == (FIN | PONG, b"")
-    assert calls == [("open",), ("start", "a"), ("ping", b"")]
-    calls.gate.set()
-    assert await peer.replies(b"x" * 8_000_000)
-
-
-async def others_have_their_turn(host: Host, turns: int = 100) -> None:
-    """Long enough for the server to do what it wants to do for another peer."""
-    await have_turns(await host.connect(), turns)
-
-
-async def have_turns(other: Peer, turns: int) -> None:
-    for _ in range(turns):
-        other.send(text("a"))
-        assert await other.replies(b"ECHO:a")
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("transport", NOT_TLS)  # asyncio does not tell what its TLS has not sent
-async def test_while_a_coroutine_is_pending_no_more_than_a_message_is_read_ahead(
-    host: Host,
-) -> None:
-    host.app.settings["websocket_max_message_size"] = 100_000
-    peer, calls = await host.record(Waiting, shut=True)
-    peer.send(text("x" * 100_000) * 300)
-    await others_have_their_turn(host)
-    assert peer.writer.transport.get_write_buffer_size() > 10_000_000  # the kernel has the rest
-    calls.gate.set()
-    assert await peer.replies(*[b"x" * 100_000] * 300)
-
-
-class WritesToTheLost(Recorder):
-    def on_message(self, message: str | bytes) -> None:
-        self.calls.append(("start", message))
-        with contextlib.suppress(WebSocketClosedError):
-            for _ in range(9):
-                self.write_message("x" * 1_000_000)
-        self.calls.append(("end", message))
-
-
-@pytest.mark.gen_test
-async def test_on_close_does_not_come_within_another_method(host: Host) -> None:
-    peer, calls = await host.record(WritesToTheLost)
-    peer.send(text("a"))
-    peer.reset()
-    await eventually(lambda: calls.closes)
-    assert calls in (
-        [("open",), *end, ("close", None, None)] for end in ([], [("start", "a"), ("end", "a")])
-    )
-
-
 class WritesMuch(Recorder):
     def on_message(self, message: str | bytes) -> None:
         for _ in range(50):
             self.write_message("x" * 100_000)
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("end", [by_close, by_reset, by_fault])
-async def test_write_message_raises_on_a_closed_connection(
-    host: Host, end: Callable[[Peer], Awaitable[None]]
-) -> None:
-    peer, calls = await host.record(Recorder)
-    await end(peer)
-    await eventually(lambda: calls.closes)
-    with pytest.raises(WebSocketClosedError):
-        calls.handler.write_message("too late")
-    with pytest.raises(WebSocketClosedError):
-        calls.handler.ping(b"too late")
-
-
-@pytest.mark.gen_test
-async def test_write_message_of_what_the_kernel_takes_is_done_at_once(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # As long as the round lasts, and on a machine that is busy two milliseconds may be over.
-    monkeypatch.setattr(echo_server, "ROUND", PATIENCE)
-    peer, calls = await host.record(Recorder)
-    sent = [calls.handler.write_message(message) for message in ("text", b"bytes", {"a": 1})]
-    assert all(future.done() and future.exception() is None for future in sent)
-    await calls.handler.write_message(b"binary", binary=True)
-    assert await peer.replies(b"text", b"bytes", b'{"a": 1}')
-    assert await peer.frame() == (FIN | BINARY, b"binary")
-
-
-@pytest.mark.gen_test
-async def test_a_write_is_pending_until_the_peer_reads(host: Host) -> None:
-    peer, calls = await host.record(Recorder, receive_buffer=4096)
-    sent = [
-        calls.handler.write_message(bytes(16 << 20), binary=True),
-        calls.handler.write_message("behind"),
-    ]
-    await asyncio.sleep(0)
-    assert not sent[0].done() and not sent[1].done()
-    expected = reply_frame(FIN | BINARY, bytes(16 << 20)) + reply_frame(FIN | TEXT, b"behind")
-    assert await peer.receive(6_000_000) == expected[:6_000_000]
-    assert not sent[0].done() and not sent[1].done()
-    assert await peer.receive(len(expected) - 6_000_000) == expected[6_000_000:]
-    assert await asyncio.wait_for(asyncio.gather(*sent), PATIENCE) == [None, None]
-
-
-@pytest.mark.gen_test
-async def test_a_pending_write_fails_when_the_peer_is_lost(host: Host) -> None:
-    peer, calls = await host.record(Recorder, receive_buffer=4096)
-    sent = [
-        calls.handler.write_message(bytes(16 << 20), binary=True),
-        calls.handler.write_message("behind"),
-    ]
-    peer.reset()
-    for future in sent:
-        with pytest.raises(WebSocketClosedError):
-            await asyncio.wait_for(future, PATIENCE)
-    await eventually(lambda: calls.closes)
-
-
-@pytest.mark.gen_test
-async def test_a_handler_can_ping(host: Host) -> None:
-    peer, calls = await host.record(Recorder)
-    calls.handler.ping(b"are you there?")
-    assert await peer.frame() == (FIN | PING, b"are you there?")
-    peer.send(frame(FIN | PONG, b"are you there?"))
-    await eventually(lambda: ("pong", b"are you there?") in calls)
-
-
-@pytest.mark.gen_test
-async def test_a_handler_can_set_nodelay(host: Host) -> None:
-    peer, calls = await host.record(Recorder)
-    calls.handler.set_nodelay(True)
-    peer.send(text("a"))
-    assert await peer.replies(b"ECHO:a")
-
-
-# ---- Everything that is owed arrives
-
-
-WORD = "x" * 100_000
-REPLY = b"ECHO:" + WORD.encode()
-# More than the kernels take at once, and than is read in the limits of time below.
-PILE = 30
-
-
-@pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limits of time for a closing peer, so that a second is far more than they are."""
-    monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 0.3)
-    monkeypatch.setattr(echo_server, "LINGER_TIMEOUT", 0.3)
-
-
-async def reads_slowly(peer: Peer, count: int = PILE) -> None:
-    """100 KB every 30 ms, as over a slow link; a Ping is answered when it is reached."""
-    for _ in range(count):
-        first, payload = await peer.frame()
-        while first == FIN | PING:
-            peer.send(frame(FIN | PONG, payload))
-            first, payload = await peer.frame()
-        assert payload == REPLY
-        await asyncio.sleep(0.03)
-
-
-# Of a Unix socket, the kernel has what the peer has not read.
-OWED = pytest.mark.parametrize("transport", [*NOT_TLS, "tls", "unix"])
-ENDS = [
-    ("?close=4001&after=30", b"", 4001),
-    ("", close(4001), 4001),
-    ("", b"\x81\x00", 1002),
-    ("", b"\x81\x00" + bytes(1 << 20), 1002),
-    ("", frame(FIN | TEXT, b"\xff"), 1007),
-    ("", header(FIN | BINARY, 1 << 30), 1009),
-]
-
-
-@OWED
-@pytest.mark.gen_test(timeout=20)
-async def test_to_peers_that_read_slowly_all_replies_come_and_then_our_close(
-    host: Host, hurried: None
-) -> None:
-    async def read(query: str, behind: bytes, code: int) -> None:
-        peer = await host.connect(receive_buffer=4096, query=query, scenarios=True)
-        peer.send(text(WORD) * PILE, behind)
-        await reads_slowly(peer)
-        assert await peer.close_code() == code
-
-    await asyncio.gather(*(read(*end) for end in ENDS))
-
-
-@OWED
-@pytest.mark.gen_test(timeout=20)
-async def test_compressed_replies_of_a_coroutine_come_before_the_close(
-    host: Host, hurried: None
-) -> None:
-    message = noise(100_000)
-    peer, _ = await host.record(Waiting, headers=DEFLATE, receive_buffer=4096)
-    peer.send(frame(FIN | BINARY, message) * PILE, close(4001))
-    for _ in range(PILE):
-        assert inflated((await peer.frame())[1]) == message
-        await asyncio.sleep(0.03)
-    assert await peer.goodbye() == 4001
-
-
-@OWED
-@pytest.mark.gen_test(timeout=20)
-async def test_go_away_waits_for_a_peer_that_reads_slowly(host: Host, hurried: None) -> None:
-    peer, calls = await host.record(Recorder, receive_buffer=4096)
-    peer.send(text(WORD) * PILE)
-    await reads_slowly(peer, 1)
-    leaving = asyncio.create_task(Connections.current().go_away(host.app, 10))
-    count = 1
-    while (got := await peer.frame()) == (FIN | TEXT, REPLY):
-        count += 1
-        await asyncio.sleep(0.03)
-    assert got == (FIN | CLOSE, close_body(1001, "the server is stopping"))
-    assert count == len(calls) - 1 > 3
-    peer.leave()
-    await leaving
-
-
-@OWED
-@pytest.mark.gen_test(timeout=20)
-async def test_what_a_peer_sends_behind_its_close_costs_it_no_reply(
-    host: Host, hurried: None
-) -> None:
-    async def send_on(after: bytes) -> None:
-        peer = await host.connect(receive_buffer=4096)
-        peer.send(text(WORD) * PILE, close(4001))
-        await reads_slowly(peer, 3)
-        peer.send(after)
-        frames: list[tuple[int, bytes]] = []
-        while not frames or frames[-1][0] != FIN | CLOSE:
-            frames.append(await peer.frame())
-            await asyncio.sleep(0.03)
-        assert [reply for reply in frames if reply[0] != FIN | PONG] == [
-            *[(FIN | TEXT, REPLY)] * (PILE - 3),
-            (FIN | CLOSE, close_body(4001)),
-        ]
-        assert await peer.rest() == b""
-
-    await asyncio.gather(*map(send_on, (frame(FIN | PONG), frame(FIN | PING), text("too late"))))
-
-
-@pytest.mark.gen_test
-async def test_a_ping_behind_a_close_that_waits_is_answered(host: Host) -> None:
-    peer, calls = await host.record(Waiting, shut=True)
-    peer.send(text("a"), close(4001), frame(FIN | PING, b"p"))
-    assert await peer.frame() == (FIN | PONG, b"p")
-    calls.gate.set()
-    assert await peer.replies(b"a")
-    assert await peer.goodbye() == 4001
-
-
-@pytest.mark.gen_test(timeout=20)
-@pytest.mark.parametrize("transport", [*NOT_TLS, "unix"])  # asyncio's TLS answers close_notify
-async def test_who_shuts_its_side_and_reads_on_gets_all_replies_and_our_close(
-    host: Host, hurried: None
-) -> None:
-    async def shut(ending: bytes, query: str) -> None:
-        count = 3 if query else PILE
-        peer = await host.connect(receive_buffer=4096, query=query, scenarios=True)
-        peer.send(text(WORD) * count, ending)
-        await asyncio.gather(peer.shut(), reads_slowly(peer, count))
-        assert await peer.rest() == (reply_frame(FIN | CLOSE, close_body(4001)) if ending else b"")
-
-    ways = itertools.product((b"", close(4001)), ("", "?delay=0.3"))
-    await asyncio.gather(*itertools.starmap(shut, ways))
-    assert Connections.current().closed == {4001: 2, 1006: 2}
-
-
-@OWED
-@pytest.mark.gen_test(timeout=20)
-async def test_a_slow_link_is_no_dead_peer(host: Host) -> None:
-    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.4)
-    peer = await host.connect(receive_buffer=4096, stall_timeout=0.4)
-    peer.send(text(WORD) * PILE)
-    await reads_slowly(peer)
-    peer.send(text("still here"))
-    while (got := await peer.frame())[0] == FIN | PING:
-        peer.send(frame(FIN | PONG))
-    assert got == (FIN | TEXT, b"ECHO:still here")
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("code", [1007, 1008, 1009])
-async def test_our_fin_waits_for_the_close_of_a_peer_that_was_failed(host: Host, code: int) -> None:
-    host.app.settings["websocket_max_message_size"] = LIMIT
-    peer, other = await host.connect(), await host.connect()
-    bad = {
-        1007: frame(FIN | TEXT, b"\xff"),
-        1008: frame(TEXT) + frame(CONTINUATION) * 1024 + frame(FIN),
-        1009: frame(FIN | BINARY, noise(4 << 20)),
-    }
-    peer.send(bad[code], text("behind") * 1000)
-    assert await peer.close_code() == code
-    await have_turns(other, 20)
-    assert not peer.reader.at_eof()
-    peer.send(close(code))
-    assert await peer.rest() == b""
-
-
-# ---- One connection, and the others
-
-
-class Streaming(EchoHandler):
-    async def on_message(self, message: str | bytes) -> None:
-        while True:
-            await self.write_message("y" * 100)
-
-
-@pytest.mark.gen_test
-async def test_a_coroutine_that_awaits_its_writes_lets_others_live(host: Host) -> None:
-    """Also where the kernel takes whatever it writes, since a thread reads it."""
-    other, streaming = await host.connect(), await host.connect(Streaming)
-    with streaming.same_socket() as sock:
-        streaming.pause()
-        streaming.send(text("go"))
-        reader = threading.Thread(target=read_all, args=(sock,))
-        reader.start()
-        for _ in range(20):
-            began = time.thread_time()
-            await have_turns(other, 1)
-            assert time.thread_time() - began < 0.5
-        sock.shutdown(socket.SHUT_RDWR)
-        reader.join(PATIENCE)
-
-
-def read_all(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while select.select([sock], [], [], PATIENCE)[0] and sock.recv(1 << 20):
-            pass
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    "sent",
-    [frame(TEXT, bytes(50_000)), frame(FIN | PONG) * 500, text("hi"), b"\x81", close()],
-    ids=["fragment", "pongs", "message", "start", "close"],
-)
-async def test_a_reset_right_behind_anything_leaves_no_zombie(host: Host, sent: bytes) -> None:
-    calls = Calls()
-    peers = [await host.connect(Recorder, calls=calls) for _ in range(20)]
-    for peer in peers:
-        peer.send(sent)
-        peer.reset()
-    await eventually(lambda: len(calls.closes) == 20 and not Connections.current().open)
-
-
-class Hopeless(Recorder):
-    """Whatever can raise does."""
-
-    def on_message(self, message: str | bytes) -> None:
-        raise ZeroDivisionError
-
-    def on_ping(self, data: bytes) -> None:
-        raise ZeroDivisionError
-
-    def log_exception(self, *args: Any) -> None:
-        raise RuntimeError
-
-    def on_close(self) -> None:
-        super().on_close()
-        raise RuntimeError
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("sent", [text("a"), frame(FIN | PING), close(), b"\xff\xff"])
-async def test_whatever_a_connection_raises_stays_with_it(host: Host, sent: bytes) -> None:
-    calls = Calls()
-    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
-    other = await host.connect()
-    peers = [await host.connect(Hopeless, calls=calls) for _ in range(3)]
-    for peer in peers:
-        peer.send(sent)
-    await have_turns(other, 5)
-    for peer in peers:
-        peer.leave()
-    await eventually(lambda: len(calls.closes) == 3 and len(Connections.current().open) == 1)
-    await have_turns(other, 5)
-    assert set(host.errors()) == {"echo_server"}
-
-
-class Broadcasting(Recorder):
-    everybody: ClassVar[set[Broadcasting]] = set()
-
-    def open(self, *args: str, **kwargs: str) -> None:
-        self.everybody.add(self)
-
-    def on_message(self, message: str | bytes) -> None:
-        for handler in self.everybody:
-            handler.write_message(message)
-
-    def on_close(self) -> None:
-        super().on_close()
-        self.everybody.remove(self)
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("end", [Peer.reset, Peer.leave, lambda peer: peer.send(close())])
-async def test_who_writes_to_all_is_not_failed_for_those_who_leave(
-    host: Host, hurried: None, end: Callable[[Peer], None]
-) -> None:
-    calls = Calls()
-    lost, innocent = (
-        [await host.connect(Broadcasting, calls=calls) for _ in range(5)],
-        await host.connect(Broadcasting, calls=calls),
-    )
-    for peer in lost:
-        end(peer)
-    for _ in range(20):
-        innocent.send(text("to all"))
-        assert await innocent.replies(b"to all")
-    await eventually(lambda: len(calls.closes) == 5)
-
-
-class SlowToPrepare(Recorder):
-    async def prepare(self) -> None:
-        self.calls.append(("prepare",))
-        await self.calls.gate.wait()
-        self.calls.append(("prepared",))
-
-
-class SlowToGet(SlowToPrepare):
-    async def prepare(self) -> None:
-        pass
-
-    async def get(self, *args: Any, **kwargs: Any) -> None:
-        await super().prepare()
-        await super().get(*args, **kwargs)
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("handler", [SlowToPrepare, SlowToGet])
-@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-async def test_a_client_that_leaves_during_prepare_or_get_is_neither_opened_nor_closed(
-    host: Host, end: Callable[[Peer], None], handler: type[Recorder]
-) -> None:
-    calls = Calls()
-    calls.gate.clear()
-    peer, other = await host.dial(), await host.connect()
-    peer.send(request(f"GET {host.route(handler, calls=calls)} HTTP/1.1"))
-    await eventually(lambda: calls)
-    end(peer)
-    await have_turns(other, 5)
-    calls.gate.set()
-    await have_turns(other, 5)
-    assert calls == [("prepare",), ("prepared",)]
-    assert len(Connections.current().open) == 1
-
-
-DESCRIPTORS = Path("/dev/fd")
-
-
-async def one_connection(client: socket.socket) -> list[str]:
-    """Serves one, which is open when the event loop ends."""
-    calls: list[str] = []
-
-    class Handler(EchoHandler):
-        def on_close(self) -> None:
-            calls.append("close")
-
-    http, sockets = HTTPServer(Application([("/", Handler)])), bind_sockets(0, "127.0.0.1")
-    http.add_sockets(sockets)
-    client.connect(sockets[0].getsockname())
-    client.sendall(request())
-    await eventually(lambda: Connections.current().open)
-    http.stop()
-    return calls
-
-
-@pytest.mark.parametrize("library", ["asyncio", "uvloop"])
-def test_the_end_of_an_event_loop_is_the_end_of_its_connections(library: str) -> None:
-    counts, loops = [], pytest.importorskip(library)
-    for _ in range(20):
-        with socket.socket() as client:
-            with asyncio.Runner(loop_factory=loops.new_event_loop) as runner:
-                calls = runner.run(one_connection(client))
-            assert calls == ["close"]
-            assert client.recv(999).startswith(b"HTTP/1.1 101") and client.recv(1) == b""
-        gc.collect()
-        counts.append(len(os.listdir(DESCRIPTORS)))
-    assert counts[-1] <= counts[1]
-
-
-@pytest.mark.gen_test
-async def test_memory_behind_a_delay_is_that_of_a_message_in_bytes(host: Host) -> None:
-    message = text("x" * ((1 << 20) - 4) + "\U0001f600")
-    peer, other = await host.connect(query="?delay=60", scenarios=True), await host.connect()
-    # The one that waits for its time, one that waits for it, and a piece of the next.
-    async with little_memory(len(message) * 3):
-        peer.send(message * 3)
-        await have_turns(other, 100)
-    peer.reset()
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("first", [close(4001), b"\x81\x00", frame(FIN | TEXT, b"\xff")])
-async def test_data_behind_the_end_is_not_kept_while_a_coroutine_runs(
-    host: Host, first: bytes
-) -> None:
-    peer, calls = await host.record(Waiting, shut=True)
-    peer.send(text("a"), first)
-    await eventually(lambda: ("start", "a") in calls)
-    async with little_memory(1_500_000):
-        for _ in range(30):
-            await taken(peer, text("x" * 1_000_000))
-    calls.gate.set()
-    assert await peer.replies(b"a")
-    assert await peer.close_code() in (4001, 1002, 1007)
-
-
-@pytest.mark.parametrize("transport", NOT_TLS)  # asyncio's TLS sends nothing behind an EOF
-@pytest.mark.gen_test
-async def test_what_comes_behind_a_fault_is_dropped_while_the_event_loop_is_busy(
-    host: Host,
-) -> None:
-    class Busy(EchoHandler):
-        def on_message(self, message: str | bytes) -> None:
-            sum(range(1_000_000))
-
-    other, peer = await host.connect(Busy, DEFLATE), await host.connect(headers=DEFLATE)
-    peer.send(b"\xff\xff")
-    assert await peer.close_code() == 1002 and await peer.reader.read() == b""
-    # In one batch of events.
-    other.send(text("work"))
-    peer.send(text("junk"))
-    peer.leave()
-    await eventually(lambda: len(Connections.current().open) == 1)
-
-
-@pytest.mark.parametrize("ending", [b"", close(4001)], ids=["nothing", "close"])
-def test_a_peer_that_shuts_its_side_below_tls_gets_all_replies_and_our_close(
-    tls: Process, trust: ssl.SSLContext, ending: bytes
-) -> None:
-    with upgraded(tls, "/?delay=0.1", trust) as sock, sock.makefile("rb") as file:
-        sock.sendall(frame(FIN | TEXT, b"x" * 100_000) * 3 + ending)
-        socket.socket.shutdown(sock, socket.SHUT_WR)
-        for _ in range(3):
-            assert read_frame(file) == (FIN | TEXT, REPLY)
-        if ending:
-            assert read_frame(file) == (FIN | CLOSE, close_body(4001))
-        assert read_frame(file) == (-1, b"")
-
-
-def test_the_end_of_the_drain_timeout_is_no_error_of_a_coroutine_that_runs(serve: Serve) -> None:
-    server = serve("--drain-timeout=0.3")
-    with server.connect("?delay=60") as client:
-        client.send("a")
-        assert client.ping().wait(PATIENCE)
-        assert server.stop() == 0
-    server.line(r"close\(\) 1006 .* 1 messages")
-
-
-def test_a_second_signal_is_no_error_of_a_coroutine_that_runs(serve: Serve) -> None:
-    server = serve()
-    with server.connect("?delay=60") as client:
-        client.send("a")
-        assert client.ping().wait(PATIENCE)
-        server.signal(signal.SIGTERM)
-        until(lambda: not listens(("127.0.0.1", server.port)))
-        server.signal(signal.SIGTERM)
-        assert server.exit_code() == 128 + signal.SIGTERM
-    server.line(r"close\(\) 1006 .* 1 messages")
-
-
-def test_the_time_in_which_the_server_was_stopped_is_not_held_against_a_peer(serve: Serve) -> None:
-    server = serve("--ping-interval=0.4", "--ping-timeout=0.6")
-    with upgraded(server) as sock, sock.makefile("rb") as file:
-        assert read_frame(file) == (FIN | PING, b"")
-        sock.sendall(frame(FIN | PONG))
-        time.sleep(0.25)  # it has seen the answer, and looked at its deadlines since
-        server.signal(signal.SIGSTOP)
-        time.sleep(1.5)
-        server.signal(signal.SIGCONT)
-        assert read_frame(file) == (FIN | PING, b"")
-        time.sleep(0.4)  # which is less than the time for an answer
-        sock.sendall(frame(FIN | PONG) + frame(FIN | TEXT, b"hi"))
-        assert read_frame(file) == (FIN | TEXT, b"ECHO:hi")
-
-
-# ---- In somebody's application: as a WebSocketHandler
-
-
-user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
-
-
-class Personal(Recorder):
-    """Says whose context each of its methods runs in."""
-
-    def prepare(self) -> None:
-        user.set(self.get_argument("user"))
-
-    def open(self, *args: str, **kwargs: str) -> None:
-        self.calls.append(("open", user.get()))
-
-    async def on_message(self, message: str | bytes) -> None:
-        self.calls.append(("on_message", user.get()))
-        await asyncio.sleep(0)
-        self.calls.append(("later", user.get()))
-        if message == "break":
-            raise ZeroDivisionError
-
-    def on_ping(self, data: bytes) -> None:
-        self.calls.append(("on_ping", user.get()))
-
-    def on_pong(self, data: bytes) -> None:
-        self.calls.append(("on_pong", user.get()))
-
-    def log_exception(self, *args: Any) -> None:
-        self.calls.append(("log_exception", user.get()))
-
-    def on_close(self) -> None:
-        self.calls.append(("close", user.get()))
-
-
-@pytest.mark.gen_test
-async def test_each_connection_has_the_context_of_its_handler(host: Host, hurried: None) -> None:
-    """Also in turns that others have put off, and where the sweep finds that nobody answers."""
-    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.3)
-    names = [f"user {n}" for n in range(5)]
-    calls = [Calls() for _ in names]
-    peers = [
-        await host.connect(Personal, DEFLATE, query=f"?user=user%20{n}", calls=calls[n])
-        for n in range(5)
-    ]
-    user.set("the test")
-    bomb = frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20)))
-    for peer in peers:
-        peer.send(frame(FIN | PING), frame(FIN | PONG), text("a"), bomb * 5)
-    peers[0].send(text("break"))
-    await eventually(lambda: all(made.closes for made in calls))
-    for name, made in zip(names, calls, strict=True):
-        assert {call[-1] for call in made} == {name}
-        methods = [call[0] for call in made]
-        assert methods[0] == "open" and methods[-1] == "close"
-        assert methods.count("later") == (7 if made is calls[0] else 6)
-        assert ("log_exception" in methods) == (made is calls[0])
 
 
 class Plainly(EchoHandler):
@@ -3525,285 +2324,6 @@ class WithNames(Mixin, EchoHandler):
     def initialize(self, **options: Any) -> None:
         super().initialize(**options)
         self.server = self.stall_timeout = "mine"
-
-
-class AfterOpen(Recorder):
-    def open(self, *args: str, **kwargs: str) -> None:
-        super().open()
-        connection: Any = self.request.connection
-        self.calls.append(("address", connection.context.address[0]))
-        protocol: Any = self.ws_connection
-        self.calls.append(("socket", protocol.stream.socket.getpeername()[0]))
-        self.calls.append(("terminated", protocol.client_terminated, protocol.server_terminated))
-        for forbidden in (
-            lambda: self.write("a"),
-            lambda: self.redirect("/"),
-            lambda: self.set_header("A", "b"),
-            lambda: self.set_cookie("a", "b"),
-            lambda: self.set_status(200),
-            self.flush,
-            self.finish,
-        ):
-            with pytest.raises(RuntimeError):
-                forbidden()
-
-    def on_message(self, message: str | bytes) -> None:
-        self.close(4000)
-
-    def on_close(self) -> None:
-        super().on_close()
-        protocol: Any = self.protocol
-        self.calls.append(("terminated", protocol.client_terminated, protocol.server_terminated))
-
-    def get_websocket_protocol(self) -> WebSocketProtocol | None:
-        self.protocol = super().get_websocket_protocol()
-        return self.protocol
-
-
-@pytest.mark.gen_test
-async def test_after_open_there_is_what_tornado_has(host: Host) -> None:
-    peer, calls = await host.record(AfterOpen)
-    peer.send(text("a"))
-    assert await peer.close_code() == 4000
-    await eventually(lambda: calls)
-    protocol = cast(AfterOpen, calls.handler).protocol
-    assert protocol and protocol.server_terminated and not protocol.client_terminated
-    peer.send(close(4000))
-    assert await peer.rest() == b""
-    await eventually(lambda: calls.closes)
-    assert calls == [
-        ("open",),
-        ("address", "127.0.0.1"),
-        ("socket", "127.0.0.1"),
-        ("terminated", False, False),
-        ("close", 4000, ""),
-        ("terminated", True, True),
-    ]
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("method", ["_abort", "on_connection_close"])
-async def test_a_host_can_be_rid_of_a_connection_at_once(host: Host, method: str) -> None:
-    peer, calls = await host.record(Recorder)
-    getattr(calls.handler.ws_connection, method)()
-    await eventually(lambda: calls.closes)
-    assert await peer.rest() == b""
-
-
-@pytest.mark.gen_test
-async def test_a_host_may_close_the_stream(host: Host) -> None:
-    peer, calls = await host.record(Recorder)
-    calls.handler.ws_connection.stream.close()  # type: ignore[union-attr]  # as Tornado's
-    await eventually(lambda: calls.closes and not Connections.current().open)
-    assert await peer.rest() == b""
-
-
-class Certified(EchoHandler):
-    def open(self, *args: str, **kwargs: str) -> None:
-        protocol: Any = self.ws_connection
-        subject = protocol.stream.socket.getpeercert()["subjectAltName"]
-        self.write_message(f"{subject}")
-
-
-@pytest.mark.gen_test
-async def test_the_certificate_of_a_client_can_be_had(authority: trustme.CA) -> None:
-    ours, theirs = (
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH),
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-    )
-    ours.verify_mode = ssl.CERT_REQUIRED
-    for context, name in ((ours, "localhost"), (theirs, "client.example")):
-        authority.issue_cert(name).configure_cert(context)
-        authority.configure_trust(context)
-    http, sockets = (
-        HTTPServer(Application([("/", Certified)]), ssl_options=ours),
-        bind_sockets(0, "127.0.0.1"),
-    )
-    http.add_sockets(sockets)
-    reader, writer = await asyncio.open_connection(
-        *sockets[0].getsockname(), ssl=theirs, server_hostname="localhost"
-    )
-    peer = Peer(reader, writer)
-    peer.send(request())
-    await reader.readuntil(b"\r\n\r\n")
-    assert b"client.example" in (await peer.frame())[1]
-    peer.leave()
-    http.stop()
-    await eventually(lambda: not Connections.current().open)
-
-
-class PushesMuch(Recorder):
-    async def open(self, *args: str, **kwargs: str) -> None:
-        super().open()
-        asyncio.get_running_loop().call_soon(self.push)
-
-    def push(self) -> None:
-        for _ in range(240):
-            self.write_message("y" * 100_000)
-
-    def on_message(self, message: str | bytes) -> None:
-        self.calls.append(len(message))
-
-
-@pytest.mark.gen_test(timeout=20)
-async def test_both_sides_may_send_24_mb_before_they_read(host: Host) -> None:
-    peer, calls = await host.record(PushesMuch, receive_buffer=4096, stall_timeout=1.0)
-    peer.pause()
-    for _ in range(240):
-        peer.send(text("x" * 100_000))
-        await peer.writer.drain()
-    peer.resume()
-    assert await peer.replies(*[b"y" * 100_000] * 240)
-    await eventually(lambda: calls == [("open",), *[100_000] * 240])
-
-
-class WithDatabase(Recorder):
-    async def get(self, *args: Any, **kwargs: Any) -> None:
-        self.calls.append(("database", "open"))
-        await super().get(*args, **kwargs)
-        self.calls.append(("database", "closed"))
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-async def test_a_get_of_the_hosts_own_goes_on_when_the_connection_has_ended(
-    host: Host, end: Callable[[Peer], None]
-) -> None:
-    peer, calls = await host.record(WithDatabase)
-    peer.send(text("a"))
-    assert await peer.replies(b"ECHO:a")
-    end(peer)
-    await eventually(lambda: ("database", "closed") in calls)
-    assert calls == [
-        ("database", "open"),
-        ("open",),
-        ("message", "a"),
-        ("close", None, None),
-        ("database", "closed"),
-    ]
-
-
-@pytest.mark.gen_test
-async def test_a_get_of_the_hosts_own_goes_on_when_the_handshake_is_refused(host: Host) -> None:
-    calls = Calls()
-    peer = await host.dial()
-    peer.send(
-        request(f"GET {host.route(WithDatabase, calls=calls)} HTTP/1.1", Sec_WebSocket_Key="x")
-    )
-    assert (await peer.reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 400")
-    assert calls == [("database", "open"), ("database", "closed")]
-
-
-@pytest.mark.gen_test
-async def test_go_away_closes_the_clients_of_one_application_and_is_over_when_it_is_over(
-    host: Host,
-) -> None:
-    http, sockets = HTTPServer(Application([("/", EchoHandler)])), bind_sockets(0, "127.0.0.1")
-    http.add_sockets(sockets)
-    other = Peer(*await asyncio.open_connection(*sockets[0].getsockname()))
-    other.send(request())
-    await other.reader.readuntil(b"\r\n\r\n")
-    peer = await host.connect()
-    leaving = asyncio.create_task(Connections.current().go_away(host.app, 5))
-    assert await peer.goodbye() == 1001
-    await leaving
-    later = await host.connect()
-    for still_here in (other, later):
-        still_here.send(text("a"))
-        assert await still_here.replies(b"ECHO:a")
-    other.leave()
-    http.stop()
-
-
-class OwnErrors(EchoHandler):
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        self.finish("an error page")
-
-
-@pytest.mark.gen_test
-async def test_426_has_its_headers_also_where_a_host_has_error_pages(host: Host) -> None:
-    peer = await host.dial()
-    peer.send(f"GET {host.route(OwnErrors)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-    head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
-    assert head.startswith("HTTP/1.1 426") and "Upgrade: websocket" in head
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("method", ["HEAD", "POST", "PUT"])
-async def test_any_method_but_get_is_405_as_in_tornado(host: Host, method: str) -> None:
-    peer = await host.dial()
-    peer.send(f"{method} {host.route()} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-    assert (await peer.reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 405")
-
-
-class Overrides(EchoHandler):
-    """Every override that the type of WebSocketHandler allows: it is mypy that looks at it."""
-
-    def initialize(self, database: dict[str, str]) -> None:
-        self.database = database
-
-    async def prepare(self) -> None:
-        pass
-
-    def open(self, room: str) -> None:
-        self.room = room
-
-    async def on_message(self, message: str | bytes) -> None:
-        await self.write_message({"room": self.room})
-
-    def on_close(self) -> None:
-        pass
-
-    def check_origin(self, origin: str) -> bool:
-        return True
-
-    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
-        return None
-
-    def get_compression_options(self) -> dict[str, Any] | None:
-        return None
-
-
-class OpensSlowly(EchoHandler):
-    async def open(self, *, room: str = "lobby") -> None:
-        await asyncio.sleep(0)
-
-
-WITHOUT_UNIX = r"""
-import asyncio, select, socket, sys
-for name in ("fcntl", "termios", "resource"):
-    sys.modules[name] = None
-del select.epoll, select.poll
-asyncio.ProactorEventLoop = asyncio.SelectorEventLoop  # so that Tornado polls in its own thread
-
-from tornado.web import Application
-from tornado.websocket import websocket_connect
-unix = socket.AF_UNIX
-del socket.AF_UNIX
-import echo_server
-socket.AF_UNIX = unix  # the event loop itself needs it here
-
-async def main():
-    server = Application([("/", echo_server.EchoHandler)]).listen(0, "127.0.0.1")
-    (sock,) = server._sockets.values()
-    client = await websocket_connect(f"ws://127.0.0.1:{sock.getsockname()[1]}/")
-    for message in ("Hello!", "x" * 1_000_000, "y" * 3_000_000):
-        client.write_message(message)
-        assert await client.read_message() == "ECHO:" + message
-    client.close(1000)
-    assert await client.read_message() is None
-    server.stop()
-
-asyncio.run(main())
-print("echoed", echo_server.main(["--port=0"]))
-"""
-
-
-def test_without_what_windows_lacks_it_can_be_embedded_and_says_what_the_server_needs() -> None:
-    assert python(WITHOUT_UNIX) == "echoed 1\necho_server: the server needs Linux or macOS\n"
-
-
-# ---- What is sent, and what comes back
 
 
 class Script(NamedTuple):
@@ -3840,6 +2360,7 @@ def pong(payload: bytes = b"") -> bytes:
 
 NUMBERED = [str(number) for number in range(500)]
 FAILED = [("close", 1011, "")]
+
 SCRIPTS = {
     "a ping is answered in order between replies": Script(
         text("a") + frame(FIN | PING, b"1") + text("b"),
@@ -4006,7 +2527,7 @@ SCRIPTS = {
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
-async def test_what_is_sent_gets_the_replies_that_it_should(host: Host, script: Script) -> None:
+async def test_a_script_has_the_replies_and_calls_that_it_names(host: Host, script: Script) -> None:
     connect: Callable[..., Awaitable[Any]] = host.connect
     if issubclass(script.handler, Recorder):
         connect = host.record
@@ -4029,173 +2550,1522 @@ async def test_what_is_sent_gets_the_replies_that_it_should(host: Host, script: 
     assert host.errors() == ["tornado.application"] * script.errors
 
 
+# ---- Subprotocol and compression
+
+
+def header_of(peer: Peer, name: str) -> str:
+    lines = dict(line.lower().split(": ", 1) for line in peer.head.splitlines()[1:-1])
+    return lines.get(name.lower(), "")
+
+
+class Picky(EchoHandler):
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return "b" if "b" in subprotocols else None
+
+    def get_compression_options(self) -> dict[str, Any] | None:
+        return {"compression_level": 9, "mem_level": 9} if self.prefix else None
+
+
+class PickyRecorder(Recorder, Picky):
+    pass
+
+
+@pytest.mark.gen_test
+class TestNegotiation:
+    @pytest.mark.parametrize(
+        ("offered", "selected"), [("chat", "chat"), ("b, a", "b"), ("", ""), (" , x", "x")]
+    )
+    async def test_the_first_subprotocol_is_selected(
+        self, host: Host, offered: str, selected: str
+    ) -> None:
+        peer = await host.connect(headers={"Sec-WebSocket-Protocol": offered} if offered else {})
+        assert header_of(peer, "Sec-WebSocket-Protocol") == selected
+
+    @pytest.mark.parametrize(("offered", "selected"), [("a, b", "b"), ("a", "")])
+    async def test_a_subclass_selects_the_subprotocol(
+        self, host: Host, offered: str, selected: str
+    ) -> None:
+        peer, calls = await host.record(PickyRecorder, headers={"Sec-WebSocket-Protocol": offered})
+        assert header_of(peer, "Sec-WebSocket-Protocol") == selected
+        await eventually(lambda: calls)
+        assert calls.handler.selected_subprotocol == (selected or None)
+
+    @pytest.mark.parametrize("prefix", ["x", ""])
+    async def test_a_subclass_decides_about_compression(self, host: Host, prefix: str) -> None:
+        peer = await host.connect(Picky, headers=DEFLATE, prefix=prefix)
+        peer.send(text("a" * 5000))
+        first, payload = await peer.frame()
+        assert (
+            bool(header_of(peer, "Sec-WebSocket-Extensions")) == bool(first & RSV1) == bool(prefix)
+        )
+        assert (inflated(payload) if prefix else payload) == prefix.encode() + b"a" * 5000
+
+    @pytest.mark.parametrize("opcode", [TEXT, BINARY])
+    async def test_replies_from_1_kib_are_compressed_each_by_itself(
+        self, host: Host, opcode: int
+    ) -> None:
+        peer = await host.connect(headers=DEFLATE, prefix="")
+        assert header_of(peer, "Sec-WebSocket-Extensions") == "permessage-deflate"
+        for length in (0, 1, 125, 1023, 1024, 1024, 1 << 20):
+            peer.send(frame(FIN | RSV1 | opcode, packed(b"z" * length)))
+            first, payload = await peer.frame()
+            assert first == FIN | opcode | (RSV1 if length >= 1024 else 0)
+            assert (inflated(payload) if first & RSV1 else payload) == b"z" * length
+
+    async def test_an_offered_window_is_kept_to(self, host: Host) -> None:
+        peer = await host.connect(
+            headers={"Sec-WebSocket-Extensions": "permessage-deflate; server_max_window_bits=9"}
+        )
+        assert "server_max_window_bits=9" in peer.head
+        data = noise(3000) * 9  # comes again outside of a window of 512 bytes
+        peer.send(frame(FIN | BINARY, data))
+        assert inflated((await peer.frame())[1], 9) == b"ECHO:" + data
+
+    @pytest.mark.parametrize(
+        "offer",
+        ["", "permessage-deflate; server_max_window_bits=8", "permessage-deflate; x=1", "x, y;z"],
+    )
+    async def test_without_an_offer_that_suits_nothing_is_compressed(
+        self, host: Host, offer: str
+    ) -> None:
+        peer = await host.connect(headers={"Sec-WebSocket-Extensions": offer})
+        assert not header_of(peer, "Sec-WebSocket-Extensions")
+        peer.send(text("a" * 5000), frame(FIN | RSV1 | TEXT, HELLO))
+        assert await peer.replies(b"ECHO:" + b"a" * 5000)
+        assert await peer.close_code() == 1002
+
+    async def test_compression_can_be_turned_off(self, host: Host) -> None:
+        peer = await host.connect(headers=DEFLATE, compression=False)
+        assert not header_of(peer, "Sec-WebSocket-Extensions")
+
+    async def test_several_headers_of_offers_are_one_list(self, host: Host) -> None:
+        peer = await host.connect(
+            headers={
+                "Sec-WebSocket-Extensions": "x\r\nSec-WebSocket-Extensions: permessage-deflate"
+            }
+        )
+        assert header_of(peer, "Sec-WebSocket-Extensions").startswith("permessage-deflate")
+
+    @pytest.mark.parametrize("user_agent", [None, "mine"])
+    async def test_the_client_of_tornado_gets_every_message_with_compression_on(
+        self, host: Host, user_agent: str | None
+    ) -> None:
+        url = HTTPRequest(host.url + host.route(), ssl_options=host.trust, user_agent=user_agent)
+        client = await websocket_connect(url, compression_options={})
+        for i in range(5):
+            message = f"{i}, again and again, " * 500
+            await client.write_message(message)
+            assert await client.read_message() == "ECHO:" + message
+        client.close()
+        assert await client.read_message() is None
+
+    @pytest.mark.parametrize("compression", ["deflate", None])
+    async def test_the_client_of_websockets_gets_every_message(
+        self, host: Host, compression: str | None
+    ) -> None:
+        url = host.url + host.route()
+        async with websockets_connect_async(
+            url, ssl=host.trust, compression=compression, proxy=None, max_size=None
+        ) as client:
+            for word in WORDS:
+                await client.send(word)
+                assert await client.recv() == "ECHO:" + word
+            await client.send([b"frag", b"", b"ments"])
+            assert await client.recv() == b"ECHO:fragments"
+        assert client.close_code == 1000
+
+
+# ---- What a subclass sees
+
+
+class WaitingToOpen(Recorder):
+    async def open(self, *args: str, **kwargs: str) -> None:
+        super().open()
+        await self.calls.gate.wait()
+        self.calls.append(("opened",))
+
+
+class Leaving(Recorder):
+    def on_message(self, message: str | bytes) -> None:
+        self.close(4000, "bye")
+        self.close(4001, "has left already")
+
+
+async def by_close(peer: Peer) -> None:
+    peer.send(close(4002, "enough"))
+    await peer.rest()
+
+
+async def by_empty_close(peer: Peer) -> None:
+    peer.send(frame(FIN | CLOSE))
+    await peer.rest()
+
+
+async def by_fault(peer: Peer) -> None:
+    peer.send(b"\xff\xff")
+    await peer.rest()
+
+
+async def by_fault_and_reset(peer: Peer) -> None:
+    peer.send(b"\xff\xff")
+    assert await peer.close_code() == 1002
+    peer.reset()
+
+
+async def by_leaving(peer: Peer) -> None:
+    peer.leave()
+
+
+async def by_leaving_within_a_message(peer: Peer) -> None:
+    peer.send(frame(TEXT, b"unfini"), header(FIN, 100), b"shed")
+    peer.leave()
+
+
+async def by_reset(peer: Peer) -> None:
+    peer.reset()
+
+
+async def by_close_and_reset(peer: Peer) -> None:
+    peer.send(close(4002, "enough"))
+    await asyncio.sleep(0)
+    peer.reset()
+
+
+async def by_reset_before_replies_are_read(peer: Peer) -> None:
+    peer.send(text("a" * 10000) * 500)
+    await peer.frame()
+    peer.reset()
+
+
+class WritesWhenItIsTooLate(Recorder):
+    async def on_message(self, message: str | bytes) -> None:
+        await eventually(lambda: not self.ws_connection or self.ws_connection.is_closing())
+        await self.write_message(message)
+
+
+class Plain(EchoHandler):
+    def on_message(self, message: str | bytes) -> None:
+        # And not by a shortcut.
+        super().on_message(message)
+
+
+class SaysTheLastWord(Recorder):
+    def on_message(self, message: str | bytes) -> None:
+        if not self.write_message("x" * 8_000_000).done():
+            self.close(4000)
+
+    def on_pong(self, data: bytes) -> None:
+        pass
+
+
+class ClosesAndWaits(Recorder):
+    async def on_message(self, message: str | bytes) -> None:
+        self.close(4000)
+        await self.calls.gate.wait()
+
+
+class WritesAndWaits(Recorder):
+    async def on_message(self, message: str | bytes) -> None:
+        self.calls.append(("start", message))
+        self.write_message("x" * 8_000_000)
+        await self.calls.gate.wait()
+
+
+async def others_have_their_turn(host: Host, turns: int = 100) -> None:
+    """Long enough for the server to do what it wants to do for another peer."""
+    await have_turns(await host.connect(), turns)
+
+
+class WritesToTheLost(Recorder):
+    def on_message(self, message: str | bytes) -> None:
+        self.calls.append(("start", message))
+        with contextlib.suppress(WebSocketClosedError):
+            for _ in range(9):
+                self.write_message("x" * 1_000_000)
+        self.calls.append(("end", message))
+
+
+@pytest.mark.gen_test
+class TestSubclass:
+    async def test_a_coroutine_open_holds_messages_back(self, host: Host) -> None:
+        peer, calls = await host.record(WaitingToOpen, early=text("early"), shut=True)
+        peer.send(text("a"), frame(FIN | PING, b"p"))
+        assert await peer.frame() == (FIN | PONG, b"p")
+        assert calls == [("open",), ("ping", b"p")]
+        calls.gate.set()
+        assert await peer.replies(b"ECHO:early", b"ECHO:a")
+        assert calls[2:] == [("opened",), ("message", "early"), ("message", "a")]
+
+    async def test_pings_are_answered_while_a_coroutine_is_pending(self, host: Host) -> None:
+        peer, calls = await host.record(Waiting, shut=True)
+        peer.send(text("a"), text("b"))
+        for i in range(3):
+            peer.send(frame(FIN | PING, b"%d" % i))
+            assert await peer.frame() == (FIN | PONG, b"%d" % i)
+        assert [call for call in calls if call[0] != "ping"] == [("open",), ("start", "a")]
+        calls.gate.set()
+        assert await peer.replies(b"a", b"b")
+
+    @pytest.mark.parametrize("ending", [b"", close(4000, "bye")], ids=["nothing", "close"])
+    async def test_what_came_before_the_end_is_delivered_one_after_the_other_and_on_close_is_last(
+        self, host: Host, ending: bytes
+    ) -> None:
+        peer, calls = await host.record(Waiting, shut=True)
+        peer.send(*map(text, "abcde"), ending)
+        await eventually(lambda: ("start", "a") in calls)
+        peer.leave()
+        await others_have_their_turn(host, 5)
+        assert calls == [("open",), ("start", "a")]
+        calls.gate.set()
+        await eventually(lambda: calls.closes)
+        said = (4000, "bye") if ending else (None, None)
+        assert [call for call in calls if call[0] != "lost"] == [
+            ("open",),
+            *((name, word) for word in "abcde" for name in ("start", "end")),
+            ("close", *said),
+        ]
+
+    async def test_when_a_peer_leaves_during_open_its_message_is_handled_after_open(
+        self, host: Host
+    ) -> None:
+        peer, calls = await host.record(WaitingToOpen, early=text("a"), shut=True)
+        peer.leave()
+        await others_have_their_turn(host, 5)
+        assert calls == [("open",)]
+        calls.gate.set()
+        await eventually(lambda: calls.closes)
+        assert calls == [("open",), ("opened",), ("message", "a"), ("close", None, None)]
+
+    async def test_a_pending_coroutine_that_writes_to_a_lost_peer_gets_websocket_closed_error(
+        self,
+        host: Host,
+    ) -> None:
+        peer, calls = await host.record(Waiting, shut=True)
+        peer.send(text("a"))
+        await eventually(lambda: ("start", "a") in calls)
+        peer.reset()
+        await eventually(
+            lambda: calls.handler.ws_connection and calls.handler.ws_connection.is_closing()
+        )
+        assert not calls.closes
+        calls.gate.set()
+        await eventually(lambda: calls.closes)
+        assert calls[-2:] == [("lost", "a"), ("close", None, None)]
+
+    @pytest.mark.parametrize(
+        ("way", "said"),
+        [
+            (by_close, [(4002, "enough")]),
+            (by_empty_close, [(None, None)]),
+            (by_fault, [(None, None)]),
+            (by_fault_and_reset, [(None, None)]),
+            (by_leaving, [(None, None)]),
+            (by_leaving_within_a_message, [(None, None)]),
+            (by_reset, [(None, None)]),
+            (by_close_and_reset, [(4002, "enough"), (None, None)]),
+            (by_reset_before_replies_are_read, [(None, None)]),
+        ],
+    )
+    @pytest.mark.parametrize("handler", [Recorder, Waiting])
+    async def test_on_close_comes_once_with_what_the_peer_said(
+        self,
+        host: Host,
+        handler: type[Recorder],
+        way: Callable[[Peer], Awaitable[None]],
+        said: list[tuple[int | None, str | None]],
+    ) -> None:
+        peer, calls = await host.record(handler)
+        await way(peer)
+        await eventually(lambda: calls.closes and not Connections.current().open)
+        await asyncio.sleep(0)
+        (call,) = calls.closes
+        assert (call[1:] in said and calls[-1] is call) or handler is Waiting
+
+    async def test_on_close_does_not_wait_for_a_client_that_does_not_read(self, host: Host) -> None:
+        peer, calls = await host.record(Recorder)
+        peer.pause()
+        peer.send(text("a"), close(4002))
+        await eventually(lambda: calls.closes)
+        assert Connections.current().open
+        peer.resume()
+        assert await peer.replies(b"ECHO:a") and await peer.goodbye() == 4002
+
+    @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
+    async def test_a_peer_that_leaves_within_the_handshake_leaves_nothing(
+        self, host: Host, end: Callable[[Peer], None]
+    ) -> None:
+        calls = Calls()
+        peer = await host.dial()
+        peer.send(request(f"GET {host.route(Recorder, calls=calls)} HTTP/1.1"), text("hi"))
+        end(peer)
+        other = await host.connect()
+        other.send(text("still there?"))
+        assert await other.replies(b"ECHO:still there?")
+        await eventually(
+            lambda: len(calls.closes) == len([call for call in calls if call == ("open",)])
+        )
+
+    async def test_messages_after_our_close_are_delivered_until_the_peer_closes(
+        self, host: Host
+    ) -> None:
+        class Listening(Recorder):
+            def on_message(self, message: str | bytes) -> None:
+                self.calls.append(("message", message))
+                self.close(4000, "bye")
+
+        peer, calls = await host.record(Listening)
+        peer.send(text("a"), text("b"))
+        assert await peer.frame() == (FIN | CLOSE, close_body(4000, "bye"))
+        peer.send(text("c"), close(4000, "ok"), text("d"))
+        assert await peer.rest() == b""
+        await eventually(lambda: calls.closes)
+        assert calls == [("open",), *(("message", word) for word in "abc"), ("close", 4000, "ok")]
+
+    async def test_a_fault_after_our_close_does_not_cause_a_second_close(self, host: Host) -> None:
+        peer, _ = await host.record(Leaving)
+        peer.send(text("a"))
+        assert await peer.close_code() == 4000
+        peer.send(b"\xff\xff")
+        assert await peer.rest() == b""
+
+    @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
+    async def test_a_peer_may_leave_without_an_answer_to_our_close(
+        self, host: Host, end: Callable[[Peer], None]
+    ) -> None:
+        peer, calls = await host.record(Leaving)
+        peer.send(text("a"))
+        assert await peer.close_code() == 4000
+        end(peer)
+        await eventually(lambda: calls.closes)
+        assert calls == [("open",), ("close", None, None)]
+
+    @pytest.mark.parametrize(
+        ("args", "body"),
+        [
+            ((), b""),
+            ((1001,), close_body(1001)),
+            ((None, "é"), close_body(1000, "é")),
+            ((4000, "x"), close_body(4000, "x")),
+        ],
+    )
+    async def test_close_sends_its_code_and_reason(
+        self, host: Host, args: Any, body: bytes
+    ) -> None:
+        peer, calls = await host.record(Recorder)
+        calls.handler.close(*args)
+        assert await peer.frame() == (FIN | CLOSE, body)
+        with pytest.raises(WebSocketClosedError):
+            calls.handler.write_message("too late")
+
+    async def test_a_coroutine_that_writes_to_a_peer_who_has_left_is_one_line(
+        self, host: Host, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        peer, calls = await host.record(WritesWhenItIsTooLate)
+        peer.send(text("a"))
+        peer.reset()
+        await eventually(lambda: "[SERVER] error:reply not sent" in caplog.text and calls.closes)
+        assert "Traceback" not in caplog.text
+
+    async def test_a_reply_of_which_the_kernel_leaves_little_leaves_whole(self, host: Host) -> None:
+        peer = await host.connect(Plain, receive_buffer=65536)
+        count = 100  # more than the kernel takes: each ends somewhere else in its buffer
+        for _ in range(count):
+            peer.send(text("x" * 70_000))
+            await others_have_their_turn(host, 1)
+        assert await peer.replies(*[b"ECHO:" + b"x" * 70_000] * count)
+
+    async def test_pongs_during_a_pending_coroutine_take_no_memory(self, host: Host) -> None:
+        peer, calls = await host.record(Waiting, shut=True)
+        peer.send(text("a"))
+        await eventually(lambda: ("start", "a") in calls)
+        async with little_memory(1_000_000):
+            for _ in range(30):
+                await taken(peer, frame(FIN | PONG) * 20_000)
+        calls.gate.set()
+
+    async def test_a_peer_that_leaves_right_after_its_fault_is_closed_once(
+        self, host: Host
+    ) -> None:
+        peer, calls = await host.record(Recorder)
+        peer.send(b"\xff\xff")
+        peer.reset()
+        await eventually(lambda: calls.closes)
+        assert len(calls.closes) == 1 and not Connections.current().open
+
+    async def test_our_close_to_a_peer_that_has_been_reset_ends_the_connection(
+        self, host: Host
+    ) -> None:
+        peer, calls = await host.record(Recorder)
+        peer.reset()
+        await asyncio.sleep(0)  # it is reset, and nobody has looked
+        calls.handler.close(4000)
+        await eventually(lambda: calls.closes)
+        assert len(calls.closes) == 1 and not Connections.current().open
+
+    async def test_a_message_that_stalls_is_1008_also_where_a_ping_was_not_answered(
+        self, host: Host, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
+        peer = await host.connect(stall_timeout=0.2)
+        peer.send(frame(TEXT, b"unfini"))
+        assert await peer.frame() == (FIN | PING, b"")
+        assert await peer.goodbye() == 1008
+        assert "no answer to a ping" not in caplog.text
+
+    async def test_all_of_a_record_is_seen_where_a_host_reads_less(
+        self, app: Application, ssl_options: ssl.SSLContext, client_context: ssl.SSLContext
+    ) -> None:
+        http, sockets = (
+            HTTPServer(app, ssl_options=ssl_options, chunk_size=1024),
+            bind_sockets(0, "127.0.0.1"),
+        )
+        http.add_sockets(sockets)
+        port = sockets[0].getsockname()[1]
+        peer = Peer(
+            *await asyncio.open_connection(
+                "127.0.0.1", port, ssl=client_context, server_hostname="localhost"
+            )
+        )
+        peer.send(request("GET /echo HTTP/1.1"), text("x" * 100) * 100)
+        async with asyncio.timeout(PATIENCE):
+            await peer.reader.readuntil(b"\r\n\r\n")
+        assert await peer.replies(*[b"ECHO:" + b"x" * 100] * 100)
+        peer.leave()
+        http.stop()
+        await http.close_all_connections()
+        await eventually(lambda: not Connections.current().open)
+
+    async def test_frames_after_our_close_take_no_memory_while_a_reply_waits(
+        self, host: Host
+    ) -> None:
+        peer, _ = await host.record(SaysTheLastWord, receive_buffer=4096)
+        (connection,) = Connections.current().open
+        peer.send(text("a"))
+        await eventually(connection.is_closing)
+        async with little_memory(1_000_000):
+            for _ in range(30):
+                await taken(peer, frame(FIN | PONG) * 20_000)
+        assert await peer.replies(b"x" * 8_000_000)
+        assert await peer.goodbye() == 4000
+
+    async def test_bombs_that_wait_for_a_coroutine_are_not_inflated_ahead(self, host: Host) -> None:
+        calls = Calls()
+        calls.gate.clear()
+        host.app.settings["websocket_max_message_size"] = 100_000
+        peer, other = (
+            await host.connect(Waiting, headers=DEFLATE, calls=calls),
+            await host.connect(),
+        )
+        async with little_memory(5_000_000):
+            peer.send(frame(FIN | RSV1 | TEXT, packed(b"x" * 100_000)) * 500)
+            await have_turns(other, 100)
+            for _ in range(20):
+                calls.gate.set()
+                calls.gate.clear()
+                await have_turns(other, 1)
+            assert len(calls) > 20
+            calls.clear()
+        peer.reset()
+        calls.gate.set()
+
+    async def test_whole_messages_that_wait_are_not_taken_for_one_that_does_not_go_on(
+        self,
+        host: Host,
+    ) -> None:
+        peer, calls = await host.record(Waiting, stall_timeout=0.3, shut=True)
+        peer.send(text("a") * 1000)
+        before = time.monotonic()
+        while time.monotonic() < before + 0.9:
+            await others_have_their_turn(host, 1)
+        calls.gate.set()
+        assert await peer.replies(*[b"a"] * 1000)
+
+    async def test_messages_after_our_close_are_not_kept_without_bound_for_a_pending_coroutine(
+        self,
+        host: Host,
+    ) -> None:
+        peer, calls = await host.record(ClosesAndWaits, shut=True)
+        peer.send(text("a"))
+        assert await peer.close_code() == 4000
+        words, other = text("x" * 1_000_000) * 20, await host.connect()
+        async with little_memory(len(words) + 3_000_000):
+            peer.send(words)
+            await have_turns(other, 100)
+        calls.gate.set()
+        await eventually(lambda: not peer.writer.transport.get_write_buffer_size())
+
+    async def test_a_message_waits_for_the_coroutine_though_the_peer_has_read_all(
+        self, host: Host
+    ) -> None:
+        peer, calls = await host.record(WritesAndWaits, receive_buffer=4096, shut=True)
+        peer.send(text("a"), text("b"))
+        assert await peer.replies(b"x" * 8_000_000)
+        peer.send(frame(FIN | PING))
+        assert await peer.frame() == (FIN | PONG, b"")
+        assert calls == [("open",), ("start", "a"), ("ping", b"")]
+        calls.gate.set()
+        assert await peer.replies(b"x" * 8_000_000)
+
+    @pytest.mark.parametrize(
+        "transport", NOT_TLS
+    )  # asyncio does not tell what its TLS has not sent
+    async def test_while_a_coroutine_is_pending_no_more_than_a_message_is_read_ahead(
+        self,
+        host: Host,
+    ) -> None:
+        host.app.settings["websocket_max_message_size"] = 100_000
+        peer, calls = await host.record(Waiting, shut=True)
+        peer.send(text("x" * 100_000) * 300)
+        await others_have_their_turn(host)
+        assert peer.writer.transport.get_write_buffer_size() > 10_000_000  # the kernel has the rest
+        calls.gate.set()
+        assert await peer.replies(*[b"x" * 100_000] * 300)
+
+    async def test_on_close_does_not_come_within_another_method(self, host: Host) -> None:
+        peer, calls = await host.record(WritesToTheLost)
+        peer.send(text("a"))
+        peer.reset()
+        await eventually(lambda: calls.closes)
+        assert calls in (
+            [("open",), *end, ("close", None, None)] for end in ([], [("start", "a"), ("end", "a")])
+        )
+
+    @pytest.mark.parametrize("end", [by_close, by_reset, by_fault])
+    async def test_write_message_raises_on_a_closed_connection(
+        self, host: Host, end: Callable[[Peer], Awaitable[None]]
+    ) -> None:
+        peer, calls = await host.record(Recorder)
+        await end(peer)
+        await eventually(lambda: calls.closes)
+        with pytest.raises(WebSocketClosedError):
+            calls.handler.write_message("too late")
+        with pytest.raises(WebSocketClosedError):
+            calls.handler.ping(b"too late")
+
+    async def test_write_message_of_what_the_kernel_takes_is_done_at_once(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # As long as the round lasts, and on a machine that is busy two milliseconds may be over.
+        monkeypatch.setattr(echo_server, "ROUND", PATIENCE)
+        peer, calls = await host.record(Recorder)
+        sent = [calls.handler.write_message(message) for message in ("text", b"bytes", {"a": 1})]
+        assert all(future.done() and future.exception() is None for future in sent)
+        await calls.handler.write_message(b"binary", binary=True)
+        assert await peer.replies(b"text", b"bytes", b'{"a": 1}')
+        assert await peer.frame() == (FIN | BINARY, b"binary")
+
+    async def test_a_write_is_pending_until_the_peer_reads(self, host: Host) -> None:
+        peer, calls = await host.record(Recorder, receive_buffer=4096)
+        sent = [
+            calls.handler.write_message(bytes(16 << 20), binary=True),
+            calls.handler.write_message("behind"),
+        ]
+        await asyncio.sleep(0)
+        assert not sent[0].done() and not sent[1].done()
+        expected = reply_frame(FIN | BINARY, bytes(16 << 20)) + reply_frame(FIN | TEXT, b"behind")
+        assert await peer.receive(6_000_000) == expected[:6_000_000]
+        assert not sent[0].done() and not sent[1].done()
+        assert await peer.receive(len(expected) - 6_000_000) == expected[6_000_000:]
+        assert await asyncio.wait_for(asyncio.gather(*sent), PATIENCE) == [None, None]
+
+    async def test_a_pending_write_fails_when_the_peer_is_lost(self, host: Host) -> None:
+        peer, calls = await host.record(Recorder, receive_buffer=4096)
+        sent = [
+            calls.handler.write_message(bytes(16 << 20), binary=True),
+            calls.handler.write_message("behind"),
+        ]
+        peer.reset()
+        for future in sent:
+            with pytest.raises(WebSocketClosedError):
+                await asyncio.wait_for(future, PATIENCE)
+        await eventually(lambda: calls.closes)
+
+    async def test_a_handler_can_ping(self, host: Host) -> None:
+        peer, calls = await host.record(Recorder)
+        calls.handler.ping(b"are you there?")
+        assert await peer.frame() == (FIN | PING, b"are you there?")
+        peer.send(frame(FIN | PONG, b"are you there?"))
+        await eventually(lambda: ("pong", b"are you there?") in calls)
+
+    async def test_a_handler_can_set_nodelay(self, host: Host) -> None:
+        peer, calls = await host.record(Recorder)
+        calls.handler.set_nodelay(True)
+        peer.send(text("a"))
+        assert await peer.replies(b"ECHO:a")
+
+
+# ---- As a WebSocketHandler of Tornado
+
+user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
+
+
+class Personal(Recorder):
+    """Says whose context each of its methods runs in."""
+
+    def prepare(self) -> None:
+        user.set(self.get_argument("user"))
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        self.calls.append(("open", user.get()))
+
+    async def on_message(self, message: str | bytes) -> None:
+        self.calls.append(("on_message", user.get()))
+        await asyncio.sleep(0)
+        self.calls.append(("later", user.get()))
+        if message == "break":
+            raise ZeroDivisionError
+
+    def on_ping(self, data: bytes) -> None:
+        self.calls.append(("on_ping", user.get()))
+
+    def on_pong(self, data: bytes) -> None:
+        self.calls.append(("on_pong", user.get()))
+
+    def log_exception(self, *args: Any) -> None:
+        self.calls.append(("log_exception", user.get()))
+
+    def on_close(self) -> None:
+        self.calls.append(("close", user.get()))
+
+
+class AfterOpen(Recorder):
+    def open(self, *args: str, **kwargs: str) -> None:
+        super().open()
+        connection: Any = self.request.connection
+        self.calls.append(("address", connection.context.address[0]))
+        protocol: Any = self.ws_connection
+        self.calls.append(("socket", protocol.stream.socket.getpeername()[0]))
+        self.calls.append(("terminated", protocol.client_terminated, protocol.server_terminated))
+        for forbidden in (
+            lambda: self.write("a"),
+            lambda: self.redirect("/"),
+            lambda: self.set_header("A", "b"),
+            lambda: self.set_cookie("a", "b"),
+            lambda: self.set_status(200),
+            self.flush,
+            self.finish,
+        ):
+            with pytest.raises(RuntimeError):
+                forbidden()
+
+    def on_message(self, message: str | bytes) -> None:
+        self.close(4000)
+
+    def on_close(self) -> None:
+        super().on_close()
+        protocol: Any = self.protocol
+        self.calls.append(("terminated", protocol.client_terminated, protocol.server_terminated))
+
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        self.protocol = super().get_websocket_protocol()
+        return self.protocol
+
+
+class Certified(EchoHandler):
+    def open(self, *args: str, **kwargs: str) -> None:
+        protocol: Any = self.ws_connection
+        subject = protocol.stream.socket.getpeercert()["subjectAltName"]
+        self.write_message(f"{subject}")
+
+
+class PushesMuch(Recorder):
+    async def open(self, *args: str, **kwargs: str) -> None:
+        super().open()
+        asyncio.get_running_loop().call_soon(self.push)
+
+    def push(self) -> None:
+        for _ in range(240):
+            self.write_message("y" * 100_000)
+
+    def on_message(self, message: str | bytes) -> None:
+        self.calls.append(len(message))
+
+
+class WithDatabase(Recorder):
+    async def get(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append(("database", "open"))
+        await super().get(*args, **kwargs)
+        self.calls.append(("database", "closed"))
+
+
+class OwnErrors(EchoHandler):
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        self.finish("an error page")
+
+
+class Overrides(EchoHandler):
+    """Every override that the type of WebSocketHandler allows: it is mypy that looks at it."""
+
+    def initialize(self, database: dict[str, str]) -> None:
+        self.database = database
+
+    async def prepare(self) -> None:
+        pass
+
+    def open(self, room: str) -> None:
+        self.room = room
+
+    async def on_message(self, message: str | bytes) -> None:
+        await self.write_message({"room": self.room})
+
+    def on_close(self) -> None:
+        pass
+
+    def check_origin(self, origin: str) -> bool:
+        return True
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return None
+
+    def get_compression_options(self) -> dict[str, Any] | None:
+        return None
+
+
+class OpensSlowly(EchoHandler):
+    async def open(self, *, room: str = "lobby") -> None:
+        await asyncio.sleep(0)
+
+
+WITHOUT_UNIX = r"""
+import asyncio, select, socket, sys
+for name in ("fcntl", "termios", "resource"):
+    sys.modules[name] = None
+del select.epoll, select.poll
+asyncio.ProactorEventLoop = asyncio.SelectorEventLoop  # so that Tornado polls in its own thread
+
+from tornado.web import Application
+from tornado.websocket import websocket_connect
+unix = socket.AF_UNIX
+del socket.AF_UNIX
+import echo_server
+socket.AF_UNIX = unix  # the event loop itself needs it here
+
+async def main():
+    server = Application([("/", echo_server.EchoHandler)]).listen(0, "127.0.0.1")
+    (sock,) = server._sockets.values()
+    client = await websocket_connect(f"ws://127.0.0.1:{sock.getsockname()[1]}/")
+    for message in ("Hello!", "x" * 1_000_000, "y" * 3_000_000):
+        client.write_message(message)
+        assert await client.read_message() == "ECHO:" + message
+    client.close(1000)
+    assert await client.read_message() is None
+    server.stop()
+
+asyncio.run(main())
+print("echoed", echo_server.main(["--port=0"]))
+"""
+
+
+@pytest.mark.gen_test
+class TestAsTornado:
+    async def test_each_connection_has_the_context_of_its_handler(
+        self, host: Host, hurried: None
+    ) -> None:
+        """Also in turns that others have put off, and where the sweep finds that nobody answers."""
+        host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.3)
+        names = [f"user {n}" for n in range(5)]
+        calls = [Calls() for _ in names]
+        peers = [
+            await host.connect(Personal, DEFLATE, query=f"?user=user%20{n}", calls=calls[n])
+            for n in range(5)
+        ]
+        user.set("the test")
+        bomb = frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20)))
+        for peer in peers:
+            peer.send(frame(FIN | PING), frame(FIN | PONG), text("a"), bomb * 5)
+        peers[0].send(text("break"))
+        await eventually(lambda: all(made.closes for made in calls))
+        for name, made in zip(names, calls, strict=True):
+            assert {call[-1] for call in made} == {name}
+            methods = [call[0] for call in made]
+            assert methods[0] == "open" and methods[-1] == "close"
+            assert methods.count("later") == (7 if made is calls[0] else 6)
+            assert ("log_exception" in methods) == (made is calls[0])
+
+    async def test_after_open_there_is_what_tornado_has(self, host: Host) -> None:
+        peer, calls = await host.record(AfterOpen)
+        peer.send(text("a"))
+        assert await peer.close_code() == 4000
+        await eventually(lambda: calls)
+        protocol = cast(AfterOpen, calls.handler).protocol
+        assert protocol and protocol.server_terminated and not protocol.client_terminated
+        peer.send(close(4000))
+        assert await peer.rest() == b""
+        await eventually(lambda: calls.closes)
+        assert calls == [
+            ("open",),
+            ("address", "127.0.0.1"),
+            ("socket", "127.0.0.1"),
+            ("terminated", False, False),
+            ("close", 4000, ""),
+            ("terminated", True, True),
+        ]
+
+    @pytest.mark.parametrize("method", ["_abort", "on_connection_close"])
+    async def test_a_host_can_be_rid_of_a_connection_at_once(self, host: Host, method: str) -> None:
+        peer, calls = await host.record(Recorder)
+        getattr(calls.handler.ws_connection, method)()
+        await eventually(lambda: calls.closes)
+        assert await peer.rest() == b""
+
+    async def test_a_host_may_close_the_stream(self, host: Host) -> None:
+        peer, calls = await host.record(Recorder)
+        calls.handler.ws_connection.stream.close()  # type: ignore[union-attr]  # as Tornado's
+        await eventually(lambda: calls.closes and not Connections.current().open)
+        assert await peer.rest() == b""
+
+    async def test_the_certificate_of_a_client_can_be_had(self, authority: trustme.CA) -> None:
+        ours, theirs = (
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH),
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        )
+        ours.verify_mode = ssl.CERT_REQUIRED
+        for context, name in ((ours, "localhost"), (theirs, "client.example")):
+            authority.issue_cert(name).configure_cert(context)
+            authority.configure_trust(context)
+        http, sockets = (
+            HTTPServer(Application([("/", Certified)]), ssl_options=ours),
+            bind_sockets(0, "127.0.0.1"),
+        )
+        http.add_sockets(sockets)
+        reader, writer = await asyncio.open_connection(
+            *sockets[0].getsockname(), ssl=theirs, server_hostname="localhost"
+        )
+        peer = Peer(reader, writer)
+        peer.send(request())
+        await reader.readuntil(b"\r\n\r\n")
+        assert b"client.example" in (await peer.frame())[1]
+        peer.leave()
+        http.stop()
+        await eventually(lambda: not Connections.current().open)
+
+    @pytest.mark.gen_test(timeout=20)
+    async def test_both_sides_may_send_24_mb_before_they_read(self, host: Host) -> None:
+        peer, calls = await host.record(PushesMuch, receive_buffer=4096, stall_timeout=1.0)
+        peer.pause()
+        for _ in range(240):
+            peer.send(text("x" * 100_000))
+            await peer.writer.drain()
+        peer.resume()
+        assert await peer.replies(*[b"y" * 100_000] * 240)
+        await eventually(lambda: calls == [("open",), *[100_000] * 240])
+
+    @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
+    async def test_a_get_of_the_hosts_own_goes_on_when_the_connection_has_ended(
+        self, host: Host, end: Callable[[Peer], None]
+    ) -> None:
+        peer, calls = await host.record(WithDatabase)
+        peer.send(text("a"))
+        assert await peer.replies(b"ECHO:a")
+        end(peer)
+        await eventually(lambda: ("database", "closed") in calls)
+        assert calls == [
+            ("database", "open"),
+            ("open",),
+            ("message", "a"),
+            ("close", None, None),
+            ("database", "closed"),
+        ]
+
+    async def test_a_get_of_the_hosts_own_goes_on_when_the_handshake_is_refused(
+        self, host: Host
+    ) -> None:
+        calls = Calls()
+        peer = await host.dial()
+        peer.send(
+            request(f"GET {host.route(WithDatabase, calls=calls)} HTTP/1.1", Sec_WebSocket_Key="x")
+        )
+        assert (await peer.reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 400")
+        assert calls == [("database", "open"), ("database", "closed")]
+
+    async def test_go_away_closes_the_clients_of_one_application_and_is_over_when_it_is_over(
+        self,
+        host: Host,
+    ) -> None:
+        http, sockets = HTTPServer(Application([("/", EchoHandler)])), bind_sockets(0, "127.0.0.1")
+        http.add_sockets(sockets)
+        other = Peer(*await asyncio.open_connection(*sockets[0].getsockname()))
+        other.send(request())
+        await other.reader.readuntil(b"\r\n\r\n")
+        peer = await host.connect()
+        leaving = asyncio.create_task(Connections.current().go_away(host.app, 5))
+        assert await peer.goodbye() == 1001
+        await leaving
+        later = await host.connect()
+        for still_here in (other, later):
+            still_here.send(text("a"))
+            assert await still_here.replies(b"ECHO:a")
+        other.leave()
+        http.stop()
+
+    async def test_426_has_its_headers_also_where_a_host_has_error_pages(self, host: Host) -> None:
+        peer = await host.dial()
+        peer.send(f"GET {host.route(OwnErrors)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
+        assert head.startswith("HTTP/1.1 426") and "Upgrade: websocket" in head
+
+    @pytest.mark.parametrize("method", ["HEAD", "POST", "PUT"])
+    async def test_any_method_but_get_is_405_as_in_tornado(self, host: Host, method: str) -> None:
+        peer = await host.dial()
+        peer.send(f"{method} {host.route()} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert (await peer.reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 405")
+
+
+def test_without_what_windows_lacks_it_can_be_embedded_and_says_what_the_server_needs() -> None:
+    assert python(WITHOUT_UNIX) == "echoed 1\necho_server: the server needs Linux or macOS\n"
+
+
+# ---- Everything that is owed arrives
+
+# More than the kernels take at once, and than is read in the limits of time below.
+PILE = 30
+
+
+async def reads_slowly(peer: Peer, count: int = PILE) -> None:
+    """100 KB every 30 ms, as over a slow link; a Ping is answered when it is reached."""
+    for _ in range(count):
+        first, payload = await peer.frame()
+        while first == FIN | PING:
+            peer.send(frame(FIN | PONG, payload))
+            first, payload = await peer.frame()
+        assert payload == REPLY
+        await asyncio.sleep(0.03)
+
+
+# Of a Unix socket, the kernel has what the peer has not read.
+OWED = pytest.mark.parametrize("transport", [*NOT_TLS, "tls", "unix"])
+
+ENDS = [
+    ("?close=4001&after=30", b"", 4001),
+    ("", close(4001), 4001),
+    ("", b"\x81\x00", 1002),
+    ("", b"\x81\x00" + bytes(1 << 20), 1002),
+    ("", frame(FIN | TEXT, b"\xff"), 1007),
+    ("", header(FIN | BINARY, 1 << 30), 1009),
+]
+
+
+@OWED
+@pytest.mark.gen_test(timeout=20)
+class TestOwed:
+    async def test_to_peers_that_read_slowly_all_replies_come_and_then_our_close(
+        self, host: Host, hurried: None
+    ) -> None:
+        async def read(query: str, behind: bytes, code: int) -> None:
+            peer = await host.connect(receive_buffer=4096, query=query, scenarios=True)
+            peer.send(text(WORD) * PILE, behind)
+            await reads_slowly(peer)
+            assert await peer.close_code() == code
+
+        await asyncio.gather(*(read(*end) for end in ENDS))
+
+    async def test_compressed_replies_of_a_coroutine_come_before_the_close(
+        self, host: Host, hurried: None
+    ) -> None:
+        message = noise(100_000)
+        peer, _ = await host.record(Waiting, headers=DEFLATE, receive_buffer=4096)
+        peer.send(frame(FIN | BINARY, message) * PILE, close(4001))
+        for _ in range(PILE):
+            assert inflated((await peer.frame())[1]) == message
+            await asyncio.sleep(0.03)
+        assert await peer.goodbye() == 4001
+
+    async def test_go_away_waits_for_a_peer_that_reads_slowly(
+        self, host: Host, hurried: None
+    ) -> None:
+        peer, calls = await host.record(Recorder, receive_buffer=4096)
+        peer.send(text(WORD) * PILE)
+        await reads_slowly(peer, 1)
+        leaving = asyncio.create_task(Connections.current().go_away(host.app, 10))
+        count = 1
+        while (got := await peer.frame()) == (FIN | TEXT, REPLY):
+            count += 1
+            await asyncio.sleep(0.03)
+        assert got == (FIN | CLOSE, close_body(1001, "the server is stopping"))
+        assert count == len(calls) - 1 > 3
+        peer.leave()
+        await leaving
+
+    async def test_a_peer_that_sends_after_its_close_loses_no_reply(
+        self, host: Host, hurried: None
+    ) -> None:
+        async def send_on(after: bytes) -> None:
+            peer = await host.connect(receive_buffer=4096)
+            peer.send(text(WORD) * PILE, close(4001))
+            await reads_slowly(peer, 3)
+            peer.send(after)
+            frames: list[tuple[int, bytes]] = []
+            while not frames or frames[-1][0] != FIN | CLOSE:
+                frames.append(await peer.frame())
+                await asyncio.sleep(0.03)
+            assert [reply for reply in frames if reply[0] != FIN | PONG] == [
+                *[(FIN | TEXT, REPLY)] * (PILE - 3),
+                (FIN | CLOSE, close_body(4001)),
+            ]
+            assert await peer.rest() == b""
+
+        await asyncio.gather(
+            *map(send_on, (frame(FIN | PONG), frame(FIN | PING), text("too late")))
+        )
+
+    async def test_a_slow_link_is_no_dead_peer(self, host: Host) -> None:
+        host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.4)
+        peer = await host.connect(receive_buffer=4096, stall_timeout=0.4)
+        peer.send(text(WORD) * PILE)
+        await reads_slowly(peer)
+        peer.send(text("still here"))
+        while (got := await peer.frame())[0] == FIN | PING:
+            peer.send(frame(FIN | PONG))
+        assert got == (FIN | TEXT, b"ECHO:still here")
+
+
+@pytest.mark.gen_test
+class TestClosing:
+    async def test_a_ping_after_a_close_that_waits_is_answered(self, host: Host) -> None:
+        peer, calls = await host.record(Waiting, shut=True)
+        peer.send(text("a"), close(4001), frame(FIN | PING, b"p"))
+        assert await peer.frame() == (FIN | PONG, b"p")
+        calls.gate.set()
+        assert await peer.replies(b"a")
+        assert await peer.goodbye() == 4001
+
+    @pytest.mark.gen_test(timeout=20)
+    @pytest.mark.parametrize("transport", [*NOT_TLS, "unix"])  # asyncio's TLS answers close_notify
+    async def test_a_peer_that_shuts_its_side_and_reads_on_gets_all_replies_and_our_close(
+        self, host: Host, hurried: None
+    ) -> None:
+        async def shut(ending: bytes, query: str) -> None:
+            count = 3 if query else PILE
+            peer = await host.connect(receive_buffer=4096, query=query, scenarios=True)
+            peer.send(text(WORD) * count, ending)
+            await asyncio.gather(peer.shut(), reads_slowly(peer, count))
+            assert await peer.rest() == (
+                reply_frame(FIN | CLOSE, close_body(4001)) if ending else b""
+            )
+
+        ways = itertools.product((b"", close(4001)), ("", "?delay=0.3"))
+        await asyncio.gather(*itertools.starmap(shut, ways))
+        assert Connections.current().closed == {4001: 2, 1006: 2}
+
+    @pytest.mark.parametrize("code", [1007, 1008, 1009])
+    async def test_our_fin_waits_for_the_close_of_a_peer_that_was_failed(
+        self, host: Host, code: int
+    ) -> None:
+        host.app.settings["websocket_max_message_size"] = LIMIT
+        peer, other = await host.connect(), await host.connect()
+        bad = {
+            1007: frame(FIN | TEXT, b"\xff"),
+            1008: frame(TEXT) + frame(CONTINUATION) * 1024 + frame(FIN),
+            1009: frame(FIN | BINARY, noise(4 << 20)),
+        }
+        peer.send(bad[code], text("behind") * 1000)
+        assert await peer.close_code() == code
+        await have_turns(other, 20)
+        assert not peer.reader.at_eof()
+        peer.send(close(code))
+        assert await peer.rest() == b""
+
+
+# ---- One connection, and the others
+
+
+class Streaming(EchoHandler):
+    async def on_message(self, message: str | bytes) -> None:
+        while True:
+            await self.write_message("y" * 100)
+
+
+def read_all(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while select.select([sock], [], [], PATIENCE)[0] and sock.recv(1 << 20):
+            pass
+
+
+class Hopeless(Recorder):
+    """Whatever can raise does."""
+
+    def on_message(self, message: str | bytes) -> None:
+        raise ZeroDivisionError
+
+    def on_ping(self, data: bytes) -> None:
+        raise ZeroDivisionError
+
+    def log_exception(self, *args: Any) -> None:
+        raise RuntimeError
+
+    def on_close(self) -> None:
+        super().on_close()
+        raise RuntimeError
+
+
+class Broadcasting(Recorder):
+    everybody: ClassVar[set[Broadcasting]] = set()
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        self.everybody.add(self)
+
+    def on_message(self, message: str | bytes) -> None:
+        for handler in self.everybody:
+            handler.write_message(message)
+
+    def on_close(self) -> None:
+        super().on_close()
+        self.everybody.remove(self)
+
+
+class SlowToPrepare(Recorder):
+    async def prepare(self) -> None:
+        self.calls.append(("prepare",))
+        await self.calls.gate.wait()
+        self.calls.append(("prepared",))
+
+
+class SlowToGet(SlowToPrepare):
+    async def prepare(self) -> None:
+        pass
+
+    async def get(self, *args: Any, **kwargs: Any) -> None:
+        await super().prepare()
+        await super().get(*args, **kwargs)
+
+
+DESCRIPTORS = Path("/dev/fd")
+
+
+async def one_connection(client: socket.socket) -> list[str]:
+    """Serves one, which is open when the event loop ends."""
+    calls: list[str] = []
+
+    class Handler(EchoHandler):
+        def on_close(self) -> None:
+            calls.append("close")
+
+    http, sockets = HTTPServer(Application([("/", Handler)])), bind_sockets(0, "127.0.0.1")
+    http.add_sockets(sockets)
+    client.connect(sockets[0].getsockname())
+    client.sendall(request())
+    await eventually(lambda: Connections.current().open)
+    http.stop()
+    return calls
+
+
+@pytest.mark.gen_test
+class TestAmongOthers:
+    async def test_a_coroutine_that_awaits_its_writes_lets_others_live(self, host: Host) -> None:
+        """Also where the kernel takes whatever it writes, since a thread reads it."""
+        other, streaming = await host.connect(), await host.connect(Streaming)
+        with streaming.same_socket() as sock:
+            streaming.pause()
+            streaming.send(text("go"))
+            reader = threading.Thread(target=read_all, args=(sock,))
+            reader.start()
+            for _ in range(20):
+                began = time.thread_time()
+                await have_turns(other, 1)
+                assert time.thread_time() - began < 0.5
+            sock.shutdown(socket.SHUT_RDWR)
+            reader.join(PATIENCE)
+
+    @pytest.mark.parametrize(
+        "sent",
+        [frame(TEXT, bytes(50_000)), frame(FIN | PONG) * 500, text("hi"), b"\x81", close()],
+        ids=["fragment", "pongs", "message", "start", "close"],
+    )
+    async def test_a_reset_right_after_anything_leaves_no_connection(
+        self, host: Host, sent: bytes
+    ) -> None:
+        calls = Calls()
+        peers = [await host.connect(Recorder, calls=calls) for _ in range(20)]
+        for peer in peers:
+            peer.send(sent)
+            peer.reset()
+        await eventually(lambda: len(calls.closes) == 20 and not Connections.current().open)
+
+    @pytest.mark.parametrize("sent", [text("a"), frame(FIN | PING), close(), b"\xff\xff"])
+    async def test_an_exception_of_one_connection_does_not_harm_others(
+        self, host: Host, sent: bytes
+    ) -> None:
+        calls = Calls()
+        host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
+        other = await host.connect()
+        peers = [await host.connect(Hopeless, calls=calls) for _ in range(3)]
+        for peer in peers:
+            peer.send(sent)
+        await have_turns(other, 5)
+        for peer in peers:
+            peer.leave()
+        await eventually(lambda: len(calls.closes) == 3 and len(Connections.current().open) == 1)
+        await have_turns(other, 5)
+        assert set(host.errors()) == {"echo_server"}
+
+    @pytest.mark.parametrize("end", [Peer.reset, Peer.leave, lambda peer: peer.send(close())])
+    async def test_a_handler_that_writes_to_everybody_is_not_failed_because_others_leave(
+        self, host: Host, hurried: None, end: Callable[[Peer], None]
+    ) -> None:
+        calls = Calls()
+        lost, innocent = (
+            [await host.connect(Broadcasting, calls=calls) for _ in range(5)],
+            await host.connect(Broadcasting, calls=calls),
+        )
+        for peer in lost:
+            end(peer)
+        for _ in range(20):
+            innocent.send(text("to all"))
+            assert await innocent.replies(b"to all")
+        await eventually(lambda: len(calls.closes) == 5)
+
+    @pytest.mark.parametrize("handler", [SlowToPrepare, SlowToGet])
+    @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
+    async def test_a_client_that_leaves_during_prepare_or_get_is_neither_opened_nor_closed(
+        self, host: Host, end: Callable[[Peer], None], handler: type[Recorder]
+    ) -> None:
+        calls = Calls()
+        calls.gate.clear()
+        peer, other = await host.dial(), await host.connect()
+        peer.send(request(f"GET {host.route(handler, calls=calls)} HTTP/1.1"))
+        await eventually(lambda: calls)
+        end(peer)
+        await have_turns(other, 5)
+        calls.gate.set()
+        await have_turns(other, 5)
+        assert calls == [("prepare",), ("prepared",)]
+        assert len(Connections.current().open) == 1
+
+    async def test_during_a_delay_a_connection_holds_no_more_than_a_message(
+        self, host: Host
+    ) -> None:
+        message = text("x" * ((1 << 20) - 4) + "\U0001f600")
+        peer, other = await host.connect(query="?delay=60", scenarios=True), await host.connect()
+        # The one that waits for its time, one that waits for it, and a piece of the next.
+        async with little_memory(len(message) * 3):
+            peer.send(message * 3)
+            await have_turns(other, 100)
+        peer.reset()
+
+    @pytest.mark.parametrize("first", [close(4001), b"\x81\x00", frame(FIN | TEXT, b"\xff")])
+    async def test_data_after_the_end_is_not_kept_while_a_coroutine_runs(
+        self, host: Host, first: bytes
+    ) -> None:
+        peer, calls = await host.record(Waiting, shut=True)
+        peer.send(text("a"), first)
+        await eventually(lambda: ("start", "a") in calls)
+        async with little_memory(1_500_000):
+            for _ in range(30):
+                await taken(peer, text("x" * 1_000_000))
+        calls.gate.set()
+        assert await peer.replies(b"a")
+        assert await peer.close_code() in (4001, 1002, 1007)
+
+    @pytest.mark.parametrize("transport", NOT_TLS)  # asyncio's TLS sends nothing behind an EOF
+    async def test_data_after_a_fault_is_dropped_while_the_event_loop_is_busy(
+        self,
+        host: Host,
+    ) -> None:
+        class Busy(EchoHandler):
+            def on_message(self, message: str | bytes) -> None:
+                sum(range(1_000_000))
+
+        other, peer = await host.connect(Busy, DEFLATE), await host.connect(headers=DEFLATE)
+        peer.send(b"\xff\xff")
+        assert await peer.close_code() == 1002 and await peer.reader.read() == b""
+        # In one batch of events.
+        other.send(text("work"))
+        peer.send(text("junk"))
+        peer.leave()
+        await eventually(lambda: len(Connections.current().open) == 1)
+
+
+@pytest.mark.parametrize("library", ["asyncio", "uvloop"])
+def test_the_end_of_an_event_loop_is_the_end_of_its_connections(library: str) -> None:
+    counts, loops = [], pytest.importorskip(library)
+    for _ in range(20):
+        with socket.socket() as client:
+            with asyncio.Runner(loop_factory=loops.new_event_loop) as runner:
+                calls = runner.run(one_connection(client))
+            assert calls == ["close"]
+            assert client.recv(999).startswith(b"HTTP/1.1 101") and client.recv(1) == b""
+        gc.collect()
+        counts.append(len(os.listdir(DESCRIPTORS)))
+    assert counts[-1] <= counts[1]
+
+
+@pytest.mark.parametrize("ending", [b"", close(4001)], ids=["nothing", "close"])
+def test_a_peer_that_shuts_its_side_below_tls_gets_all_replies_and_our_close(
+    tls: Process, trust: ssl.SSLContext, ending: bytes
+) -> None:
+    with upgraded(tls, "/?delay=0.1", trust) as sock, sock.makefile("rb") as file:
+        sock.sendall(frame(FIN | TEXT, b"x" * 100_000) * 3 + ending)
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        for _ in range(3):
+            assert read_frame(file) == (FIN | TEXT, REPLY)
+        if ending:
+            assert read_frame(file) == (FIN | CLOSE, close_body(4001))
+        assert read_frame(file) == (-1, b"")
+
+
 # ---- Deadlines and flow control
 
 
 @pytest.mark.gen_test
-async def test_an_idle_peer_that_answers_pings_stays(host: Host) -> None:
-    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
-    peer = await host.connect()
-    for _ in range(5):
+class TestDeadlines:
+    async def test_an_idle_peer_that_answers_pings_stays(self, host: Host) -> None:
+        host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
+        peer = await host.connect()
+        for _ in range(5):
+            assert await peer.frame() == (FIN | PING, b"")
+            peer.send(frame(FIN | PONG))
+        peer.send(text("still here"))
+        assert await peer.replies(b"ECHO:still here")
+
+    async def test_an_idle_peer_that_does_not_answer_is_dropped(self, host: Host) -> None:
+        host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
+        peer, calls = await host.record(Recorder)
         assert await peer.frame() == (FIN | PING, b"")
-        peer.send(frame(FIN | PONG))
-    peer.send(text("still here"))
-    assert await peer.replies(b"ECHO:still here")
+        assert await peer.frame() == (FIN | CLOSE, close_body(1008, "no answer to a ping"))
+        assert await peer.rest() == b""
+        peer.leave()
+        await eventually(lambda: calls.closes)
+        assert calls == [("open",), ("close", None, None)]
 
+    async def test_a_slow_peer_that_goes_on_sending_is_not_dropped(self, host: Host) -> None:
+        host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
+        peer = await host.connect(stall_timeout=0.1)
+        for byte in text("x" * 14):
+            peer.send(bytes((byte,)))
+            await asyncio.sleep(0.03)
+        assert await peer.replies(b"ECHO:" + b"x" * 14)
 
-@pytest.mark.gen_test
-async def test_an_idle_peer_that_does_not_answer_is_dropped(host: Host) -> None:
-    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
-    peer, calls = await host.record(Recorder)
-    assert await peer.frame() == (FIN | PING, b"")
-    assert await peer.frame() == (FIN | CLOSE, close_body(1008, "no answer to a ping"))
-    assert await peer.rest() == b""
-    peer.leave()
-    await eventually(lambda: calls.closes)
-    assert calls == [("open",), ("close", None, None)]
+    @pytest.mark.parametrize(
+        "start",
+        [
+            text("Hello")[:1],
+            text("Hello")[:4],
+            text("Hello")[:-1],
+            frame(TEXT, b"Hello"),
+            frame(BINARY),
+            header(FIN | TEXT, 70000),
+        ],
+    )
+    async def test_an_unfinished_message_that_does_not_go_on_is_1008(
+        self, host: Host, start: bytes
+    ) -> None:
+        peer = await host.connect(stall_timeout=0.1)
+        peer.send(text("before"), start)
+        assert await peer.replies(b"ECHO:before")
+        await peer.is_failed(1008)
 
+    async def test_pings_do_not_keep_an_unfinished_message_alive(self, host: Host) -> None:
+        peer = await host.connect(stall_timeout=0.2)
+        peer.send(frame(TEXT, b"unfini"))
+        first = FIN | PONG
+        while first == FIN | PONG:
+            peer.send(frame(FIN | PING))
+            first, payload = await peer.frame()
+        assert (first, payload[:2]) == (FIN | CLOSE, close_body(1008))
 
-@pytest.mark.gen_test
-async def test_a_slow_peer_that_goes_on_sending_is_not_dropped(host: Host) -> None:
-    host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
-    peer = await host.connect(stall_timeout=0.1)
-    for byte in text("x" * 14):
-        peer.send(bytes((byte,)))
-        await asyncio.sleep(0.03)
-    assert await peer.replies(b"ECHO:" + b"x" * 14)
+    async def test_a_peer_that_takes_nothing_is_reset(self, host: Host) -> None:
+        peer, calls = await host.record(Recorder, receive_buffer=4096, stall_timeout=0.3)
+        peer.send(text("x" * 100_000) * 200)
+        await eventually(lambda: calls.closes)
+        assert Connections.current().closed[1008] == len(calls.closes) == 1
+        with pytest.raises(ConnectionResetError):
+            await peer.rest()
 
+    async def test_a_peer_that_reads_slowly_stays(self, host: Host) -> None:
+        peer = await host.connect(receive_buffer=4096, stall_timeout=0.2)
+        word = "x" * 100_000
+        peer.send(text(word) * 200)
+        expected = reply_frame(FIN | TEXT, f"ECHO:{word}".encode()) * 200
+        for i in range(0, 20 * 100_000, 100_000):  # for far longer than the timeout
+            assert await peer.receive(100_000) == expected[i : i + 100_000]
+            await asyncio.sleep(0.03)
+        assert await peer.receive(len(expected) - 2_000_000) == expected[2_000_000:]
 
-@pytest.mark.gen_test
-@pytest.mark.parametrize(
-    "start",
-    [
-        text("Hello")[:1],
-        text("Hello")[:4],
-        text("Hello")[:-1],
-        frame(TEXT, b"Hello"),
-        frame(BINARY),
-        header(FIN | TEXT, 70000),
-    ],
-)
-async def test_an_unfinished_message_that_does_not_go_on_is_1008(host: Host, start: bytes) -> None:
-    peer = await host.connect(stall_timeout=0.1)
-    peer.send(text("before"), start)
-    assert await peer.replies(b"ECHO:before")
-    await peer.is_failed(1008)
+    @pytest.mark.gen_test(timeout=20)
+    async def test_of_pings_that_are_not_read_only_the_latest_is_answered(self, host: Host) -> None:
+        """Once more waits than is good for anybody (RFC 6455 section 5.5.3), all are read."""
+        peer = await host.connect(receive_buffer=4096)
+        count = 80_000
+        async with little_memory(1_000_000):
+            for start in range(0, count, 1000):
+                await taken(
+                    peer,
+                    b"".join(frame(FIN | PING, b"%0125d" % i) for i in range(start, start + 1000)),
+                )
+        answered = [-1]
+        while answered[-1] < count - 1:
+            first, payload = await peer.frame()
+            assert first == FIN | PONG and int(payload) > answered[-1]
+            answered.append(int(payload))
+        assert 1000 < len(answered) < count
+        peer.send(text("and on"))
+        assert await peer.replies(b"ECHO:and on")
 
-
-@pytest.mark.gen_test
-async def test_pings_do_not_keep_an_unfinished_message_alive(host: Host) -> None:
-    peer = await host.connect(stall_timeout=0.2)
-    peer.send(frame(TEXT, b"unfini"))
-    first = FIN | PONG
-    while first == FIN | PONG:
-        peer.send(frame(FIN | PING))
-        first, payload = await peer.frame()
-    assert (first, payload[:2]) == (FIN | CLOSE, close_body(1008))
-
-
-@pytest.mark.gen_test
-async def test_a_peer_that_takes_nothing_is_reset(host: Host) -> None:
-    peer, calls = await host.record(Recorder, receive_buffer=4096, stall_timeout=0.3)
-    peer.send(text("x" * 100_000) * 200)
-    await eventually(lambda: calls.closes)
-    assert Connections.current().closed[1008] == len(calls.closes) == 1
-    with pytest.raises(ConnectionResetError):
-        await peer.rest()
-
-
-@pytest.mark.gen_test
-async def test_a_peer_that_reads_slowly_stays(host: Host) -> None:
-    peer = await host.connect(receive_buffer=4096, stall_timeout=0.2)
-    word = "x" * 100_000
-    peer.send(text(word) * 200)
-    expected = reply_frame(FIN | TEXT, f"ECHO:{word}".encode()) * 200
-    for i in range(0, 20 * 100_000, 100_000):  # for far longer than the timeout
-        assert await peer.receive(100_000) == expected[i : i + 100_000]
-        await asyncio.sleep(0.03)
-    assert await peer.receive(len(expected) - 2_000_000) == expected[2_000_000:]
-
-
-@pytest.mark.gen_test(timeout=20)
-async def test_of_pings_that_are_not_read_only_the_latest_is_answered(host: Host) -> None:
-    """Once more waits than is good for anybody (RFC 6455 section 5.5.3), all are read."""
-    peer = await host.connect(receive_buffer=4096)
-    count = 80_000
-    async with little_memory(1_000_000):
-        for start in range(0, count, 1000):
-            await taken(
-                peer, b"".join(frame(FIN | PING, b"%0125d" % i) for i in range(start, start + 1000))
+    async def test_metrics_do_not_count_backwards_when_a_connection_ends(self, host: Host) -> None:
+        connections, counted = Connections.current(), set()
+        peer = await host.connect()
+        peer.send(text("a") * 100)
+        assert await peer.replies(*[b"ECHO:a"] * 100)
+        peer.leave()
+        while not connections.closed:
+            counted.add(
+                re.findall(
+                    r'messages_total{direction="received",type="text"} (\d+)', metrics(connections)
+                )[0]
             )
-    answered = [-1]
-    while answered[-1] < count - 1:
-        first, payload = await peer.frame()
-        assert first == FIN | PONG and int(payload) > answered[-1]
-        answered.append(int(payload))
-    assert 1000 < len(answered) < count
-    peer.send(text("and on"))
-    assert await peer.replies(b"ECHO:and on")
+            await asyncio.sleep(0)  # one round of the event loop
+        counted.add(str(connections.traffic.texts_received))
+        assert counted == {"100"}
+
+    async def test_a_peer_that_never_reads_does_not_slow_down_others(self, host: Host) -> None:
+        greedy, other = await host.connect(receive_buffer=4096), await host.connect()
+        greedy.send(text("x" * 100_000) * 200)
+        for i in range(100):
+            other.send(text(str(i)))
+            assert await other.replies(f"ECHO:{i}".encode())
+
+    async def test_a_packet_of_bombs_does_not_keep_others_waiting(self, host: Host) -> None:
+        host.app.settings["websocket_max_message_size"] = 1 << 20
+        bomber, other = await host.connect(headers=DEFLATE), await host.connect()
+        bomber.send(frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20), 9)) * 60)
+        for _ in range(20):
+            # Of this thread alone, whatever else the machine does. All of them at once take 0.3 s.
+            began = time.thread_time()
+            await have_turns(other, 1)
+            assert time.thread_time() - began < 0.1
+        for _ in range(60):
+            assert inflated((await bomber.frame())[1]) == b"ECHO:" + bytes(1 << 20)
+
+    async def test_a_peer_that_was_failed_and_stays_is_dropped(
+        self, host: Host, hurried: None
+    ) -> None:
+        peer, calls = await host.record(Recorder)
+        peer.send(b"\xff\xff")
+        assert await peer.close_code() == 1002
+        while not calls.closes:
+            peer.send(bytes(1000))
+            await asyncio.sleep(0.01)
+        assert len(calls.closes) == 1
 
 
-@pytest.mark.gen_test
-async def test_metrics_do_not_count_backwards_when_a_connection_ends(host: Host) -> None:
-    connections, counted = Connections.current(), set()
-    peer = await host.connect()
-    peer.send(text("a") * 100)
-    assert await peer.replies(*[b"ECHO:a"] * 100)
-    peer.leave()
-    while not connections.closed:
-        counted.add(
-            re.findall(
-                r'messages_total{direction="received",type="text"} (\d+)', metrics(connections)
-            )[0]
-        )
-        await asyncio.sleep(0)  # one round of the event loop
-    counted.add(str(connections.traffic.texts_received))
-    assert counted == {"100"}
+def test_the_time_in_which_the_server_was_stopped_is_not_held_against_a_peer(serve: Serve) -> None:
+    server = serve("--ping-interval=0.4", "--ping-timeout=0.6")
+    with upgraded(server) as sock, sock.makefile("rb") as file:
+        assert read_frame(file) == (FIN | PING, b"")
+        sock.sendall(frame(FIN | PONG))
+        time.sleep(0.25)  # it has seen the answer, and looked at its deadlines since
+        server.signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        server.signal(signal.SIGCONT)
+        assert read_frame(file) == (FIN | PING, b"")
+        time.sleep(0.4)  # which is less than the time for an answer
+        sock.sendall(frame(FIN | PONG) + frame(FIN | TEXT, b"hi"))
+        assert read_frame(file) == (FIN | TEXT, b"ECHO:hi")
 
 
-@pytest.mark.gen_test
-async def test_a_peer_that_never_reads_does_not_slow_down_others(host: Host) -> None:
-    greedy, other = await host.connect(receive_buffer=4096), await host.connect()
-    greedy.send(text("x" * 100_000) * 200)
-    for i in range(100):
-        other.send(text(str(i)))
-        assert await other.replies(f"ECHO:{i}".encode())
-
-
-@pytest.mark.gen_test
-async def test_a_packet_of_bombs_does_not_keep_others_waiting(host: Host) -> None:
-    host.app.settings["websocket_max_message_size"] = 1 << 20
-    bomber, other = await host.connect(headers=DEFLATE), await host.connect()
-    bomber.send(frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20), 9)) * 60)
-    for _ in range(20):
-        # Of this thread alone, whatever else the machine does. All of them at once take 0.3 s.
-        began = time.thread_time()
-        await have_turns(other, 1)
-        assert time.thread_time() - began < 0.1
-    for _ in range(60):
-        assert inflated((await bomber.frame())[1]) == b"ECHO:" + bytes(1 << 20)
-
-
-@pytest.mark.gen_test
-async def test_a_peer_that_was_failed_and_stays_is_dropped(host: Host, hurried: None) -> None:
-    peer, calls = await host.record(Recorder)
-    peer.send(b"\xff\xff")
-    assert await peer.close_code() == 1002
-    while not calls.closes:
-        peer.send(bytes(1000))
-        await asyncio.sleep(0.01)
-    assert len(calls.closes) == 1
-
-
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="needs /proc to see the memory of a process"
-)
+@with_proc
 @pytest.mark.parametrize("size", [5, 100_000])
-def test_a_peer_that_never_reads_costs_little_memory(
-    serve: Callable[..., Process], size: int
-) -> None:
+def test_a_peer_that_never_reads_costs_little_memory(serve: Serve, size: int) -> None:
     server = serve()
     with server.connect() as client, server.dial() as greedy:
         client.send("Hello!")
@@ -4212,2647 +4082,220 @@ def test_a_peer_that_never_reads_costs_little_memory(
 
 # ---- Ends that are reached by a rare way
 
-
 either = pytest.mark.parametrize("transport", ["tcp", "tls"])
 
 
 @either
 @pytest.mark.gen_test
-async def test_of_pings_in_one_turn_the_latest_is_answered_though_all_leaves_at_once(
-    host: Host,
-) -> None:
-    peer = await host.connect()
-    peer.send(text("a" * 900))
-    assert await peer.replies(b"ECHO:" + b"a" * 900)
-    pings = [frame(FIN | PING, b"%0125d" % number) for number in range(80)]
-    # More than the high-water mark, in one turn.
-    peer.send(text("b" * 900) * 70, *pings)
-    while await peer.frame() != (FIN | PONG, b"%0125d" % 79):
-        pass
-
-
-@either
-@pytest.mark.gen_test
-async def test_after_on_close_no_method_of_the_handler_is_called(host: Host) -> None:
-    peer, calls = await host.record(Recorder)
-    peer.send(close(4001), frame(FIN | PING, b"a"))
-    await eventually(lambda: calls.closes)
-    peer.leave()
-    await eventually(lambda: not Connections.current().open)
-    assert calls[-1][0] == "close"
-
-
-@pytest.mark.gen_test
-async def test_a_write_to_somebody_else_that_waits_for_the_next_round_gets_it(host: Host) -> None:
-    handlers: list[EchoHandler] = []
-
-    class Relay(EchoHandler):
-        def open(self, *args: str, **kwargs: str) -> None:
-            handlers.append(self)
-
-        def on_message(self, message: str | bytes) -> asyncio.Future[None] | None:
-            if message != "relay":
-                self.write_message(message)
-                return None
-            # Longer than a round.
-            sum(range(1_000_000))
-            return handlers[0].write_message(message)
-
-    first, second = await host.connect(Relay), await host.connect(Relay)
-    # So much that the next read is a long one, of more messages than a turn handles.
-    second.send(text("a" * 1000))
-    assert await second.replies(b"a" * 1000)
-    second.send(text("b") * 500, text("relay"), text("c"))
-    assert await first.replies(b"relay")
-    assert await second.replies(*[b"b"] * 500, b"c")
-
-
-@pytest.mark.gen_test
-@pytest.mark.parametrize("end", [b"", frame(FIN | TEXT, b"\xff")], ids=["eof", "fault"])
-async def test_behind_the_peers_fin_ours_waits_for_no_time_limit(
-    host: Host, monkeypatch: pytest.MonkeyPatch, end: bytes
-) -> None:
-    monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
-
-    class Handler(EchoHandler):
-        async def on_message(self, message: str | bytes) -> None:
-            await asyncio.sleep(0)
-            self.write_message(bytes(6 << 20), binary=True)
-            if not end:
-                self.close(4001)
-
-    peer = await host.connect(Handler)
-    peer.send(text("a"), end)
-    await peer.shut()
-    await peer.receive(10 + (6 << 20))
-    assert await peer.close_code() == (1007 if end else 4001) and await peer.rest() == b""
-
-
-@either
-@pytest.mark.gen_test
-async def test_a_message_that_stalls_costs_a_coroutine_before_it_no_reply(host: Host) -> None:
-    peer, calls = await host.record(Waiting, stall_timeout=0.2, shut=True)
-    other = await host.connect(stall_timeout=0.2)
-    for unfinished in (peer, other):
-        unfinished.send(text("a"), frame(FIN | TEXT, b"unfinished")[:9])
-    # What is failed later has stalled for no longer.
-    assert await other.replies(b"ECHO:a") and await other.close_code() == 1008
-    calls.gate.set()
-    assert await peer.replies(b"a") and await peer.close_code() == 1008
-
-
-@either
-@pytest.mark.gen_test
-async def test_what_was_written_before_a_connection_is_dropped_still_leaves(host: Host) -> None:
-    messages = []
-
-    class Handler(EchoHandler):
-        def on_message(self, message: str | bytes) -> None:
-            messages.append(message)
-            self.write_message("last words")
-            cast(Any, self.ws_connection)._abort()
-
-    peer = await host.connect(Handler)
-    peer.send(text("a") * 3)
-    assert await peer.replies(b"last words") and await peer.rest() == b""
-    assert messages == ["a"]
-
-
-@pytest.mark.gen_test
-async def test_open_and_log_exception_may_both_fail(host: Host) -> None:
-    class Handler(EchoHandler):
-        def open(self, *args: str, **kwargs: str) -> None:
-            raise ZeroDivisionError
-
-        def log_exception(self, *args: Any) -> None:
-            raise ZeroDivisionError
-
-    with contextlib.suppress(ConnectionError):
-        await (await host.connect(Handler)).rest()
-    await eventually(lambda: not Connections.current().open)
-    assert host.errors() == ["echo_server"]
-
-
-@pytest.mark.gen_test
-async def test_a_handler_of_the_log_may_write_to_the_connection_that_is_logged(host: Host) -> None:
-    viewers: list[EchoHandler] = []
-
-    class Viewer(EchoHandler):
-        def open(self, *args: str, **kwargs: str) -> None:
-            viewers.append(self)
-
-    class ToViewers(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            for viewer in viewers:
-                viewer.write_message(record.getMessage())
-
-    to_viewers, log = ToViewers(), logging.getLogger("echo_server")
-    log.addHandler(to_viewers)
-    try:
-        peer = await host.connect(Viewer)
-        peer.send(frame(FIN | TEXT, b"\xff"))
-        assert await peer.goodbye() == 1007
-    finally:
-        log.removeHandler(to_viewers)
-
-
-@pytest.mark.gen_test
-async def test_a_host_may_call_on_connection_close(host: Host) -> None:
-    peer, calls = await host.record(Recorder)
-    calls.handler.on_connection_close()
-    assert await peer.rest() == b""
-    await eventually(lambda: not Connections.current().open)
-    assert len(calls.closes) == 1
-
-
-# --------------------------------------------------------------------------------------------- HTTP
-
-
-@pytest.mark.parametrize("path", ["/", "/test", "/ws/chat?token=x", "/a%20b", "/favicon.ico"])
-@pytest.mark.parametrize("accept", ["text/html", "application/xhtml+xml,text/html;q=0.9,*/*;q=0.8"])
-def test_a_browser_gets_the_page_at_any_path(server: Process, path: str, accept: str) -> None:
-    status, headers, page = get(server, path, Accept=accept)
-    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
-
-
-@pytest.mark.parametrize(
-    ("path", "accept"), [("/healthz", "text/plain"), ("/", "text/html"), ("/test", "text/html")]
-)
-def test_head_is_get_without_a_body(server: Process, path: str, accept: str) -> None:
-    status, headers, _ = get(server, path, Accept=accept)
-    bare = get(server, path, method="HEAD", Accept=accept)
-    same = ["Content-Type", "Content-Security-Policy", "Vary", "Cache-Control", "Upgrade"]
-    assert (bare[0], [bare[1][name] for name in same], bare[2]) == (
-        status,
-        [headers[name] for name in same],
-        "",
-    )
-
-
-@pytest.mark.parametrize(
-    ("path", "accept"), [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*")]
-)
-def test_no_answer_is_stored_or_sniffed(server: Process, path: str, accept: str) -> None:
-    headers = get(server, path, Accept=accept)[1]
-    assert [headers["Vary"], headers["Cache-Control"], headers["X-Content-Type-Options"]] == [
-        "Accept",
-        "no-store",
-        "nosniff",
-    ]
-
-
-def test_the_policy_of_the_page_allows_its_own_script_and_style_and_nothing_else(
-    server: Process,
-) -> None:
-    _, headers, page = get(server, Accept="text/html")
-    policy = dict(
-        part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";")
-    )
-    for tag in ("script", "style"):
-        texts = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", page, re.DOTALL)
-        hashes = [
-            base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts
-        ]
-        assert policy[f"{tag}-src"].split() == [f"'sha256-{digest}'" for digest in hashes]
-    assert {
-        policy[name] for name in ("default-src", "base-uri", "form-action", "frame-ancestors")
-    } == {"'none'"}
-    assert policy["connect-src"] == "'self' ws://localhost wss://localhost"
-    # What makes the clocks of a page exact.
-    isolated = [headers[f"Cross-Origin-{name}-Policy"] for name in ("Opener", "Embedder")]
-    assert isolated == ["same-origin", "require-corp"]
-
-
-@pytest.mark.parametrize("host", ["*", "x'"])
-def test_no_host_widens_the_policy_of_the_page(server: Process, host: str) -> None:
-    page = f"GET / HTTP/1.1\r\nHost: {host}\r\nAccept: text/html\r\n\r\n".encode()
-    assert "connect-src 'self';" in refused(server, page)[1]["Content-Security-Policy"]
-
-
-def test_the_page_needs_nothing_from_elsewhere(server: Process) -> None:
-    page = get(server, Accept="text/html")[2]
-    assert not re.search(r"//\w+\.|@import|url\(|\bsrc=|\bon\w+=\"|\bstyle=\"", page)
-    assert {link for link in re.findall(r'href="([^"]*)"', page) if not link.startswith("#")} <= {
-        "data:,"
-    }
-
-
-SEEN = {
-    "X-Forwarded-For": "203.0.113.7",
-    "X-Forwarded-Proto": "https",
-    "Origin": "https://friend.example",
-    "Sec-WebSocket-Protocol": "soap, wamp",
-    "Connection": "keep-alive, x",
-}
-
-
-@pytest.mark.parametrize("accept", ["text/html", "text/plain"])
-def test_the_page_and_the_text_list_what_the_server_saw(server: Process, accept: str) -> None:
-    headers = {name.replace("-", "_"): value for name, value in SEEN.items()}
-    seen = html.unescape(re.sub("<d[td]>|</d[td]>", ": ", get(server, Accept=accept, **headers)[2]))
-    for name, value in (SEEN | {"Host": "localhost"}).items():
-        assert re.search(rf"{name}[: ]+{re.escape(value)}", seen)
-    assert re.search(r"Peer[: ]+127\.0\.0\.1:\d+", seen)
-
-
-@pytest.mark.parametrize("accept", ["text/html", "text/plain"])
-@pytest.mark.parametrize(
-    "name", ["Cookie", "Authorization", "Proxy-Authorization", "cookie", "User-Agent"]
-)
-def test_credentials_are_not_shown(server: Process, accept: str, name: str) -> None:
-    assert "hunter2" not in get(server, "/?hunter2", Accept=accept, **{name: "hunter2"})[2]
-
-
-@pytest.mark.parametrize(
-    "value", ["<script>alert(1)</script>", "\"'><b>", "<!--handshake-->", "<!--scenarios-->"]
-)
-def test_what_the_page_shows_of_a_header_is_not_html(server: Process, value: str) -> None:
-    page = get(server, Accept="text/html", X_Forwarded_Host=value)[2]
-    assert value not in page.split('id="handshake"')[1]
-    assert html.escape(value) in page
-
-
-def test_what_is_shown_of_a_header_is_not_without_end(server: Process) -> None:
-    assert get(server, Accept="text/plain", X_Forwarded_Host="x" * 9000)[2].count("x") < 1100
-
-
-@pytest.mark.parametrize("path", ["/healthz", "/healthz?x=1", "http://localhost/healthz"])
-def test_healthz_is_ok(server: Process, path: str) -> None:
-    status, headers, body = get(server, path, Accept="text/html,*/*")
-    assert (status, headers.get_content_type(), body.strip()) == (200, "text/plain", "ok")
-
-
-def families(server: Process) -> dict[str, dict[str, float]]:
-    """The metrics as Prometheus reads them: values by labels, by the name of their family."""
-    text = get(server, "/metrics")[2]
-    found: dict[str, dict[str, float]] = {}
-    assert text.startswith("# HELP ") and text.endswith("\n")
-    for block in text.removeprefix("# HELP ").split("# HELP "):
-        about, kind, *samples = block.splitlines()
-        name = about.partition(" ")[0]
-        assert re.fullmatch(r"[a-z_]+ [A-Z].+\.", about) and name not in found
-        assert kind == f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
-        label = r'[a-z]+="[^"\\]*"'
-        rule = re.compile(rf"{name}((?:{{{label}(?:,{label})*}})?) ([\d.e+]+)")
-        pairs = [cast("re.Match[str]", rule.fullmatch(sample)).groups() for sample in samples]
-        found[name] = {labels: float(value) for labels, value in pairs}
-        assert len(found[name]) == len(samples)
-    return found
-
-
-def test_the_metrics_of_the_process_have_the_names_that_prometheus_knows(
-    serve: Callable[..., Process],
-) -> None:
-    before = time.time()
-    process = serve("--metrics")
-    process.line("listening")
-    found = {name: values[""] for name, values in families(process).items() if "" in values}
-    assert before - 1 < found["process_start_time_seconds"] < time.time()
-    assert 0 < found["process_cpu_seconds_total"] < 60
-    assert 1 << 20 < found["process_resident_memory_bytes"] < 1 << 30
-    assert 3 < found["process_open_fds"] < found["process_max_fds"]
-
-
-def test_close_codes_that_applications_choose_are_two_series_in_the_metrics(
-    serve: Callable[..., Process],
-) -> None:
-    process = serve("--metrics")
-    for code in (1000, 3000, 3001, 3999, 4000, 4321, 4999):
-        with upgraded(process) as sock:
-            sock.sendall(close(code))
-            assert close_code(sock) == code
-    names = [f'{{code="{name}"}}' for name in ("1000", "3000-3999", "4000-4999")]
-    wanted = dict(zip(names, (1, 3, 3), strict=True))
-    until(lambda: families(process)["ws_echo_connections_closed_total"] == wanted)
-
-
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
-@pytest.mark.parametrize("path", ["/", "/healthz"])
-def test_other_methods_are_not_allowed(server: Process, method: str, path: str) -> None:
-    assert get(server, path, method=method, Accept="text/html")[0] in (405, 501)
-
-
-REFUSED = {
-    "a plain GET": (request(without="Upgrade"), 426, "Upgrade"),
-    "another protocol": (request(Upgrade="h2c"), 426, "Upgrade"),
-    "no Connection": (request(without="Connection"), 426, "Connection"),
-    "Connection: keep-alive": (request(Connection="keep-alive"), 426, "Connection"),
-    "no version": (request(without="Sec-WebSocket-Version"), 426, "Sec-WebSocket-Version"),
-    "version 8": (request(Sec_WebSocket_Version="8"), 426, "Version must be 13: it is 8"),
-    "version 0": (request(Sec_WebSocket_Version="0"), 426, "Sec-WebSocket-Version"),
-    "version 13, 8": (request(Sec_WebSocket_Version="13, 8"), 426, "Sec-WebSocket-Version"),
-    "version 013": (request(Sec_WebSocket_Version="013"), 426, "Sec-WebSocket-Version"),
-    "no version and no key": (
-        request("GET / HTTP/1.1", without="Sec-WebSocket-Version", Sec_WebSocket_Key=""),
-        426,
-        "Sec-WebSocket-Version must be 13: it is missing",
-    ),
-    "two versions": (request(add="Sec-WebSocket-Version: 13"), 426, "Sec-WebSocket-Version"),
-    "no key": (request(without="Sec-WebSocket-Key"), 400, "Sec-WebSocket-Key must be"),
-    "an empty key": (request(Sec_WebSocket_Key=""), 400, "Sec-WebSocket-Key"),
-    "two keys": (request(add=f"Sec-WebSocket-Key: {NONCE}"), 400, "Sec-WebSocket-Key"),
-    "a key of 15 bytes": (
-        request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25j"),
-        400,
-        "Sec-WebSocket-Key",
-    ),
-    "a key of 17 bytes": (
-        request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZTE="),
-        400,
-        "Sec-WebSocket-Key",
-    ),
-    "a key that is not base64": (request(Sec_WebSocket_Key="!" * 24), 400, "Sec-WebSocket-Key"),
-    "a key with a space": (
-        request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZ = ="),
-        400,
-        "Sec-WebSocket-Key",
-    ),
-    "a key without its padding": (
-        request(Sec_WebSocket_Key=NONCE.rstrip("=")),
-        400,
-        "Sec-WebSocket-Key",
-    ),
-    "a key that is not ASCII": (request(Sec_WebSocket_Key="\xe9" * 24), 400, "Sec-WebSocket-Key"),
-    "HTTP/1.0": (request("GET / HTTP/1.0"), 400, "HTTP/1.1"),
-    "HTTP/1.2": (request("GET / HTTP/1.2"), 400, "HTTP/1.1"),
-    "no target": (request("GET  HTTP/1.1"), 400, "request line"),
-    "two Hosts": (request(add="Host: other"), 400, "Multiple host headers"),
-    "no Host": (request(without="Host"), 400, "Missing Host header"),
-    "a Host with a space": (request(Host="a b"), 400, "Invalid Host header"),
-    "a body": (request(add="Content-Length: 5") + b"hello", 400, "not have a body"),
-    "a body in chunks": (
-        request(add="Transfer-Encoding: chunked") + b"0\r\n\r\n",
-        400,
-        "not have a body",
-    ),
-    "two lengths": (request(add="Content-Length: 0\r\nContent-Length: 5"), 400, "not have a body"),
-    "a negative length": (request(add="Content-Length: -1"), 400, "not have a body"),
-    "an Origin that is not a URL": (request(Origin="http://[::1"), 403, "Origin"),
-    "a POST": (request("POST / HTTP/1.1", add="Content-Length: 0"), 405, "GET: it is POST"),
-    "a HEAD": (request("HEAD / HTTP/1.1"), 405, ""),
-    "a NUL in a header": (request(Origin="a\0b"), 400, "Invalid header value"),
-    "a control character in a header": (request(Origin="a\x01b"), 400, "Invalid header value"),
-    "a bare CR in a header": (request(Origin="a\rb"), 400, "Invalid header value"),
-    "a header without a colon": (request(add="nonsense"), 400, "no colon"),
-    "a header that is folded": (request(add="X-A: b\r\n c"), 400, "folding not supported"),
-    "a space before the colon": (request(add="X-A : b"), 400, "Invalid header name"),
-    "1,001 arguments": (request(f"GET /?{'a=1&' * 1000}a=1 HTTP/1.1"), 400, "number of fields"),
-    "a cookie of 17 KB": (request(Cookie="x" * 17_000), 431, "more than 16384 bytes"),
-    "1,500 headers": (request(add="X-Many: 1\r\n" * 1_500 + "X-Last: 1"), 431, "more than 16384"),
-    "a target of 17 KB": (request(f"GET /{'x' * 17_000} HTTP/1.1"), 414, "more than 16384 bytes"),
-    "a protocol that is no token": (request(Sec_WebSocket_Protocol="a b"), 400, "list of tokens"),
-    "a code that may not be": (
-        request("GET /?close=77 HTTP/1.1"),
-        400,
-        "close=77 is not 1000-1003, 1007-1014 or 3000-4999",
-    ),
-    "a delay that is no number": (
-        request("GET /?delay=x HTTP/1.1"),
-        400,
-        "delay=x is not a number of seconds",
-    ),
-    "a scenario twice": (request("GET /?drop=1&drop=0 HTTP/1.1"), 400, "drop=1, 0 is not 0 or 1"),
-}
-
-
-@pytest.mark.parametrize(("data", "status", "text"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_bad_handshake_is_refused_with_the_status_and_the_header_at_fault(
-    server: Process, data: bytes, status: int, text: str
-) -> None:
-    found, headers, body = refused(server, data)
-    assert (found, text in body) == (status, True)
-    if status == 426:
-        assert (headers["Upgrade"], headers["Sec-WebSocket-Version"]) == ("websocket", "13")
-        assert "upgrade" in headers["Connection"].lower()
-    assert headers["Allow"] == ("GET" if status == 405 else None)
-    assert not server.tracebacks()
-
-
-def test_each_refusal_is_one_line_with_the_reason_of_the_answer(serve: Serve) -> None:
-    """Forty at a time, since the log has no more than fifty of a kind in a second."""
-    for first in range(0, len(REFUSED), 40):
-        process, expected = serve(), []
-        for data, status, _ in itertools.islice(REFUSED.values(), first, first + 40):
-            with process.dial() as sock:
-                body = answer(sock, data)[2] or "405: the method must be GET: it is HEAD"
-                reason = body.partition("\n")[0].removeprefix(f"{status}: ")
-                expected.append(f"{status} {reason}, 127.0.0.1:{sock.getsockname()[1]}")
-        assert process.stop() == 0
-        assert [found[1] for found in process.matching("error:(.*)")] == expected
-
-
-ODD = {
-    "Upgrade: WebSocket": request(Upgrade="WebSocket"),
-    "a list in Upgrade": request(Upgrade="websocket, h2c"),
-    "a list in Connection": request(Connection="keep-alive, Upgrade"),
-    "Connection in two lines": request(add="Connection: keep-alive"),
-    "Content-Length: 0": request(add="Content-Length: 0"),
-    "1,000 arguments": request(f"GET /?{'a=1&' * 999}a=1 HTTP/1.1"),
-    "a broken escape": request("GET /%zz?%ff=%zz HTTP/1.1"),
-    "bytes that are not ASCII in the path": request("GET /\xe9 HTTP/1.1"),
-    "an asterisk": request("GET /* HTTP/1.1"),
-    "a path of dots": request("GET /../../etc/passwd HTTP/1.1"),
-    "two slashes": request("GET //x//y HTTP/1.1"),
-    "absolute form, ws": request("GET ws://localhost:4000/ws/chat HTTP/1.1"),
-    "absolute form, http": request("GET http://localhost/ws/chat?x=1 HTTP/1.1"),
-    "absolute form without a path": request("GET ws://localhost:4000 HTTP/1.1"),
-    "a browser's Accept": request(Accept="text/html"),
-    "an Origin from anywhere": request(Origin="https://elsewhere.example"),
-    "Origin: null": request(Origin="null"),
-    "the path of the health check": request("GET /healthz HTTP/1.1"),
-    "an unknown extension": request(Sec_WebSocket_Extensions="x-webkit-deflate-frame; y=\"1"),
-    "the type of a body that is not there": request(Content_Type="multipart/form-data; boundary=x"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("data", ODD.values(), ids=ODD.keys())
-def test_an_odd_but_valid_handshake_is_taken(server: Process, data: bytes) -> None:
-    with server.dial() as sock:
-        status, headers, _ = answer(sock, data)
-        assert (status, headers["Sec-WebSocket-Accept"]) == (101, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
-        sock.sendall(b"\x81\x80\0\0\0\0")
-        assert sock.recv(99) == b"\x81\x05ECHO:"
-    assert not server.tracebacks()
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        request("GET /" + "x" * 60_000 + " HTTP/1.1"),
-        request(Origin="http://" + "x" * 70_000),
-        request(add="X-Many: 1\r\n" * 5000 + "X-Last: 1"),
-    ],
-    ids=["60 KB of path", "70 KB of header", "5,000 headers"],
-)
-def test_above_the_limit_of_the_header_the_connection_is_closed(
-    server: Process, data: bytes
-) -> None:
-    with server.dial() as sock, contextlib.suppress(ConnectionError):
-        sock.sendall(data)
-        assert not re.match(rb"HTTP/1.1 (101|5)", sock.recv(99))
-    assert not server.tracebacks()
-
-
-def test_a_header_just_below_the_limit_is_taken(server: Process) -> None:
-    with server.dial() as sock:
-        assert answer(sock, request(X_Filler="x" * 15_000))[0] == 101
-
-
-def test_a_bad_handshake_is_one_warning_that_says_why(serve: Callable[..., Process]) -> None:
-    process = serve()
-    refused(process, request(Sec_WebSocket_Key="x"))
-    line = process.line(r"\[SERVER\] error:")
-    assert re.search(r"error:400 .*Sec-WebSocket-Key.* 127\.0\.0\.1:\d+", line.string)
-    assert process.stop() == 0
-    assert len(process.matching("error:")) == 1
-
-
-def test_a_plain_get_is_not_worth_a_line(serve: Callable[..., Process]) -> None:
-    process = serve()
-    for path, accept in [
-        ("/", "text/html"),
-        ("/", "*/*"),
-        ("/healthz", "*/*"),
-        ("/nothing", "*/*"),
-    ]:
-        get(process, path, Accept=accept)
-    assert process.stop() == 0
-    assert not [line for line in process.lines if "listening" not in line and "stopped" not in line]
-
-
-def test_the_log_has_the_path_of_an_absolute_target_without_its_query(
-    serve: Callable[..., Process],
-) -> None:
-    process = serve()
-    with process.dial() as sock:
-        answer(sock, request("GET ws://localhost:4000/ws/chat?token=secret HTTP/1.1"))
-        process.line("close|connection")
-    assert process.line(r"connection\(\) from 127\.0\.0\.1:\d+ (.*)")[1] == "/ws/chat"
-    assert process.stop() == 0
-    assert not process.matching("secret")
-
-
-def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Process) -> None:
-    with server.dial() as sock:
-        assert answer(sock, request(Sec_WebSocket_Version="8"))[0] == 426
-        assert answer(sock, request())[0] == 101
-
-
-# ---- Both ways: a handshake in one piece does not pass through Tornado's HTTP server, others do
-
-METHODS = "GET", "get", "HEAD", "POST", "CONNECT", "BREW", "G(T", "GET\t"
-TARGETS = "/", "/x?y=1", "ws://h:1/p?q", "http://h", "http://[::1", "*", "x", "/\xe9", "/ /", ""
-VERSIONS = "HTTP/1.1", "HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "http/1.1", "HTTP/1.1 ", "HTTP/11"
-VALUES = {
-    "Upgrade": ["WEBSOCKET", "websocket,", "h2c, websocket", "websocket/13", '"websocket"', ""],
-    "Connection": [
-        "keep-alive, upgrade",
-        "close, Upgrade",
-        ",,Upgrade,,",
-        "close",
-        "Upgrade\t",
-        "",
-    ],
-    "Host": ["h:1", "[::1]:4000", "", "a,b", "a b", "h:x", "user@h", "\xe9", "a/b"],
-    "Sec-WebSocket-Version": ["13 ", "8, 13", "13,13", "013", "+13", "14", ""],
-    "Sec-WebSocket-Key": [NONCE + " ", NONCE[:-1], NONCE + "=", "_" * 22 + "==", f"{NONCE}, x", ""],
-    "Sec-WebSocket-Protocol": ["a, b", "a,a", "a,,b", "a b", "a;b", "a/b", "\xe9", "x" * 9000, ","],
-    "Sec-WebSocket-Extensions": [
-        "permessage-deflate",
-        "PERMESSAGE-DEFLATE",
-        "x, permessage-deflate; client_max_window_bits",
-        "permessage-deflate; server_max_window_bits=8, permessage-deflate",
-        "permessage-deflate; client_max_window_bits=9; client_max_window_bits=9",
-        "permessage-deflate;;",
-        "permessage-deflate\xa0",
-        '"',
-    ],
-    "Origin": [
-        "null",
-        "*",
-        "http://localhost",
-        "http://a:b",
-        "http://[::1",
-        "http://a\xbd",
-        "\xff",
-    ],
-    "Sec-Fetch-Site": ["cross-site", "same-origin", "none", ""],
-    "Content-Length": ["0", "00", "+0", "0,0", "1", "x", ""],
-    "Transfer-Encoding": ["chunked", "identity", ""],
-    "Expect": ["100-continue", "100-Continue", "x"],
-    "X-Forwarded-For": ["203.0.113.7", "," * 500],
-    "Accept": ["text/html", "*/*"],
-    "Cookie": ["a=b", "x" * 9000],
-    "X-A": ["\t", "\x7f", "a\0b", "a\rb", "\x85"],
-}
-QUERIES = (
-    "delay=0", "delay=nan", "delay=1e400", "delay=\xff", "delay", "close=1000", "close=%d9%a3000",
-    "close=1001&reason=x", "close=4999&reason=%f0%9f%98%80", "close=1000&reason=%ff", "drop=1",
-    "drop=1&after=1", "drop=0&drop=1", "after=-1", "reason=" + "x" * 124, "push=2", "&&", "a;b",
-)  # fmt: skip
-END = b"\r\n\r\n"
-FORMS = [
-    request().replace(b"\r\n", b"\n"),
-    request().replace(b"\r\n", b"\r\r\n"),
-    *(lead + request() for lead in (b"\r\n", END, b"\n", b"\n\n", b"\r\n\n", b"\r", b" ", b"\0")),
-    *(
-        request()[:-4] + end
-        for end in (b"\n\r\n", b"\r\n\n", b"\n\n", b"\n\n" + END, b"\r\r" + END)
-    ),
-    *(request().replace(b"\r\nUp", end + b"Up") for end in (b"\n\n", b"\r\n\n", b"\n\r\n", END)),
-    *(
-        line + b"\r\n\r\n"
-        for line in (b"GET /", b"GET", b"hello", b"hello world", b" ", b"*1", b":")
-    ),
-    b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + request(),
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + request(),
-    b"HTTP/1.1 200 OK\r\n\r\n",
-]
-# Around the limit of 16 KiB: of the head, and of its first line.
-LIMITS = 16_383, 16_384, 16_385, 17_000
-LONG = [
-    *(request(X_Filler="x" * (limit - len(request(X_Filler="")))) for limit in LIMITS),
-    *(request(f"GET /{'x' * (limit - len(request()))} HTTP/1.1") for limit in LIMITS),
-]
-
-
-def all_requests() -> Iterator[bytes]:
-    """Right, wrong, and odd ones."""
-    yield from (data for data, *_ in REFUSED.values())
-    yield from ODD.values()
-    for words in itertools.product(METHODS, TARGETS, VERSIONS):
-        yield request(" ".join(words))
-    for name, value in ((name, value) for name, values in VALUES.items() for value in values):
-        yield request(without=name, add=f"{name}: {value}")
-        yield request(add=f"{name.lower()}:{value}")
-    for name in VALUES:
-        yield request(without=name)
-        yield request(without=name, add=f"{name} : {HEADERS.get(name)}")
-        yield request(without=name, add=f"{name}:\r\n {HEADERS.get(name)}")
-    yield from (request(f"GET /?{query} HTTP/1.1") for query in QUERIES)
-    yield from (*FORMS, *LONG)
-
-
-LINE_ENDS = st.sampled_from(["\r\n"] * 9 + ["\n", "\r", " ", "\r\n "])
-NAMES = st.sampled_from(["Host", "HOST", "Upgrade", "X-a"]) | st.text(
-    "aZ0-_!: \t\r\x80\xe9", max_size=3
-)
-HEADER_VALUES = st.text("ab ,:\t\0\x1f\x7f\x80\x85\xa0\xff\u2028", max_size=5)
-HEADER_LINES = st.builds(
-    "{}{}{}{}".format, NAMES, st.sampled_from([":", ": ", " :", ""]), HEADER_VALUES, LINE_ENDS
-)
-
-
-@given(st.lists(HEADER_LINES, max_size=4), st.sampled_from(["\r\n", "\n", "", "\r\n\r\n"]))
-def test_headers_are_read_as_tornado_reads_them(lines: list[str], end: str) -> None:
-    def outcome(read: Callable[[str], HTTPHeaders]) -> Any:
-        try:
-            return list(read("".join(lines) + end).get_all())
-        except HTTPInputError as error:
-            return str(error)
-
-    assert outcome(echo_server.read_headers) == outcome(HTTPHeaders.parse)
-
-
-@pytest.mark.parametrize("way", ["tcp", "unix"])
-def test_a_request_has_the_same_answer_in_one_piece_and_in_two(
-    serve: Serve, tmp_path: Path, way: str
-) -> None:
-    path = str(tmp_path / "s")
-    server = serve(*([f"--unix-socket={path}"] if way == "unix" else []))
-    server.line("listening")
-
-    def dial() -> socket.socket:
-        if way == "tcp":
-            return server.dial()
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(PATIENCE)
-        sock.connect(path)
-        return sock
-
-    def answers(some: list[tuple[int, bytes]], cut: bool) -> list[bytes]:
-        """Behind each request there are a message and a Close; dates and ports do not matter."""
-        with contextlib.ExitStack() as stack:
-            socks = [stack.enter_context(dial()) for _ in some]
-            ends = [number % (len(data) - 1) + 1 if cut else 0 for number, data in some]
-            for sock, end, (_, data) in zip(socks, ends, some, strict=True):
-                sock.sendall(data[:end])
-            for _ in range(3 if cut else 0):
-                # Three rounds of the server later, it has looked at what has come.
-                raw_echo(other)
-            for sock, end, (_, data) in zip(socks, ends, some, strict=True):
-                with contextlib.suppress(OSError):
-                    sock.sendall(data[end:] + frame(FIN | TEXT, b"Hello!") + close())
-                    sock.shutdown(socket.SHUT_WR)
-            varies = rb"(Date|Etag): .*\r\n|127\.0\.0\.1:\d+"
-            return [re.sub(varies, b"", everything(sock)) for sock in socks]
-
-    requests = list(enumerate(all_requests()))
-    assert len(requests) > 500
-    statuses = Counter[bytes]()
-    with dial() as other:
-        assert answer(other, request())[0] == 101
-        for first in range(0, len(requests), 12):
-            some = requests[first : first + 12]
-            one, two = answers(some, cut=False), answers(some, cut=True)
-            assert one == two, some
-            statuses.update(data[9:12] for data in one)
-    assert min(statuses[status] for status in (b"101", b"400", b"405", b"426", b"431", b"")) > 3
-
-
-# ---- The page in a real browser
-
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
-)
-# Of each browser: its programs, how it is started, what it says when it can be driven, and what a
-# session asks for. To none of them is plain.test a safe place, as localhost is.
-BROWSERS: dict[str, tuple[list[str], list[str], str, dict[str, Any]]] = {
-    "chromium": (
-        ["chromium", "chromedriver"],
-        ["chromedriver", "--port=0"],
-        r"started successfully on port (\d+)",
-        {
-            "webSocketUrl": True,
-            "goog:chromeOptions": {
-                "binary": shutil.which("chromium"),
-                "args": [*FLAGS.split(), "--host-resolver-rules=MAP plain.test 127.0.0.1"],
-            },
-        },
-    ),
-    "firefox": (
-        ["firefox-esr"],
-        ["firefox-esr", "--headless", "--no-remote", "--remote-debugging-port=0", "--profile"],
-        r"WebDriver BiDi listening on ws://127\.0\.0\.1:(\d+)",
-        {},
-    ),
-}
-FIREFOX_PREFERENCES = """
-user_pref("network.dns.localDomains", "plain.test");
-user_pref("network.proxy.type", 0);
-"""
-# Run before any script of the page: what goes wrong in it is kept.
-WATCH_FAULTS = """() => {
-    window.faults = [];
-    const keep = event => faults.push(`${event.type}: ${event.message || event.reason}`);
-    ["error", "unhandledrejection", "securitypolicyviolation"].forEach(name =>
-        addEventListener(name, keep)); }"""
-
-
-class Browser:
-    """A headless browser, driven by WebDriver BiDi."""
-
-    def __init__(self, connection: ClientConnection, wanted: dict[str, Any]) -> None:
-        self.connection = connection
-        self.call("session.new", capabilities={"alwaysMatch": wanted})
-        self.call("script.addPreloadScript", functionDeclaration=WATCH_FAULTS)
-        self.tab = self.call("browsingContext.create", type="tab")["context"]
-
-    def call(self, method: str, **params: Any) -> Any:
-        self.connection.send(json.dumps({"id": 1, "method": method, "params": params}))
-        while (answer := json.loads(self.connection.recv(3 * PATIENCE))).get("id") != 1:
-            # It tells of events that nobody has asked for.
+class TestRareWaysOverTcpAndTls:
+    async def test_of_pings_in_one_turn_the_latest_is_answered_though_all_leaves_at_once(
+        self,
+        host: Host,
+    ) -> None:
+        peer = await host.connect()
+        peer.send(text("a" * 900))
+        assert await peer.replies(b"ECHO:" + b"a" * 900)
+        pings = [frame(FIN | PING, b"%0125d" % number) for number in range(80)]
+        # More than the high-water mark, in one turn.
+        peer.send(text("b" * 900) * 70, *pings)
+        while await peer.frame() != (FIN | PONG, b"%0125d" % 79):
             pass
-        assert answer["type"] == "success", answer
-        return answer["result"]
 
-    def open(self, url: str) -> None:
-        self.call("browsingContext.navigate", context=self.tab, url=url, wait="complete")
-
-    def run(self, script: str) -> Any:
-        """The value of an expression of the page."""
-        where = {"target": {"context": self.tab}, "awaitPromise": False}
-        found = self.call("script.evaluate", expression=f"JSON.stringify({script})", **where)
-        assert found["type"] == "success", found
-        return json.loads(found["result"]["value"])
-
-    def perform(self, kind: str, *actions: dict[str, Any]) -> None:
-        all_actions = [{"type": kind, "id": kind, "actions": actions}]
-        self.call("input.performActions", context=self.tab, actions=all_actions)
-
-    def click(self, selector: str) -> None:
-        element = f"document.querySelector('{selector}')"
-        self.run(f"{element}.scrollIntoView({{ block: 'center' }}) ?? 0")
-        left, top, width, height = self.run(
-            f"(box => [box.x, box.y, box.width, box.height])({element}.getBoundingClientRect())"
-        )
-        self.perform(
-            "pointer",
-            {"type": "pointerMove", "x": int(left + width / 2), "y": int(top + height / 2)},
-            {"type": "pointerDown", "button": 0},
-            {"type": "pointerUp", "button": 0},
-        )
-
-    def type(self, selector: str, text: str) -> None:
-        """In place of what is there."""
-        element = f"document.querySelector('{selector}')"
-        self.run(f"({element}.focus(), {element}.select?.() ?? 0)")
-        keys = [{"type": f"key{way}", "value": char} for char in text for way in ("Down", "Up")]
-        self.perform("key", *keys)
-
-    def shows(self, name: str, pattern: str) -> str:
-        """The text of an element, when it has this."""
-        until(
-            lambda: re.search(pattern, self.text(name)),
-            lambda: f"{pattern!r} is not in {self.text(name)!r}",
-        )
-        return self.text(name)
-
-    def text(self, name: str) -> str:
-        """Nothing, while the page gives way to another."""
-        with contextlib.suppress(AssertionError):
-            return str(self.run(f"document.getElementById('{name}').textContent"))
-        return ""
-
-
-@pytest.fixture(scope="module", params=BROWSERS)
-def browser(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Browser]:
-    programs, command, pattern, wanted = BROWSERS[request.param]
-    if missing := [program for program in programs if not shutil.which(program)]:
-        pytest.skip(f"there is no {missing[0]}")
-    profile = tmp_path_factory.mktemp("profile")
-    if command[-1] == "--profile":
-        command = [*command, str(profile)]
-        (profile / "user.js").write_text(FIREFOX_PREFERENCES)
-    said = profile / "said"
-    with (
-        said.open("w") as file,
-        start(*command, stdout=file, stderr=file) as process,
-        contextlib.ExitStack() as stack,
-    ):
-        stack.callback(process.terminate)
-        until(lambda: re.search(pattern, said.read_text()), said.read_text)
-        (port,) = re.findall(pattern, said.read_text())
-        with connect(f"ws://127.0.0.1:{port}/session", max_size=None) as connection:
-            browser = Browser(connection, wanted)
-            yield browser
-            browser.call("session.end")
-
-
-def page_of(server: Process, host: str = "localhost") -> str:
-    return f"http://{host}:{server.port}/"
-
-
-def test_the_page_talks_to_the_server_in_a_real_browser(server: Process, browser: Browser) -> None:
-    browser.open(page_of(server) + "ws/chat?token=x")
-    browser.shows("state", "Connected")
-    browser.type("#message", "Hello <b>!")
-    browser.click("#send")
-    browser.shows("log", r"received.*ECHO:Hello <b>!")
-    browser.click("#send100")
-    browser.shows("stats", "count 101")
-    browser.click("#disconnect")
-    browser.shows("detail", "1000: normal closure")
-    assert browser.run("faults") == []
-
-
-def test_the_page_sends_bytes_and_connects_again(server: Process, browser: Browser) -> None:
-    browser.open(page_of(server))
-    browser.shows("state", "Connected")
-    browser.click("#disconnect")
-    browser.shows("state", "Closed")
-    browser.click("#connect")
-    browser.shows("state", "Connected")
-    browser.type("#kind", "hex")
-    browser.type("#message", "00 fF")
-    browser.click("#send")
-    browser.shows("log", "received binary, 7 bytes.*45 43 48 4f 3a 00 ff")
-    assert browser.run("faults") == []
-
-
-def test_the_page_makes_the_server_misbehave(server: Process, browser: Browser) -> None:
-    browser.open(page_of(server))
-    browser.click("summary")
-    for name, value in ("close", "4001"), ("reason", "bye"), ("after", "1"):
-        browser.type(f"[name={name}]", value)
-    browser.click("#scenarios button")
-    browser.shows("url", "close=4001&reason=bye&after=1$")
-    browser.shows("state", "Connected")
-    browser.click("#send")
-    browser.shows("detail", "4001: private use. Reason: bye")
-    assert browser.run("faults") == []
-
-
-def test_the_page_says_when_the_server_has_gone(
-    serve: Callable[..., Process], browser: Browser
-) -> None:
-    process = serve()
-    browser.open(page_of(process))
-    browser.shows("state", "Connected")
-    assert process.stop() == 0
-    browser.shows("detail", "1001: going away")
-    browser.click("#connect")
-    browser.shows("state", "Could not connect")
-    browser.shows("detail", "1006")
-
-
-@pytest.mark.parametrize(("host", "exact"), [("localhost", True), ("plain.test", False)])
-def test_the_page_shows_no_time_that_the_clock_cannot_tell(
-    server: Process, browser: Browser, host: str, exact: bool
-) -> None:
-    """On localhost, clocks are exact. Elsewhere without TLS, Firefox rounds them to 1 ms."""
-    browser.open(page_of(server, host))
-    browser.shows("state", "Connected")
-    assert browser.run("crossOriginIsolated") == exact
-    browser.click("#send100")
-    stats = browser.shows("stats", "count 100")
-    least = re.match(r"min (< )?(\d+(\.\d+)?) ms", stats)
-    assert least and float(least[2]) > 0 and (not least[1] or not exact)
-    assert "0.00 ms" not in browser.text("log") + browser.text("summary")
-
-
-# ---- Other people's clients
-
-NODE = """
-const { WebSocket } = require('ws'), ws = new WebSocket(process.argv[1]);
-ws.on('open', () => ws.send('Hello!'));
-ws.on('message', data => { console.log(String(data)); ws.close(1000); });
-ws.on('close', code => console.log(code));
-"""
-
-
-def test_ws_of_node_gets_its_echo(server: Process) -> None:
-    node = shutil.which("node")
-    if not node or ended(node, "-e", "require('ws')").returncode:
-        pytest.skip("there is no node, or no module ws (see NODE_PATH)")
-    done = ended(node, "-e", NODE, server.url + "test")
-    assert (done.stdout, done.stderr) == ("ECHO:Hello!\n1000\n", "")
-
-
-def test_the_command_line_of_websockets_gets_its_echo(server: Process) -> None:
-    with start(
-        sys.executable,
-        "-m",
-        "websockets",
-        server.url,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as client:
-        assert client.stdin and client.stdout
-        print("Hello!", file=client.stdin, flush=True)
-        assert any("ECHO:Hello!" in line for line in client.stdout)
-        client.stdin.close()
-        assert client.wait(PATIENCE) == 0
-
-
-def test_curl_gets_its_answers_in_absolute_form(server: Process) -> None:
-    curl = shutil.which("curl") or pytest.skip("there is no curl")
-    url = server.url.replace("ws", "http", 1)
-    assert (
-        ended(curl, "-s", "--noproxy", "", "--proxy", url, url + "healthz").stdout.strip() == "ok"
-    )
-
-
-# ------------------------------------------------------------ Options, Server, Client, Command line
-
-
-Serve = Callable[..., Process]
-
-# ------------------------------------------------------------------------------------------ Options
-
-FIELDS = {field.name: field for field in dataclasses.fields(Options)}
-NUMBERS = [name for name, field in FIELDS.items() if field.type in ("int", "float")]
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def test_every_option_has_a_flag_of_its_name_and_the_default_of_the_dataclass() -> None:
-    flags = set(re.findall(r"--[a-z][a-z-]*", run("--help").stdout))
-    negations = {flag(f"no_{name}") for name, field in FIELDS.items() if field.default is True}
-    assert flags - {"--help", "--version"} == {flag(name) for name in FIELDS} | negations
-    assert parse_args([]) == Options()
-
-
-def test_the_readme_lists_the_options_of_help_and_no_other() -> None:
-    rows = [
-        line
-        for line in (MODULE.parent / "README.md").read_text().splitlines()
-        if line.startswith("|")
-    ]
-    options = {flag for row in rows for flag in re.findall(r"--[a-z][a-z-]*", row.split("|")[1])}
-    assert options - {"--help"} == set(re.findall(r"--[a-z][a-z-]*", run("--help").stdout)) - {
-        "--help"
-    }
-
-
-def test_help_is_readable_at_80_columns() -> None:
-    done = run("--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert max(map(len, done.stdout.splitlines())) <= 80
-
-
-def test_the_version_is_told() -> None:
-    assert re.fullmatch(r"ws-echo \d+\.\d+\.\d+\n", run("--version").stdout)
-
-
-def test_a_value_stands_behind_an_equals_sign_or_a_space() -> None:
-    assert parse_args(["--port=5", "--prefix", "x", "--no-compression"]) == Options(
-        port=5, prefix="x", compression=False
-    )
-    assert parse_args(["--prefix=", "--send=a", "--send", "b"]) == Options(
-        prefix="", send=("a", "b")
-    )
-
-
-USAGE = [
-    "--nonsense",
-    "--por=1",
-    "--log=info",
-    "--port=x",
-    "--port=",
-    "--port=1.5",
-    "--port=-1",
-    "--port=65536",
-    "--max-message-size=124",
-    "--max-message-size=1e6",
-    "--max-connections=-1",
-    "--handshake-timeout=0",
-    "--handshake-timeout=nan",
-    "--ping-interval=-1",
-    "--stall-timeout=nan",
-    "--drain-timeout=inf",
-    "--timeout=0",
-    "--log-level=loud",
-    "--log-level=INFO",
-    "--trusted-proxies=localhost",
-    "--trusted-proxies=10.0.0.0/33",
-    "--origins=example.org",
-    "--origins=https://example.org/app",
-    "--origins=https://example.org, https://",
-    "--origins=https://example.org:x",
-    "--origins=https://[::1",
-    "--origins=https://*.example.org",
-    "--origins=https://example.org#app",
-    "--origins=https://me@example.org",
-    "--origins=wss://example.org",
-    "--trusted-proxies=[]",
-    "--compression=yes",
-    "--reuse-port=1",
-    "--no-prefix",
-    "--prefix=\udcff",
-    "--connect=",
-    "--connect=nonsense",
-    "--connect=ftp://localhost/",
-]
-
-
-@pytest.mark.parametrize("argument", USAGE)
-def test_a_wrong_option_is_a_usage_error_that_names_it(
-    argument: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as refusal:
-        parse_args([argument])
-    assert refusal.value.code == 2
-    assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_have_the_range_of_the_dataclass(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    metadata, kind = FIELDS[name].metadata, int if FIELDS[name].type == "int" else float
-    least, most = kind(metadata["least"]), kind(metadata["most"])
-    assert [getattr(parse_args([f"{flag(name)}={value}"]), name) for value in (least, most)] == [
-        least,
-        most,
-    ]
-    for value in (least - 1, most * 2):
-        with pytest.raises(SystemExit):
-            parse_args([f"{flag(name)}={value}"])
-        assert flag(name) in capsys.readouterr().err
-
-
-def test_the_file_has_the_same_names_and_the_command_line_wins(tmp_path: Path) -> None:
-    config = tmp_path / "ws-echo.toml"
-    config.write_text(
-        'port = 1\nmax-message-size = 125\nping_timeout = 3\nprefix = "f"\ncompression = false\n'
-    )
-    options = parse_args([f"--config={config}", "--port=2", "--ping-timeout=4"])
-    expected = Options(
-        config=str(config),
-        port=2,
-        max_message_size=125,
-        ping_timeout=4.0,
-        prefix="f",
-        compression=False,
-    )
-    assert options == expected
-
-
-def test_the_command_line_wins_also_with_a_default(tmp_path: Path) -> None:
-    config = tmp_path / "ws-echo.toml"
-    config.write_text("port = 1\ncompression = false\n")
-    assert parse_args([f"--config={config}", "--port=4000", "--compression"]) == Options(
-        config=str(config)
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("nonsense = 1", "nonsense"),
-        ('port = "4000"', "port"),
-        ("port = 4000.0", "port"),
-        ("port = true", "port"),
-        ("port = 65536", "port"),
-        (f"ping-interval = {'9' * 400}", "ping-interval"),
-        (f"prefix = {'[' * 3000}{']' * 3000}", ""),
-        ("max-message-size = 1", "max-message-size"),
-        ("max_message_size = 1", "max_message_size"),
-        ("handshake-timeout = 0", "handshake-timeout"),
-        ("ping-interval = nan", "ping-interval"),
-        ("compression = 1", "compression"),
-        ('log_level = "loud"', "log_level"),
-        ('trusted-proxies = "me"', "trusted-proxies"),
-        ('trusted-proxies = ["127.0.0.1"]', "trusted-proxies"),
-        ("prefix = 1", "prefix"),
-        ('connect = "ws://localhost/"', "connect"),
-        ('send = ["x"]', "send"),
-        ("insecure = true", "insecure"),
-        ('config = "other.toml"', "config"),
-        ('certfile = "a\\u0000b"', "certfile"),
-        ("[port]", "port"),
-        ("port", ""),
-        ("port = 1\nport = 2", ""),
-        ("prefix = \"\xff", ""),
-    ],
-)  # fmt: skip
-def test_a_wrong_file_is_an_error_of_one_line_that_names_the_option(
-    text: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "ws-echo.toml"
-    config.write_bytes(text.encode("latin-1"))
-    assert main([f"--config={config}", "--address=192.0.2.1"]) == 2
-    said = capsys.readouterr().err
-    assert (said.count("\n"), str(config) in said, name in said.replace(str(config), "")) == (
-        1,
-        True,
-        True,
-    )
-
-
-# ------------------------------------------------------------------------------------------- Server
-
-# ---- Where it listens
-
-
-@pytest.mark.parametrize(
-    ("arguments", "pattern"),
-    [
-        ([], r"ws://localhost:\d+/"),
-        (["--address=127.0.0.1"], r"ws://127\.0\.0\.1:\d+/"),
-        (["--address=0.0.0.0"], r"ws://127\.0\.0\.1:\d+/"),
-        (["--address=127.0.0.2"], r"ws://127\.0\.0\.2:\d+/"),
-        (["--address=::1"], r"ws://\[::1\]:\d+/"),
-        (["--address=::"], r"ws://\[::1\]:\d+/"),
-        (["--reuse-port"], r"ws://localhost:\d+/"),
-    ],
-)
-def test_it_says_in_clickable_form_where_it_listens(
-    serve: Serve, arguments: list[str], pattern: str
-) -> None:
-    process = serve(*arguments)
-    assert re.fullmatch(r".*\[SERVER\] listening on " + pattern, process.line("listening").string)
-    with connect(process.url) as client:
-        assert echoed(client) == "ECHO:Hello!"
-
-
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-def test_without_an_address_it_listens_on_ipv4_and_ipv6(
-    server: Process, family: socket.AddressFamily
-) -> None:
-    with socket.socket(family) as sock:
-        sock.settimeout(PATIENCE)
-        sock.connect(("127.0.0.1" if family == socket.AF_INET else "::1", server.port))
-        assert answer(sock, request())[0] == 101
-
-
-def test_the_peer_of_ipv6_is_logged_in_brackets(serve: Serve) -> None:
-    process = serve("--address=::1")
-    with connect(f"ws://[::1]:{process.port}/"):
-        assert process.line(r"connection\(\) from (\S+):\d+ /$")[1] == "[::1]"
-
-
-def test_two_servers_share_a_port_when_both_ask_for_it(serve: Serve) -> None:
-    port = serve("--reuse-port").port
-    with Process(f"--port={port}", "--reuse-port") as second:
-        assert second.port == port
-
-
-def test_a_unix_socket_is_for_the_group_and_goes_with_the_server(
-    serve: Serve, tmp_path: Path
-) -> None:
-    path = tmp_path / "s"
-    process = serve(f"--unix-socket={path}")
-    assert process.line(r"listening on (\S+)")[1].endswith(str(path))
-    assert stat.S_IMODE(path.stat().st_mode) == 0o660
-    with unix_connect(str(path), "ws://localhost/test") as client:
-        assert echoed(client) == "ECHO:Hello!"
-        process.line(r"connection\(\) from unix /test$")
-    assert process.stop() == 0
-    assert not path.exists()
-
-
-def test_a_stale_unix_socket_is_replaced(serve: Serve, tmp_path: Path) -> None:
-    path = str(tmp_path / "s")
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(path)
-    serve(f"--unix-socket={path}").line("listening")
-    with unix_connect(path, "ws://localhost/") as client:
-        assert echoed(client) == "ECHO:Hello!"
-
-
-def test_a_live_unix_socket_is_in_use_and_stays(serve: Serve, tmp_path: Path) -> None:
-    path = str(tmp_path / "s")
-    serve(f"--unix-socket={path}").line("listening")
-    assert_cannot_serve([f"--unix-socket={path}"], path, "in use")
-    with unix_connect(path, "ws://localhost/") as client:
-        assert echoed(client) == "ECHO:Hello!"
-
-
-def test_a_unix_socket_that_another_server_has_taken_over_stays(
-    serve: Serve, tmp_path: Path
-) -> None:
-    path = tmp_path / "s"
-    first = serve(f"--unix-socket={path}")
-    first.line("listening")
-    path.unlink()
-    serve(f"--unix-socket={path}").line("listening")
-    assert first.stop() == 0
-    with unix_connect(str(path), "ws://localhost/") as client:
-        assert echoed(client) == "ECHO:Hello!"
-
-
-def test_a_unix_socket_whose_queue_is_full_is_in_use(tmp_path: Path) -> None:
-    path = str(tmp_path / "s")
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
-        listener.bind(path)
-        listener.listen(0)
-        first.connect(path)
-        assert_cannot_serve([f"--unix-socket={path}"], path, "in use")
-
-
-def assert_cannot_serve(arguments: list[str], *words: str) -> None:
-    """It ends with 1, after one line that has these words."""
-    done = run(*arguments)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert all(word in done.stderr for word in words), done.stderr
-
-
-def test_a_port_in_use_is_named(serve: Serve) -> None:
-    port = serve().port
-    assert_cannot_serve([f"--port={port}"], str(port), "in use")
-
-
-def test_a_file_that_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "s").write_text("precious")
-    assert_cannot_serve([f"--unix-socket={tmp_path / 's'}"], str(tmp_path / "s"))
-    assert (tmp_path / "s").read_text() == "precious"
-
-
-def test_without_epoll_it_serves_as_well(serve: Serve) -> None:
-    run_it = "import asyncio, runpy, select, sys; del select.epoll; sys.argv = sys.argv[2:]; "
-    run_it += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    process = serve(before=[sys.executable, "-c", run_it])
-    with process.connect() as client:
-        assert echoed(client) == "ECHO:Hello!"
-        assert get(process, "/healthz")[0] == 200
-        assert refused(process, request(Sec_WebSocket_Version="12"))[0] == 426
-        assert process.stop() == 0
-        with pytest.raises(ConnectionClosed, match="1001"):
-            client.recv(PATIENCE)
-
-
-# ---- TLS
-
-
-def test_over_tls_it_echoes(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
-    process = serve(f"--certfile={certificate}")
-    with upgraded(process, trust=trust) as client:
-        assert process.url.startswith("wss://localhost:")
-        assert raw_echo(client) == "ECHO:Hello!"
-        assert raw_echo(client, "x" * 300_000) == "ECHO:" + "x" * 300_000
-
-
-def test_the_key_may_be_in_a_file_of_its_own(
-    serve: Serve, authority: trustme.CA, trust: ssl.SSLContext, tmp_path: Path
-) -> None:
-    issued = authority.issue_cert("localhost")
-    issued.private_key_pem.write_to_path(str(tmp_path / "key"))
-    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
-    process = serve(f"--certfile={tmp_path / 'cert'}", f"--keyfile={tmp_path / 'key'}")
-    with upgraded(process, trust=trust) as client:
-        assert raw_echo(client) == "ECHO:Hello!"
-
-
-def test_tls_below_1_2_is_refused(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
-    process = serve(f"--certfile={certificate}")
-    with pytest.warns(DeprecationWarning, match="TLSv1"):
-        trust.minimum_version, trust.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
-    trust.set_ciphers("DEFAULT:@SECLEVEL=0")
-    with process.dial() as sock, pytest.raises(ssl.SSLError, match="protocol version"):
-        trust.wrap_socket(sock, server_hostname="localhost")
-
-
-def test_tls_1_2_is_enough(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
-    trust.maximum_version = ssl.TLSVersion.TLSv1_2
-    with upgraded(serve(f"--certfile={certificate}"), trust=trust) as client:
-        assert raw_echo(client) == "ECHO:Hello!"
-
-
-@pytest.mark.parametrize(
-    ("offered", "selected"), [(["h2", "http/1.1"], "http/1.1"), (["h2"], None)]
-)
-def test_of_protocols_above_tls_http_1_1_is_selected(
-    tls: Process, trust: ssl.SSLContext, offered: list[str], selected: str | None
-) -> None:
-    trust.set_alpn_protocols(offered)
-    with upgraded(tls, trust=trust) as sock:
-        assert cast(ssl.SSLSocket, sock).selected_alpn_protocol() == selected
-
-
-@pytest.fixture
-def client_authority(tmp_path: Path) -> tuple[trustme.CA, str]:
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(str(tmp_path / "clients.pem"))
-    return authority, f"--client-cafile={tmp_path / 'clients.pem'}"
-
-
-def test_a_client_with_a_certificate_that_is_asked_for_is_let_in(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext, client_authority: tuple[trustme.CA, str]
-) -> None:
-    client_authority[0].issue_cert("me@example.com").configure_cert(trust)
-    with upgraded(serve(f"--certfile={certificate}", client_authority[1]), trust=trust) as client:
-        assert raw_echo(client) == "ECHO:Hello!"
-
-
-@pytest.mark.parametrize("last", [close(), b"\x00\x00"], ids=["close", "fault"])
-def test_tls_ends_with_close_notify(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext, last: bytes
-) -> None:
-    process = serve(f"--certfile={certificate}")
-    sock = trust.wrap_socket(
-        process.dial(), suppress_ragged_eofs=False, server_hostname="localhost"
-    )
-    with sock, sock.makefile("rb") as file:
-        assert answer(sock, request())[0] == 101
-        sock.sendall(last)
-        assert read_frame(file)[0] == FIN | CLOSE
-        assert file.read() == b""  # it raises SSLEOFError where TCP ends first
-
-
-def test_close_notify_is_answered(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
-    with upgraded(serve(f"--certfile={certificate}"), trust=trust) as sock:
-        assert raw_echo(sock) == "ECHO:Hello!"
-        cast(ssl.SSLSocket, sock).unwrap()  # raises SSLEOFError where TCP ends first
-
-
-OPENSSL = ctypes.CDLL(_ssl.__file__)  # what Python itself calls
-
-
-def request_key_update(sock: ssl.SSLSocket) -> None:
-    """SSL_key_update(3), past Python, whose object has the SSL* behind its header and a pointer."""
-    assert (
-        OPENSSL.SSL_key_update(ctypes.c_void_p.from_address(id(cast(Any, sock)._sslobj) + 24), 1)
-        == 1
-    )
-
-
-@pytest.mark.skipif(
-    not hasattr(OPENSSL, "SSL_key_update"), reason="OpenSSL cannot be called past Python"
-)
-def test_a_key_update_harms_no_replies_that_wait(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext
-) -> None:
-    process, sent, got, out = serve(f"--certfile={certificate}"), 0, 0, b""
-    plain = socket.socket()
-    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    plain.connect(("127.0.0.1", process.port))
-    with trust.wrap_socket(plain, server_hostname="localhost") as sock:
-        assert answer(sock, request())[0] == 101
-        sock.setblocking(False)
-        while got < 6000 * len(reply_frame(FIN | BINARY, b"ECHO:" + bytes(1000))):
-            with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                while sent < 6000:  # until nothing more is taken, and without reading
-                    if not out and sent % 5 == 0:
-                        request_key_update(sock)
-                    out = frame(FIN | BINARY, bytes(1000))
-                    sock.send(out)
-                    out, sent = b"", sent + 1
-            if (
-                sent == 6000 or not select.select([], [sock], [], 0.3)[1]
-            ):  # the server has stopped reading
-                assert select.select([sock], [], [], PATIENCE)[0]
-                with contextlib.suppress(ssl.SSLWantReadError):
-                    got += len(sock.recv(16384))
-
-
-@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
-def test_what_has_come_before_sigterm_is_answered(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
-) -> None:
-    process = serve(*[f"--certfile={certificate}"] if secure else [])
-    with contextlib.ExitStack() as stack:
-        clients = [
-            stack.enter_context(upgraded(process, trust=trust if secure else None))
-            for _ in range(10)
-        ]
-        for _ in range(40):
-            for client in clients:
-                client.sendall(frame(FIN | TEXT, b"x" * 1000))
-        process.signal(signal.SIGTERM)
-        for client in clients:
-            with client.makefile("rb") as file:
-                assert [read_frame(file)[1] for _ in range(40)] == [b"ECHO:" + b"x" * 1000] * 40
-                assert read_frame(file) == (FIN | CLOSE, close_body(1001, "the server is stopping"))
-        process.signal(signal.SIGTERM)  # at once: nobody here says goodbye
-
-
-@pytest.mark.parametrize("has_one", [False, True])
-def test_a_client_without_a_certificate_of_that_authority_is_not_let_in(
-    serve: Serve,
-    certificate: Path,
-    trust: ssl.SSLContext,
-    client_authority: tuple[trustme.CA, str],
-    has_one: bool,
-) -> None:
-    if has_one:
-        trustme.CA().issue_cert("me@example.com").configure_cert(trust)
-    process = serve(f"--certfile={certificate}", client_authority[1])
-    refusal = pytest.raises((ssl.SSLError, ConnectionError))
-    with (
-        process.dial() as sock,
-        refusal,
-        trust.wrap_socket(sock, server_hostname="localhost") as tls,
-    ):
-        answer(tls, request())
-
-
-@pytest.fixture
-def files(authority: trustme.CA, tmp_path: Path) -> Path:
-    """A folder with certificates that go together, and other files."""
-    issued = authority.issue_cert("localhost")
-    issued.private_key_pem.write_to_path(str(tmp_path / "key"))
-    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
-    authority.issue_cert("localhost").private_key_pem.write_to_path(str(tmp_path / "other-key"))
-    (tmp_path / "junk").write_text("junk")
-    (tmp_path / "empty").touch()
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "wrong.toml").write_text("port = 'x'")
-    return tmp_path
-
-
-def test_a_key_with_a_password_is_not_asked_for_at_the_terminal(files: Path) -> None:
-    openssl = shutil.which("openssl") or pytest.skip("there is no openssl")
-    locked = files / "locked"
-    ended(
-        openssl,
-        "pkey",
-        "-in",
-        f"{files}/key",
-        "-aes256",
-        "-passout",
-        "pass:x",
-        "-out",
-        str(locked),
-        check=True,
-    )
-    assert_cannot_serve(
-        ["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={locked}"], str(locked)
-    )
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_a_key_that_may_not_be_read_is_named(files: Path) -> None:
-    (files / "key").chmod(0)
-    assert_cannot_serve(
-        ["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={files / 'key'}"], f"{files}/key"
-    )
-
-
-# ---- SIGHUP
-
-
-def serial(process: Process, trust: ssl.SSLContext) -> object:
-    with process.dial() as sock, trust.wrap_socket(sock, server_hostname="localhost") as tls:
-        return (tls.getpeercert() or {})["serialNumber"]
-
-
-def test_sighup_takes_a_renewed_certificate_and_keeps_connections(
-    serve: Serve, authority: trustme.CA, certificate: Path, trust: ssl.SSLContext
-) -> None:
-    process = serve(f"--certfile={certificate}")
-    with upgraded(process, trust=trust) as client:
-        before = serial(process, trust)
-        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(
-            str(certificate)
-        )
-        process.signal(signal.SIGHUP)
-        until(lambda: serial(process, trust) != before)
-        assert raw_echo(client) == "ECHO:Hello!"
-
-
-def test_sighup_keeps_the_old_certificate_when_the_new_one_is_broken(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext
-) -> None:
-    process = serve(f"--certfile={certificate}")
-    before = serial(process, trust)
-    certificate.write_text("junk")
-    process.signal(signal.SIGHUP)
-    assert str(certificate) in process.line("error:").string
-    assert serial(process, trust) == before
-    assert process.stop() == 0
-    assert len(process.matching("error:")) == 1
-
-
-def test_sighup_takes_the_log_level_from_the_file(serve: Serve, tmp_path: Path) -> None:
-    config = tmp_path / "ws-echo.toml"
-    config.write_text('log-level = "info"\n')
-    process = serve(f"--config={config}")
-    with process.connect() as client:
-        assert echoed(client, "before") == "ECHO:before"
-        config.write_text('log-level = "debug"\n')
-        process.signal(signal.SIGHUP)
-        process.line("reloaded")
-        assert echoed(client, "behind") == "ECHO:behind"
-    assert process.line(r"\[SERVER\] Received:(.*)")[1] == "behind"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "log-level = 'loud'",
-        "nonsense = 1",
-        "=",
-        f"ping-interval = {'9' * 400}",
-        f"a = {'[' * 3000}",
-        None,
-    ],
-    ids=["value", "name", "syntax", "400 digits", "3,000 arrays", "no file"],
-)
-def test_sighup_with_a_broken_file_changes_nothing_and_says_so(
-    serve: Serve, systemd: socket.socket, tmp_path: Path, text: str | None
-) -> None:
-    config = tmp_path / "ws-echo.toml"
-    config.touch()
-    process = serve(f"--config={config}", env={"NOTIFY_SOCKET": systemd.getsockname()})
-    with process.connect() as client:
-        config.write_text(text) if text else config.unlink()
-        process.signal(signal.SIGHUP)
-        told(systemd, "(?m)^RELOADING=1$")
-        told(systemd, "^READY=1")
-        assert str(config) in process.line("error:").string
-        assert echoed(client) == "ECHO:Hello!"
-    assert process.stop() == 0
-    assert len(process.matching("error:")) == 1
-
-
-def test_the_log_level_of_the_command_line_wins_over_the_file_also_at_sighup(
-    serve: Serve, tmp_path: Path
-) -> None:
-    config = tmp_path / "ws-echo.toml"
-    config.write_text('log-level = "info"\n')
-    process = serve(f"--config={config}", "--log-level=debug")
-    with process.connect() as client:
-        process.signal(signal.SIGHUP)
-        process.line("reloaded")
-        echoed(client)
-    process.line("Received:Hello!")
-
-
-# ---- Stopping
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_stop_closes_everybody_with_1001_and_ends_with_0(
-    serve: Serve, number: int
-) -> None:
-    process = serve()
-    with process.connect() as one, process.connect() as two:
-        process.signal(number)
-        for client in (one, two):
-            with pytest.raises(ConnectionClosed) as closed:
-                client.recv(PATIENCE)
-            assert closed.value.rcvd and closed.value.rcvd.code == 1001
-        assert process.exit_code() == 0
-    assert len(process.matching(r"close\(\) 1001 from")) == 2
-
-
-def test_over_tls_everybody_is_closed_with_1001(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext
-) -> None:
-    process = serve(f"--certfile={certificate}")
-    with upgraded(process, trust=trust) as client, client.makefile("rb") as file:
-        process.signal(signal.SIGTERM)
-        first, payload = read_frame(file)
-        assert (first, payload[:2]) == (FIN | CLOSE, b"\x03\xe9")
-        client.sendall(frame(FIN | CLOSE, payload[:2]))
-        assert process.exit_code() == 0
-
-
-def test_replies_that_are_owed_come_before_1001(serve: Serve) -> None:
-    process = serve()
-    with upgraded(process) as sock, sock.makefile("rb") as file:
-        fill(sock, frame(FIN | BINARY, b"x" * 65536))
-        process.signal(signal.SIGTERM)
-        replies = 0
-        while (last := read_frame(file)) == (FIN | BINARY, b"ECHO:" + b"x" * 65536):
-            replies += 1
-        assert (last[0], last[1][:2]) == (FIN | CLOSE, b"\x03\xe9")
-    assert process.exit_code() == 0
-    assert int(process.line(r"close\(\) .* (\d+) messages")[1]) == replies > 2
-
-
-def test_replies_that_the_handler_has_still_to_make_come_before_1001(serve: Serve) -> None:
-    process = serve()
-    with process.connect("?delay=0.1") as client:
-        for text in "abc":
-            client.send(text)
-        assert client.ping().wait(PATIENCE)
-        process.signal(signal.SIGTERM)
-        assert [client.recv(PATIENCE) for _ in "abc"] == ["ECHO:a", "ECHO:b", "ECHO:c"]
-        with pytest.raises(ConnectionClosed, match="1001"):
-            client.recv(PATIENCE)
-    assert process.exit_code() == 0
-
-
-def fill(sock: socket.socket, message: bytes) -> None:
-    """Sends until nothing more is taken for a while: the server waits for us to read."""
-    sock.settimeout(0.2)
-    with contextlib.suppress(TimeoutError):
-        while True:
-            sock.sendall(message)
-    sock.settimeout(PATIENCE)
-
-
-def test_clients_that_never_close_are_waited_for_no_longer_than_drain_timeout(serve: Serve) -> None:
-    process = serve("--drain-timeout=0.5")
-    with upgraded(process), process.dial():
-        began = time.monotonic()
-        assert process.stop() == 0
-        assert 0.5 <= time.monotonic() - began < 0.95
-
-
-def test_without_a_drain_timeout_it_does_not_wait(serve: Serve) -> None:
-    process = serve("--drain-timeout=0")
-    with upgraded(process) as sock:
-        assert process.stop() == 0
-        assert sock.recv(99).startswith(b"\x88")
-
-
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once_with_128_and_its_number(serve: Serve, second: int) -> None:
-    process = serve()
-    with upgraded(process) as sock:
-        process.signal(signal.SIGTERM)
-        assert sock.recv(99).startswith(b"\x88")
-        process.signal(second)
-        assert process.exit_code() == 128 + second
-
-
-def test_while_stopping_nobody_is_let_in_and_the_health_check_says_so(serve: Serve) -> None:
-    process = serve()
-    with upgraded(process) as held, process.dial() as idle, process.dial() as other:
-        for sock in (idle, other):
-            assert answer(sock, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
-        process.signal(signal.SIGTERM)
-        assert held.recv(99).startswith(b"\x88\x02\x03\xe9"[:1])
-        assert answer(idle, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 503
-        assert answer(other, request())[0] == 503
-        with pytest.raises(ConnectionRefusedError):
-            process.dial()
-
-
-def test_who_is_in_the_queue_of_the_listening_socket_is_let_in_and_sent_away(serve: Serve) -> None:
-    process = serve()
-    process.line("listening")
-    process.signal(signal.SIGSTOP)
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(process.dial()) for _ in range(100)]
-        for sock in socks:
-            sock.sendall(request())
-        process.signal(signal.SIGTERM)
-        process.signal(signal.SIGCONT)
-        for sock in socks:
-            with sock.makefile("rb") as file:
-                assert b" 101 " in file.readline()
-                assert b"" not in iter(file.readline, b"\r\n")
-                assert read_frame(file) == (FIN | CLOSE, b"\x03\xe9the server is stopping")
-    assert process.exit_code() == 0
-
-
-def test_who_has_connected_and_says_nothing_does_not_keep_it_from_stopping(serve: Serve) -> None:
-    process = serve("--drain-timeout=0.2")
-    with process.dial(), process.dial() as sock:
-        sock.sendall(b"GET / HT")
-        assert process.stop() == 0
-
-
-# ---- Limits
-
-
-def test_above_max_connections_a_handshake_gets_503_and_the_health_check_200(serve: Serve) -> None:
-    process = serve("--max-connections=1")
-    with process.connect() as client:
-        with pytest.raises(InvalidStatus) as refusal:
-            process.connect()
-        assert refusal.value.response.status_code == 503
-        assert int(refusal.value.response.headers["Retry-After"]) > 0
-        assert get(process, "/healthz")[0] == 200
-        assert echoed(client) == "ECHO:Hello!"
-    with process.connect() as client:
-        assert echoed(client) == "ECHO:Hello!"
-
-
-def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_again(
-    serve: Serve,
-) -> None:
-    process = serve(before=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
-    with process.connect() as client, contextlib.ExitStack() as stack:
-        for _ in range(100):
-            stack.enter_context(process.dial())
-        process.line(r"error:descriptors have run out")
-        assert get(process, "/healthz")[0] == 200
-        assert echoed(client) == "ECHO:Hello!"
-        stack.close()
-        with process.connect() as another:
-            assert echoed(another) == "ECHO:Hello!"
-    assert process.stop() == 0
-
-
-with_prlimit = pytest.mark.skipif(
-    not hasattr(resource, "prlimit"), reason="needs to limit another process"
-)
-
-
-def ask(sock: socket.socket) -> tuple[int, str | None]:
-    """For the health, on a connection that stays open: the status, and the header Connection."""
-    status, headers, _ = answer(sock, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    return status, headers["Connection"]
-
-
-def test_plain_connections_do_not_take_the_descriptors_of_health_checks_and_handshakes(
-    serve: Serve,
-) -> None:
-    """With 200 descriptors, of which 64 are kept for these."""
-    process = serve(before=["sh", "-c", 'ulimit -n 200; exec "$@"', "sh"])
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(upgraded(process)) for _ in range(136)]
-        asked = [ask(stack.enter_context(process.dial())) for _ in range(80)]
-        assert asked[:32] == [(200, None)] * 32
-        assert asked[32:] == [(200, "close")] * 48
-        assert refused(process, request())[0] == 503
-        clients.pop().close()
-        process.line(r"close\(\)")
-        stack.enter_context(upgraded(process))
-    assert process.stop() == 0
-
-
-def test_when_descriptors_run_out_who_has_been_idle_for_the_longest_time_goes_first(
-    serve: Serve,
-) -> None:
-    process = serve(before=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
-    with process.dial() as first, process.dial() as second, contextlib.ExitStack() as stack:
-        assert ask(second) == ask(first) == (200, None)
-        while not process.matching("run out"):
-            stack.enter_context(process.dial())
-        idlest = process.line("error:descriptors have run out, closing the idlest: (.*)")[1]
-        assert idlest == f"127.0.0.1:{second.getsockname()[1]}"
-        assert second.recv(1) == b""
-
-
-@with_prlimit
-def test_a_handshake_needs_no_further_descriptor(serve: Serve) -> None:
-    process = serve()
-    with process.dial() as one, process.dial() as two:
-        # Neither is asked for more before both are accepted.
-        assert ask(two) == (200, None)
-        resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, (3, 3))
-        for sock in (one, two):
-            assert answer(sock, request())[0] == 101
-            assert raw_echo(sock) == "ECHO:Hello!"
-        process.line(r"connection\(\) from", 2)
-
-
-def test_who_has_left_is_not_counted(serve: Serve) -> None:
-    process = serve()
-    for _ in range(40):
-        with process.dial() as sock:
-            assert ask(sock) == (200, None)
-
-
-SLOW = [
-    b"",
-    b"GET / HT",
-    request()[:-2],
-    b"\x16\x03\x01\x02",
-]  # nothing, half a line, half a header, half of TLS
-
-
-@pytest.mark.parametrize("tls", [False, True])
-def test_a_handshake_that_does_not_go_on_is_given_up(
-    serve: Serve, certificate: Path, tls: bool
-) -> None:
-    process = serve("--handshake-timeout=0.3", *([f"--certfile={certificate}"] if tls else []))
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(process.dial()) for _ in SLOW]
-        began = time.monotonic()
-        for sock, data in zip(socks, SLOW, strict=True):
-            sock.sendall(data)
-        assert not re.search(rb"HTTP/1.1 [1235]", b"".join(map(everything, socks)))
-        assert 0.2 < time.monotonic() - began < 3
-
-
-def everything(sock: socket.socket) -> bytes:
-    """What is sent to us until the other side closes."""
-    data = b""
-    with contextlib.suppress(ConnectionError):
-        while part := sock.recv(4096):
-            data += part
-    return data
-
-
-@pytest.mark.parametrize("tls", [False, True])
-def test_a_handshake_byte_by_byte_is_given_up_as_well(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext, tls: bool
-) -> None:
-    process = serve("--handshake-timeout=0.3", *([f"--certfile={certificate}"] if tls else []))
-    with process.dial() as plain, contextlib.ExitStack() as stack:
-        sock = (
-            stack.enter_context(trust.wrap_socket(plain, server_hostname="localhost"))
-            if tls
-            else plain
-        )
-        sock.settimeout(0.02)
-        assert any(not still_open_after(sock, byte) for byte in request(X_Filler="x" * 100))
-
-
-def still_open_after(sock: socket.socket, byte: int) -> bool:
-    try:
-        sock.sendall(bytes((byte,)))
-        return sock.recv(99) != b""
-    except TimeoutError:
-        return True
-    except OSError:
-        return False
-
-
-def test_a_websocket_outlives_the_handshake_timeout(serve: Serve) -> None:
-    process = serve("--handshake-timeout=0.1")
-    with upgraded(process) as sock:
-        sock.settimeout(0.3)
-        with pytest.raises(TimeoutError):
-            sock.recv(1)
-        sock.sendall(frame(FIN | TEXT, b"Hello!"))
-        assert sock.recv(99) == b"\x81\x0bECHO:Hello!"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "Content-Length: 1000000",
-        "Content-Length: 1000000\r\nExpect: 100-continue",
-        "Transfer-Encoding: chunked",
-    ],
-)
-def test_a_request_with_a_body_is_refused_without_reading_it(server: Process, body: str) -> None:
-    with server.dial() as sock, contextlib.suppress(ConnectionError):
-        began = time.monotonic()
-        head = f"POST / HTTP/1.1\r\nHost: x\r\n{body}\r\nContent-Type: text/plain\r\n\r\n"
-        sock.sendall(head.encode() + b"fffff\r\n")
-        sock.sendall(b"x" * 100_000)
-        assert not re.search(rb"HTTP/1.1 [235]", everything(sock))
-        assert time.monotonic() - began < 5
-
-
-# ---- systemd
-
-
-@pytest.fixture
-def systemd(tmp_path: Path) -> Iterator[socket.socket]:
-    """The socket that systemd would read from."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(PATIENCE)
-        sock.bind(str(tmp_path / "notify"))
-        yield sock
-
-
-def told(sock: socket.socket, pattern: str) -> list[str]:
-    """Everything up to the message that has this, which is read as long as it takes."""
-    messages: list[str] = []
-    while not (messages and re.search(pattern, messages[-1])):
-        messages.append(sock.recv(4096).decode())
-    return messages
-
-
-def test_systemd_is_told_of_start_reload_and_stop(serve: Serve, systemd: socket.socket) -> None:
-    process = serve(env={"NOTIFY_SOCKET": systemd.getsockname()})
-    told(systemd, r"^READY=1")
-    assert re.search(r"(?m)^STATUS=.*0 connections", told(systemd, "STATUS=")[-1])
-    process.signal(signal.SIGHUP)
-    assert re.search(r"(?m)^MONOTONIC_USEC=\d+$", told(systemd, "(?m)^RELOADING=1$")[-1])
-    told(systemd, "^READY=1")
-    process.signal(signal.SIGTERM)
-    told(systemd, "^STOPPING=1")
-    assert process.exit_code() == 0
-
-
-def test_systemd_is_told_ready_only_when_it_can_be_connected_to(
-    serve: Serve, systemd: socket.socket
-) -> None:
-    process = serve(env={"NOTIFY_SOCKET": systemd.getsockname()})
-    assert "READY=1" in told(systemd, "READY=1")[0]
-    with process.connect() as client:
-        assert echoed(client) == "ECHO:Hello!"
-
-
-def test_the_watchdog_is_fed_before_its_time(serve: Serve, systemd: socket.socket) -> None:
-    serve(env={"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "200000"})
-    told(systemd, "WATCHDOG=1")
-    for _ in range(3):
-        began = time.monotonic()
-        told(systemd, "WATCHDOG=1")
-        assert time.monotonic() - began < 0.2
-
-
-def test_the_notify_socket_may_be_abstract(serve: Serve) -> None:
-    if sys.platform != "linux":
-        pytest.skip("only Linux has abstract sockets")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(PATIENCE)
-        sock.bind("")
-        serve(env={"NOTIFY_SOCKET": "@" + sock.getsockname()[1:].decode()})
-        told(sock, "READY=1")
-
-
-def test_a_notify_socket_that_is_not_there_does_not_matter(serve: Serve, tmp_path: Path) -> None:
-    process = serve(env={"NOTIFY_SOCKET": str(tmp_path / "nothing"), "WATCHDOG_USEC": "200000"})
-    with process.connect() as client:
-        assert echoed(client) == "ECHO:Hello!"
-    assert process.stop() == 0
-    assert len(process.matching("error:")) == 1
-
-
-CRASH = """
-import sys, echo_server
-echo_server.Lobby.dismiss_idle = lambda lobby: 1 / 0
-sys.exit(echo_server.main(["--port=0"]))
-"""
-
-
-def test_a_mistake_of_ours_ends_the_server_with_a_code_that_systemd_restarts() -> None:
-    done = ended(sys.executable, "-c", CRASH, cwd=MODULE.parent)
-    assert "ZeroDivisionError" in done.stderr
-    unit = (MODULE.parent / "systemd" / "ws-echo.service").read_text()
-    kept = re.findall(r"(?m)^RestartPreventExitStatus=(.*)", unit)[0].split()
-    assert "Restart=on-failure" in unit and done.returncode not in (0, *map(int, kept))
-
-
-INHERIT = (
-    "import os, sys; sys.argv[1] == 'none' or os.dup2(int(sys.argv[1]), 3); "
-    "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid() + int(sys.argv[2]))); "
-    "os.execv(sys.argv[3], sys.argv[3:])"
-)
-
-
-def inheriting(serve: Serve, given: Any, *arguments: str, offset: int = 0) -> Process:
-    """A server that is started as by socket activation, with this as its descriptor 3."""
-    numbers = [] if given is None else [given.fileno()]
-    number = str(*numbers or ["none"])
-    before = [sys.executable, "-c", INHERIT, number, str(offset)]
-    return serve(*arguments, before=before, pass_fds=[*numbers, *([3] if numbers else [])])
-
-
-@pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield listener
-
-
-def test_the_socket_that_systemd_has_opened_is_served(
-    serve: Serve, listener: socket.socket
-) -> None:
-    process = inheriting(serve, listener)
-    process.line(r"systemd.*--address")
-    assert process.port == listener.getsockname()[1]
-    with process.connect() as client:
-        assert echoed(client) == "ECHO:Hello!"
-
-
-def test_sockets_for_another_process_are_left_alone(serve: Serve, listener: socket.socket) -> None:
-    process = inheriting(serve, listener, offset=1)
-    assert process.port != listener.getsockname()[1]
-    with process.connect() as client:
-        assert echoed(client) == "ECHO:Hello!"
-
-
-OTHER_KINDS: dict[str, tuple[Callable[[socket.socket], Any], str]] = {
-    # The number may be taken by the event loop before it is looked at.
-    "nothing": (lambda _: None, ""),
-    "a file": (lambda _: MODULE.open(), "Socket operation on non-socket"),
-    "UDP": (
-        lambda _: socket.socket(type=socket.SOCK_DGRAM),
-        "is not a TCP or Unix socket: AF_INET, SOCK_DGRAM",
-    ),
-    "Unix packets": (
-        lambda _: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET),
-        "is not a TCP or Unix socket: AF_UNIX, SOCK_SEQPACKET",
-    ),
-    "vsock": (lambda _: socket.socket(socket.AF_VSOCK), "socket: AF_VSOCK, SOCK_STREAM"),
-    "what Python has no name for": (
-        lambda _: socket.socket(socket.AF_INET, 10),
-        "socket: AF_PACKET, 10",
-    ),
-    "connected": (
-        lambda listener: socket.create_connection(listener.getsockname()),
-        "does not listen (Accept=yes?)",
-    ),
-    "not listening": (lambda _: socket.socket(), "does not listen (Accept=yes?)"),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_KINDS)
-def test_an_inherited_descriptor_of_another_kind_is_named(
-    serve: Serve, listener: socket.socket, name: str
-) -> None:
-    make, words = OTHER_KINDS[name]
-    try:
-        given = make(listener)
-    except (AttributeError, OSError) as error:
-        pytest.skip(f"there is none here: {error}")
-    with given or contextlib.nullcontext():
-        process = inheriting(serve, given)
-        assert process.exit_code() == 1
-    (line,) = process.lines
-    assert line.startswith("echo_server: inherited descriptor 3") and words in line
-
-
-def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
-    activate = shutil.which("systemd-socket-activate") or pytest.skip(
-        "there is no systemd-socket-activate"
-    )
-    path = str(tmp_path / "s")
-    with Process(before=[activate, f"--listen={path}"]) as process:
-        until(lambda: os.path.exists(path))
-        with unix_connect(path, "ws://localhost/") as client:
-            assert echoed(client) == "ECHO:Hello!"
-        process.line(r"systemd.*--address")
-        assert process.stop() == 0
-
-
-# ---- Who the peer is
-
-
-def test_an_empty_origin_is_not_our_own(serve: Serve) -> None:
-    assert refused(serve("--origins="), request(add="Origin:"))[0] == 403
-
-
-ORIGINS = "https://App.Example.org:443/, http://b\xfccher.example:8080,https://[2001:DB8::7]"
-
-
-@pytest.fixture(scope="module")
-def choosy() -> Iterator[Process]:
-    with Process("--port=0", f"--origins={ORIGINS}") as process:
-        yield process
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Origin": "https://app.example.org"},
-        {"Origin": "HTTPS://APP.example.org:443"},
-        {"Origin": "http://xn--bcher-kva.example:8080"},
-        {"Origin": "http://b\xfccher.example:8080"},
-        {"Origin": "https://[2001:db8::7]"},
-        {"Origin": "http://localhost"},
-        {"Origin": "https://app.example.org", "Sec-Fetch-Site": "cross-site"},
-        {"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"},
-        {"Sec-Fetch-Site": "none"},
-        {},
-    ],
-)
-def test_origins_are_compared_as_browsers_write_them(
-    choosy: Process, headers: dict[str, str]
-) -> None:
-    upgraded(choosy, "/", None, **headers).close()
-
-
-@pytest.mark.parametrize(
-    ("headers", "reason"),
-    [
-        ({"Origin": "http://app.example.org"}, "http://app.example.org"),
-        ({"Origin": "https://app.example.org:444"}, "https://app.example.org:444"),
-        ({"Origin": "https://example.org"}, "https://example.org"),
-        ({"Origin": "https://x.app.example.org"}, "https://x.app.example.org"),
-        ({"Origin": "null"}, "null"),
-        ({"Origin": "https://b.example", "Sec-Fetch-Site": "cross-site"}, "https://b.example"),
-        ({"Origin": "http://localhost:1", "Sec-Fetch-Site": "same-site"}, "http://localhost:1"),
-        ({"Sec-Fetch-Site": "cross-site"}, "it is cross-site"),
-        ({"Sec-Fetch-Site": "same-site"}, "it is same-site"),
-    ],
-)
-def test_pages_of_other_origins_are_refused_in_our_words(
-    choosy: Process, headers: dict[str, str], reason: str
-) -> None:
-    status, _, body = refused(choosy, request(**headers))
-    assert (status, body.partition("\n")[0]) == (403, f"403: this page may not connect: {reason}")
-    choosy.line(f"error:403 this page may not connect: {re.escape(reason)}, 127")
-
-
-def test_without_a_choice_of_origins_pages_of_all_sites_may_connect(server: Process) -> None:
-    upgraded(server, Sec_Fetch_Site="cross-site").close()
-
-
-@pytest.fixture(scope="module")
-def behind_proxies() -> Iterator[Process]:
-    with Process("--port=0", "--trusted-proxies=127.0.0.0/8, 198.18.0.1,::1") as process:
-        yield process
-
-
-@pytest.mark.parametrize(
-    ("forwarded", "peer"),
-    [
-        ("203.0.113.7", "203.0.113.7"),
-        ("203.0.113.9, 203.0.113.7", "203.0.113.7"),
-        ("203.0.113.9, 203.0.113.7,198.18.0.1", "203.0.113.7"),
-        ("203.0.113.7:41234", "203.0.113.7"),
-        ("[2001:db8::7]:41234", "2001:db8::7"),
-        ("[2001:db8::7]", "2001:db8::7"),
-        ('"[2001:db8::7]:41234"', "2001:db8::7"),
-        ("::ffff:203.0.113.7", "203.0.113.7"),
-        ("203.0.113.7, ", "203.0.113.7"),
-        ("203.0.113.7,,198.18.0.1:80,", "203.0.113.7"),
-        ("203.0.113.7, ::ffff:198.18.0.1", "203.0.113.7"),
-        ("203.0.113.7, [::1]:80", "203.0.113.7"),
-        ("203.0.113.7\r\nX-Forwarded-For: [::1]", "203.0.113.7"),
-        ("10.0.0.1, nonsense", "127.0.0.1:PORT"),
-        ("[]", "127.0.0.1:PORT"),
-        ("203.0.113.7, unknown", "127.0.0.1:PORT"),
-        ("2001:db8::1", "2001:db8::1"),
-        ("2001:db8::1%\x9b31m and more", "2001:db8::1"),
-        ("", "127.0.0.1:PORT"),
-    ],
-)
-def test_a_trusted_proxy_says_who_the_peer_is(
-    behind_proxies: Process, forwarded: str, peer: str
-) -> None:
-    path = f"/{forwarded.encode().hex()}"
-    with upgraded(behind_proxies, path, X_Forwarded_For=forwarded) as sock:
-        found = behind_proxies.line(rf"connection\(\) from (.*) {path}$")
-        assert found[1] == peer.replace("PORT", str(sock.getsockname()[1]))
-
-
-@pytest.mark.parametrize(
-    "proxies", ["::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "[::1], 127.0.0.1"]
-)
-def test_the_address_of_a_proxy_may_be_written_in_other_forms(serve: Serve, proxies: str) -> None:
-    process = serve(f"--trusted-proxies={proxies}")
-    with upgraded(process, X_Forwarded_For="203.0.113.7"):
-        assert process.line(r"connection\(\) from (.*) /$")[1] == "203.0.113.7"
-
-
-def test_on_a_socket_of_both_families_ipv4_is_known_as_such(serve: Serve) -> None:
-    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
-        process = inheriting(serve, listener, "--trusted-proxies=127.0.0.0/8")
-        assert process.url == f"ws://localhost:{listener.getsockname()[1]}/"
-        with upgraded(process, "/a") as sock:
-            peer = f"127.0.0.1:{sock.getsockname()[1]}"
-            assert process.line(r"connection\(\) from (.*) /a$")[1] == peer
-        with upgraded(process, "/b", X_Forwarded_For="203.0.113.7"):
-            assert process.line(r"connection\(\) from (.*) /b$")[1] == "203.0.113.7"
+    async def test_after_on_close_no_method_of_the_handler_is_called(self, host: Host) -> None:
+        peer, calls = await host.record(Recorder)
+        peer.send(close(4001), frame(FIN | PING, b"a"))
+        await eventually(lambda: calls.closes)
+        peer.leave()
+        await eventually(lambda: not Connections.current().open)
+        assert calls[-1][0] == "close"
+
+    async def test_a_message_that_stalls_costs_a_coroutine_before_it_no_reply(
+        self, host: Host
+    ) -> None:
+        peer, calls = await host.record(Waiting, stall_timeout=0.2, shut=True)
+        other = await host.connect(stall_timeout=0.2)
+        for unfinished in (peer, other):
+            unfinished.send(text("a"), frame(FIN | TEXT, b"unfinished")[:9])
+        # What is failed later has stalled for no longer.
+        assert await other.replies(b"ECHO:a") and await other.close_code() == 1008
+        calls.gate.set()
+        assert await peer.replies(b"a") and await peer.close_code() == 1008
+
+    async def test_what_was_written_before_a_connection_is_dropped_still_leaves(
+        self, host: Host
+    ) -> None:
+        messages = []
+
+        class Handler(EchoHandler):
+            def on_message(self, message: str | bytes) -> None:
+                messages.append(message)
+                self.write_message("last words")
+                cast(Any, self.ws_connection)._abort()
+
+        peer = await host.connect(Handler)
+        peer.send(text("a") * 3)
+        assert await peer.replies(b"last words") and await peer.rest() == b""
+        assert messages == ["a"]
 
 
 @pytest.mark.gen_test
-@pytest.mark.parametrize("name", ["X-Real-Ip", "X-Forwarded-For"])
-async def test_embedded_the_peer_is_whom_tornado_has_found_in_a_header(
-    app: Application, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    caplog.set_level("INFO")
-    async with listening(app, xheaders=True) as port:
-        headers = {name: "203.0.113.7"}
-        client = await websocket_connect(
-            HTTPRequest(f"ws://127.0.0.1:{port}/echo", headers=headers)
-        )
-        client.close()
-        lines = await log_lines(caplog, 2)
-        assert [" 203.0.113.7 " in line for line in lines] == [True, True]
+class TestRareWays:
+    async def test_a_write_to_somebody_else_that_waits_for_the_next_round_gets_it(
+        self, host: Host
+    ) -> None:
+        handlers: list[EchoHandler] = []
 
+        class Relay(EchoHandler):
+            def open(self, *args: str, **kwargs: str) -> None:
+                handlers.append(self)
 
-@pytest.mark.parametrize("arguments", [[], ["--trusted-proxies=10.0.0.0/8,unix"]])
-def test_nobody_else_says_who_the_peer_is(serve: Serve, arguments: list[str]) -> None:
-    process = serve(*arguments)
-    with upgraded(process, X_Forwarded_For="203.0.113.7") as sock:
-        assert (
-            process.line(r"connection\(\) from (.*) /$")[1] == f"127.0.0.1:{sock.getsockname()[1]}"
-        )
+            def on_message(self, message: str | bytes) -> asyncio.Future[None] | None:
+                if message != "relay":
+                    self.write_message(message)
+                    return None
+                # Longer than a round.
+                sum(range(1_000_000))
+                return handlers[0].write_message(message)
 
+        first, second = await host.connect(Relay), await host.connect(Relay)
+        # So much that the next read is a long one, of more messages than a turn handles.
+        second.send(text("a" * 1000))
+        assert await second.replies(b"a" * 1000)
+        second.send(text("b") * 500, text("relay"), text("c"))
+        assert await first.replies(b"relay")
+        assert await second.replies(*[b"b"] * 500, b"c")
 
-# ---- The log
+    @pytest.mark.parametrize("end", [b"", frame(FIN | TEXT, b"\xff")], ids=["eof", "fault"])
+    async def test_after_the_fin_of_the_peer_ours_waits_for_no_time_limit(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch, end: bytes
+    ) -> None:
+        monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
 
+        class Handler(EchoHandler):
+            async def on_message(self, message: str | bytes) -> None:
+                await asyncio.sleep(0)
+                self.write_message(bytes(6 << 20), binary=True)
+                if not end:
+                    self.close(4001)
 
-def test_a_log_that_nobody_reads_does_not_stop_the_service() -> None:
-    read_end, write_end = os.pipe()
-    with (
-        open(read_end, "rb", buffering=0) as log,
-        open(write_end, "wb", buffering=0) as full,
-        running(full) as popen,
-    ):
-        url = re.search(rb"listening on (\S+)", log.read(4096))
-        os.set_blocking(write_end, False)
-        while full.write(b"x" * 4096):
-            pass
-        os.set_blocking(write_end, True)
-        with connect(url[1].decode() if url else "") as client:
-            assert echoed(client) == "ECHO:Hello!"
-        popen.terminate()
-        assert popen.wait(PATIENCE) == 0
+        peer = await host.connect(Handler)
+        peer.send(text("a"), end)
+        await peer.shut()
+        await peer.receive(10 + (6 << 20))
+        assert await peer.close_code() == (1007 if end else 4001) and await peer.rest() == b""
 
+    async def test_open_and_log_exception_may_both_fail(self, host: Host) -> None:
+        class Handler(EchoHandler):
+            def open(self, *args: str, **kwargs: str) -> None:
+                raise ZeroDivisionError
 
-@contextlib.contextmanager
-def running(stderr: IO[Any], **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A server that logs everything to this file."""
-    command = [sys.executable, str(MODULE), "--port=0", "--log-level=debug"]
-    with start(*command, stderr=stderr, env=os.environ | environment) as popen:
+            def log_exception(self, *args: Any) -> None:
+                raise ZeroDivisionError
+
+        with contextlib.suppress(ConnectionError):
+            await (await host.connect(Handler)).rest()
+        await eventually(lambda: not Connections.current().open)
+        assert host.errors() == ["echo_server"]
+
+    async def test_a_handler_of_the_log_may_write_to_the_connection_that_is_logged(
+        self, host: Host
+    ) -> None:
+        viewers: list[EchoHandler] = []
+
+        class Viewer(EchoHandler):
+            def open(self, *args: str, **kwargs: str) -> None:
+                viewers.append(self)
+
+        class ToViewers(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                for viewer in viewers:
+                    viewer.write_message(record.getMessage())
+
+        to_viewers, log = ToViewers(), logging.getLogger("echo_server")
+        log.addHandler(to_viewers)
         try:
-            yield popen
+            peer = await host.connect(Viewer)
+            peer.send(frame(FIN | TEXT, b"\xff"))
+            assert await peer.goodbye() == 1007
         finally:
-            popen.kill()
+            log.removeHandler(to_viewers)
+
+    async def test_a_host_may_call_on_connection_close(self, host: Host) -> None:
+        peer, calls = await host.record(Recorder)
+        calls.handler.on_connection_close()
+        assert await peer.rest() == b""
+        await eventually(lambda: not Connections.current().open)
+        assert len(calls.closes) == 1
 
 
-def test_lines_of_a_kind_are_limited_and_none_is_left_out_uncounted(serve: Serve) -> None:
-    process = serve()
-    sent = 0
-    with process.dial() as sock:
-        while not process.matching("and [0-9,]+ more"):
-            assert answer(sock, request(Sec_WebSocket_Key="x"))[0] == 400
-            sent += 1
-    assert process.stop() == 0
-    left_out = sum(
-        int(found[1].replace(",", "")) for found in process.matching("and ([0-9,]+) more")
-    )
-    written = len(process.matching(r"error:400 .* 127\.0\.0\.1:\d+"))
-    assert written + left_out == sent
-    assert written < 200
+# ---- Errors on our side
 
 
-def test_messages_are_shown_by_default_and_counted_when_there_are_too_many(serve: Serve) -> None:
-    """Also while a connection with a scenario, whose messages all need a call, is among them."""
-    process, numbers = serve(), itertools.count()
-    with (
-        upgraded(process) as plain,
-        plain.makefile("rb") as replies,
-        upgraded(process, "/?delay=0") as called,
-    ):
+class Failing(EchoHandler):
+    """One of its methods has a bug, at once or in a coroutine."""
 
-        def has_talked_for_two_seconds() -> bool:
-            texts = [b"%d" % next(numbers) for _ in range(500)]
-            plain.sendall(b"".join(frame(FIN | TEXT, sent) for sent in texts))
-            assert [read_frame(replies) for _ in texts] == [
-                (FIN | TEXT, b"ECHO:" + t) for t in texts
-            ]
-            assert raw_echo(called, f"{next(numbers)}").startswith("ECHO:")
-            return len(process.matching(" more: ")) >= 2
+    def initialize(self, where: str, later: bool, closes: list[str]) -> None:
+        super().initialize()
+        self.where, self.later, self.closes = where, later, closes
 
-        until(has_talked_for_two_seconds)
-    assert process.stop() == 0
-    shown = [found[1] for found in process.matching(r"\[SERVER\] Received:(\d+)$")]
-    more = process.matching(r"… and ([\d,]+) more: \[SERVER\] Received:$")
-    left_out = sum(int(found[1].replace(",", "")) for found in more)
-    assert shown[:50] == [str(number) for number in range(50)]
-    assert len(shown) <= 50 * (len(more) + 1) and len(shown) + left_out == next(numbers)
+    def open(self, *args: str, **kwargs: str) -> Any:
+        return self.fail("open")
 
+    def on_message(self, message: str | bytes) -> Any:
+        return self.fail("on_message") or super().on_message(message)
 
-INTRUDERS = r"""
-import asyncio, logging, echo_server
-forged = "\x1b[2J\r\n\x85\x9b31m\u2028\u2029\u202e\u2066\u061c\ud800[SERVER] forged" + "x" * 3000
+    def on_close(self) -> Any:
+        self.closes.append(self.where)
+        super().on_close()
+        return self.fail("on_close")
 
-class Broken:
-    def __str__(self):
+    def fail(self, method: str) -> Any:
+        if method != self.where:
+            return None
+        if self.later:
+            return self.fail_later()
         raise ZeroDivisionError
-    __repr__ = __str__
 
-async def main():
-    logging.basicConfig(handlers=[echo_server.LineHandler(echo_server.Connections.current())])
-    for name in "echo_server", "tornado.general", "asyncio", "somebody":
-        logging.getLogger(name).warning("400 GET %s", forged)
-        logging.getLogger(name).error(forged)
-    try:
-        raise ValueError(forged)
-    except ValueError:
-        logging.exception("a traceback")
-    for message, value in ("%d", "x"), ("%s %s", "x"), ("%s", Broken()), (Broken(), None):
-        logging.error(message, value)
-    asyncio.get_running_loop().call_exception_handler({"message": forged})
-
-asyncio.run(main())
-"""
+    async def fail_later(self) -> None:
+        await asyncio.sleep(0)
+        raise ZeroDivisionError
 
 
-def test_whoever_logs_each_line_is_ours_short_and_printable() -> None:
-    *lines, last = python(INTRUDERS).split("\n")
-    events = [line[len("2000-01-01 00:00:00,000 ") :] for line in lines]
-    assert last == "" and len([event for event in events if event[0] != " "]) == 8 + 1 + 4 + 1
-    assert len([event for event in events if "cannot format" in event]) == 4
-    assert all(line.isprintable() and len(line) <= 2000 for line in lines)
-    assert not [event for event in events if event.startswith("[SERVER]")]
-
-
-def test_in_the_journal_lines_have_a_priority_and_no_time(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    with path.open("w") as journal:
-        status = os.fstat(journal.fileno())
-        with running(journal, JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}") as popen:
-            until(lambda: "listening" in path.read_text())
-            with socket.create_connection(
-                ("127.0.0.1", int(path.read_text().rsplit(":", 1)[1][:-2]))
-            ) as sock:
-                assert answer(sock, request(without="Sec-WebSocket-Key"))[0] == 400
-                assert answer(sock, request(Sec_WebSocket_Key="x"))[0] == 400
-            popen.terminate()
-            assert popen.wait(PATIENCE) == 0
-    starts = [line[: len("<6>[SERVER] error")] for line in path.read_text().splitlines()]
-    assert starts == ["<6>[SERVER] liste", *["<4>[SERVER] error"] * 2, "<6>[SERVER] stopp"]
-
-
-# ------------------------------------------------------------------------------------------- Client
-
-
-def client(url: str, *arguments: str, stdin: str = "") -> tuple[int, list[str], str]:
-    """Exit code, lines of standard output, standard error."""
-    done = run(f"--connect={url}", *arguments, stdin=stdin)
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout.splitlines(), done.stderr
-
-
-def test_the_client_prints_what_the_original_sample_printed(server: Process) -> None:
-    printed = ["[CLIENT] open()", "[CLIENT] Received: ECHO:Hello!"]
-    assert client(server.url + "test", "--send=Hello!") == (0, printed, "")
-
-
-@pytest.mark.parametrize(
-    "texts", [["a"], ["a", "b", "a"], [""], ["Zoë \U0001f600"], ["\x1b[2J"], ["x" * 100_000]]
-)
-def test_the_client_sends_each_text_and_prints_each_answer(
-    server: Process, texts: list[str]
+@pytest.mark.parametrize("later", [False, True], ids=["plain", "coroutine"])
+@pytest.mark.parametrize("where", ["open", "on_message", "on_close"])
+def test_an_error_on_our_side_is_one_traceback_and_harms_nobody_else(
+    caplog: pytest.LogCaptureFixture, where: str, later: bool
 ) -> None:
-    code, lines, _ = client(server.url, *(f"--send={text}" for text in texts))
-    assert (code, lines[1:]) == (0, [f"[CLIENT] Received: ECHO:{text}" for text in texts])
-
-
-@pytest.mark.parametrize(
-    "texts", [[], ["a"], ["a", "", "b"], [str(number) for number in range(1000)]]
-)
-def test_without_texts_the_client_sends_the_lines_of_its_input(
-    server: Process, texts: list[str]
-) -> None:
-    code, lines, _ = client(server.url, stdin="".join(f"{text}\n" for text in texts))
-    assert (code, lines[1:]) == (0, [f"[CLIENT] Received: ECHO:{text}" for text in texts])
-
-
-def test_the_last_line_of_input_needs_no_end(server: Process) -> None:
-    assert client(server.url, stdin="a\nb")[1][1:] == [
-        "[CLIENT] Received: ECHO:a",
-        "[CLIENT] Received: ECHO:b",
-    ]
-
-
-def test_the_client_answers_line_by_line_as_they_are_typed(server: Process) -> None:
-    with start(
-        sys.executable,
-        str(MODULE),
-        f"--connect={server.url}",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as popen:
-        assert popen.stdin and popen.stdout
-        assert popen.stdout.readline() == "[CLIENT] open()\n"
-        for text in ("one", "two"):
-            print(text, file=popen.stdin, flush=True)
-            assert popen.stdout.readline() == f"[CLIENT] Received: ECHO:{text}\n"
-        popen.stdin.close()
-        assert popen.wait(PATIENCE) == 0
-
-
-@pytest.mark.parametrize("scheme", ["WS", "Ws"])
-def test_the_scheme_may_be_in_capitals(server: Process, scheme: str) -> None:
-    assert client(server.url.replace("ws", scheme, 1), "--send=a")[0] == 0
-
-
-def test_at_a_terminal_control_characters_of_a_server_are_escaped(server: Process) -> None:
-    terminal, far_end = os.openpty()
-    command = [sys.executable, str(MODULE), f"--connect={server.url}", "--send=é\x1b[2J\x9bm\u202e"]
-    with start(*command, stdout=far_end) as popen, open(terminal, "rb", buffering=0) as file:
-        os.close(far_end)
-        assert popen.wait(PATIENCE) == 0
-        printed = file.read(4096).decode().splitlines()
-    assert printed == ["[CLIENT] open()", r"[CLIENT] Received: ECHO:é\x1b[2J\x9bm\u202e"]
-
-
-def test_the_client_leaves_with_1000(serve: Serve) -> None:
-    process = serve()
-    assert client(process.url, "--send=a")[0] == 0
-    assert process.line(r"close\(\) (\d+) from")[1] == "1000"
-
-
-def assert_client_fails(url: str, *arguments: str, word: str = "") -> None:
-    """It ends with 1, after one line."""
-    code, _, said = client(url, *arguments)
-    assert (code, said.count("\n")) == (1, 1)
-    assert said.startswith(f"[CLIENT] error:{url}: ") and word in said
-
-
-def test_the_client_ends_with_1_when_the_handshake_is_refused(serve: Serve) -> None:
-    process = serve("--max-connections=1")
-    with process.connect():
-        assert_client_fails(process.url, "--send=a", word=": HTTP 503: the server is full\n")
-
-
-@pytest.mark.parametrize(
-    ("kind", "body", "word"),
-    [
-        ("text/plain; charset=utf-8", "400: a\x1b[2J\n\nb", ": HTTP 400: a\\x1b[2J\n"),
-        ("text/plain", "", ": HTTP 400: Bad Request\n"),
-        ("text/html", "<html>\n<body>", ": HTTP 400: Bad Request\n"),
-    ],
-)
-def test_the_client_says_why_a_server_refuses_it(kind: str, body: str, word: str) -> None:
-    def refuse() -> None:
-        with listener.accept()[0] as sock:
-            assert sock.recv(4096)
-            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-
-    head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: {kind}\r\n"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(PATIENCE)
-        thread = threading.Thread(target=refuse)
-        thread.start()
-        assert_client_fails(f"ws://127.0.0.1:{listener.getsockname()[1]}/", word=word)
-        thread.join(PATIENCE)
-
-
-def test_the_client_ends_with_1_when_nobody_answers_the_handshake() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        began = time.monotonic()
-        assert_client_fails(
-            f"ws://127.0.0.1:{listener.getsockname()[1]}/", "--send=a", "--timeout=0.2"
-        )
-        assert time.monotonic() - began < 3
-
-
-def test_the_client_ends_with_1_when_fewer_answers_come_than_were_sent(serve: Serve) -> None:
-    assert_client_fails(
-        serve("--max-message-size=125").url, "--send=a", f"--send={'x' * 126}", word="1009"
-    )
-
-
-def test_the_client_ends_with_1_when_an_answer_does_not_come_in_time(serve: Serve) -> None:
-    process = serve()
-    with process.connect():
-        process.signal(signal.SIGSTOP)
-        assert_client_fails(process.url, "--send=a", "--timeout=0.2")
-        process.signal(signal.SIGCONT)
-
-
-@pytest.mark.parametrize(("arguments", "stdin"), [(["--send=\udcff"], ""), ([], "\udcff\n")])
-def test_the_client_ends_with_1_at_once_when_it_is_given_what_is_not_utf_8(
-    server: Process, arguments: list[str], stdin: str
-) -> None:
-    command = [sys.executable, str(MODULE), f"--connect={server.url}", *arguments]
-    done = ended(*command, input=stdin, errors="surrogateescape")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-
-
-def test_the_client_checks_the_certificate_against_cafile(
-    serve: Serve, authority: trustme.CA, certificate: Path, tmp_path: Path
-) -> None:
-    process, cafile = serve(f"--certfile={certificate}"), tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(str(cafile))
-    assert client(process.url, f"--cafile={cafile}", "--send=a")[0] == 0
-    assert client(process.url, "--insecure", "--send=a")[0] == 0
-    assert_client_fails(process.url, "--send=a", word="CERTIFICATE")
-    assert_client_fails(
-        process.url.replace("localhost", "127.0.0.1"), f"--cafile={cafile}", "--send=a"
-    )
-
-
-def test_server_and_client_say_what_the_readme_shows(serve: Serve) -> None:
-    shown = re.findall(r"^ *(\[(?:SERVER|CLIENT)\] .*?)(?:   .*)?$", README, re.MULTILINE)
-    process = serve()
-    said = run(
-        "--connect", f"ws://localhost:{process.port}/test", "--send", "Hello!"
-    ).stdout.splitlines()
-    process.line(r"close\(\)")
-    said += [line[line.index("[SERVER]") :] for line in process.lines if "[SERVER]" in line]
-    for line in shown:
-        assert re.sub(r"\d", "0", line) in [
-            re.sub(r"\d", "0", text.replace(str(process.port), "4000")) for text in said
-        ]
-    assert len(shown) == 6
-
-
-# ------------------------------------------------------------------------------------- Command line
-
-
-# ---- Exit codes
-
-EXITS = [  # the code, the command line, and what the last line of standard error names
-    (2, "--port", "--port"),
-    (2, "--nonsense", "--nonsense"),
-    (2, "4000", "4000"),
-    (2, "--port=0 --certfile", "--certfile"),
-    (2, "--connect= --address=192.0.2.1", "--connect"),
-    (2, "--port=0 --keyfile=FOLDER/key", "--keyfile"),
-    (2, "--port=0 --client-cafile=FOLDER/key", "--client-cafile"),
-    (2, "--config=FOLDER/wrong.toml", "FOLDER/wrong.toml"),
-    (1, "--config=FOLDER/missing.toml", "FOLDER/missing.toml"),
-    (1, "--config=FOLDER/.", "FOLDER/."),
-    (1, "--config=FOLDER/wrong.toml/x", "FOLDER/wrong.toml/x"),
-    (1, "--port=0 --address=192.0.2.1", "192.0.2.1"),
-    (1, "--port=0 --address=2001:db8::1", "2001:db8::1"),
-    (1, "--port=0 --address=...", "..."),
-    (1, "--unix-socket=/nowhere/s", "/nowhere/s"),
-    (1, "--unix-socket=/" + "x" * 200, "/" + "x" * 200),
-    (1, "--unix-socket=" + os.devnull, os.devnull),
-    (1, "--port=0 --certfile=FOLDER/missing", "FOLDER/missing"),
-    (1, "--port=0 --certfile=FOLDER/junk", "FOLDER/junk"),
-    (1, "--port=0 --certfile=FOLDER/empty", "FOLDER/empty"),
-    (1, "--port=0 --certfile=FOLDER/folder", "FOLDER/folder"),
-    (1, "--port=0 --certfile=FOLDER/cert", "FOLDER/cert"),
-    *(
-        (1, f"--port=0 --certfile=FOLDER/cert --keyfile=FOLDER/{name}", f"FOLDER/{name}")
-        for name in ("missing", "junk", "other-key")
-    ),
-    *(
-        (
-            1,
-            f"--port=0 --certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/{name}",
-            f"FOLDER/{name}",
-        )
-        for name in ("missing", "junk", "empty")
-    ),
-    (1, "--connect=ws://127.0.0.1:1/ --send=a", "ws://127.0.0.1:1/: Connection refused"),
-    *(
-        (1, f"--connect={url} --send=a --timeout=3", f"[CLIENT] error:{url}: ")
-        for url in ("ws://", "ws://localhost:99999/", "ws://[::1", "ws://.../")
-    ),
-    (1, "--connect=wss://localhost:1/ --send=a --cafile=/nowhere/ca.pem", "/nowhere/ca.pem"),
-]
-
-
-@pytest.mark.parametrize(("code", "arguments", "named"), EXITS)
-def test_what_cannot_be_used_is_named_in_one_line_and_decides_the_exit_code(
-    files: Path, code: int, arguments: str, named: str
-) -> None:
-    done = run(*arguments.replace("FOLDER", str(files)).split())
-    usage, last = done.stderr.splitlines()[:-1], done.stderr.splitlines()[-1]
-    assert (done.returncode, done.stdout) == (code, "")
-    assert usage in ([], ["usage: echo_server.py [options]"][: code - 1])
-    assert named.replace("FOLDER", str(files)) in last
-
-
-def test_it_runs_from_any_folder_and_by_any_name(tmp_path: Path) -> None:
-    shutil.copy(MODULE, tmp_path / "other.py")
-    done = ended(sys.executable, "other.py", "--version", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_bare_file_says_what_it_needs() -> None:
-    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", MODULE.read_text())
-    assert block
-    assert "tornado>=6.6.1,<6.7" in block[1] and 'requires-python = ">=3.11"' in block[1]
-
-
-# ------------------------------------------------------------------------------------------- Faults
-
-
-# What peers and surroundings can do. Meanwhile a well-behaved client is served as ever.
-
-
-@contextlib.contextmanager
-def bystander(server: Process, trust: ssl.SSLContext | None = None) -> Iterator[None]:
-    """A well-behaved client keeps echoing; afterwards the server has given back descriptors."""
-    server.line("listening")
-    before = descriptors(server)
-    with upgraded(server, trust=trust) as sock:
-        times: list[float] = []
-        ended = threading.Event()
-        thread = threading.Thread(target=keep_echoing, args=(sock, times, ended))
-        thread.start()
-        try:
-            until(lambda: len(times) > 3)
-            yield
-            seen = len(times)
-            until(lambda: len(times) > seen + 3)
-        finally:
-            ended.set()
-            thread.join(PATIENCE)
-    assert sorted(times)[len(times) * 99 // 100] < 0.25
-    until(
-        lambda: descriptors(server) <= before,
-        lambda: f"{descriptors(server)} descriptors rather than {before}",
-    )
-
-
-def keep_echoing(sock: socket.socket, times: list[float], ended: threading.Event) -> None:
-    """Stops early when a reply is wrong or missing."""
-    for number in itertools.count():
-        began = time.monotonic()
-        sock.sendall(frame(FIN | TEXT, b"%06d" % number))
-        if sock.recv(99) != b"\x81\x0bECHO:%06d" % number:
-            return
-        times.append(time.monotonic() - began)
-        if ended.wait(0.005):
-            return
-
-
-def descriptors(server: Process) -> int:
-    folder = Path(f"/proc/{server.popen.pid}/fd")
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
-
-
-def memory(server: Process, key: str = "VmRSS") -> int:
-    """Bytes in memory; with VmHWM the most that they were since forget_peak()."""
-    status = Path(f"/proc/{server.popen.pid}/status").read_text()
-    return int(status.partition(key + ":")[2].split()[0]) * 1024
-
-
-def forget_peak(server: Process) -> int:
-    server.line("listening")
-    Path(f"/proc/{server.popen.pid}/clear_refs").write_text("5")  # see proc(5)
-    return memory(server, "VmHWM")
-
-
-def send_until_cut(sock: socket.socket, data: bytes) -> None:
-    """As fast as it is taken, until the other side has closed."""
-    with contextlib.suppress(ConnectionError, ssl.SSLError):
-        while True:
-            sock.sendall(data)
-
-
-def cut_off(sock: socket.socket) -> None:
-    """Ends the connection with a reset."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def close_code(sock: socket.socket) -> int:
-    """Of the Close frame that comes, whatever came before."""
-    with sock.makefile("rb") as file:
-        while (got := read_frame(file))[0] != FIN | CLOSE:
-            assert got[0] >= 0, "it has left without a Close"
-    return int.from_bytes(got[1][:2], "big")
-
-
-with_proc = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="needs /proc to look into a process"
-)
+    closes: list[str] = []
+    codes = asyncio.run(fail_often({"where": where, "later": later, "closes": closes}))
+    assert codes == [1000 if where == "on_close" else 1011] * 10 and closes == [where] * 10
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [bool(record.exc_info) for record in errors] == [True] * 10
+
+
+async def fail_often(options: dict[str, Any]) -> list[int]:
+    """The codes that ten clients of the handler with a bug get; another echoes in between."""
+    app = Application([("/good", EchoHandler), ("/bad", Failing, options)])
+    http, sockets, codes = HTTPServer(app), bind_sockets(0, "127.0.0.1"), []
+    http.add_sockets(sockets)
+    port = sockets[0].getsockname()[1]
+    async with websockets_connect_async(f"ws://127.0.0.1:{port}/good", proxy=None) as good:
+        for number in range(10):
+            async with websockets_connect_async(f"ws://127.0.0.1:{port}/bad", proxy=None) as bad:
+                with contextlib.suppress(ConnectionClosed):
+                    await bad.send("a")
+                    await bad.recv()
+            codes.append(bad.close_code or 0)
+            await good.send(str(number))
+            assert await good.recv() == f"ECHO:{number}"
+    http.stop()
+    while Connections.current().open:  # noqa: ASYNC110  # there is no event for it
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    return codes
+
+
+# ---- Resets
 
 
 @pytest.mark.parametrize(
@@ -6861,7 +4304,7 @@ with_proc = pytest.mark.skipif(
     ids=["fragment", "pongs", "close"],
 )
 @pytest.mark.parametrize("path", ["/", "/?close=4000"])
-def test_a_reset_right_behind_what_needs_no_reply_is_noticed(
+def test_a_reset_right_after_data_that_needs_no_reply_is_noticed(
     serve: Serve, path: str, sent: bytes
 ) -> None:
     server = serve("--ping-interval=0")
@@ -6873,255 +4316,7 @@ def test_a_reset_right_behind_what_needs_no_reply_is_noticed(
     server.line(r"close\(\) (1006|4000)")
 
 
-# ---- Handshakes that come to nothing
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"GET / HT", request()[:-2]], ids=["nothing", "half a line", "half a header"]
-)
-def test_who_falls_silent_behind_the_handshake_of_tls_is_cut_off(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext, data: bytes
-) -> None:
-    server = serve(f"--certfile={certificate}", "--handshake-timeout=0.2")
-    with (
-        bystander(server, trust),
-        trust.wrap_socket(server.dial(), server_hostname="localhost") as sock,
-    ):
-        began = time.monotonic()
-        sock.sendall(data)
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            assert sock.recv(1) == b""
-        assert 0.1 < time.monotonic() - began < 3
-
-
-HEAD = "POST / HTTP/1.1\r\nHost: x\r\n"
-BODIES = {
-    "with its length": f"{HEAD}Content-Length: 100000000\r\n\r\n".encode(),
-    "in chunks": f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode(),
-    "of a handshake": request(add="Content-Length: 100000000"),
-}
-
-
-@with_proc
-@pytest.mark.parametrize("head", BODIES.values(), ids=BODIES.keys())
-def test_a_body_of_100_mb_costs_no_memory(serve: Serve, head: bytes) -> None:
-    server = serve()
-    get(server)
-    before = forget_peak(server)
-    with bystander(server), server.dial() as sock:
-        sock.sendall(head)
-        send_until_cut(sock, b"10000\r\n" + b"x" * 65536 + b"\r\n")
-    assert memory(server, "VmHWM") - before < 1_000_000
-
-
-@pytest.mark.parametrize("head", BODIES.values(), ids=BODIES.keys())
-def test_a_slow_body_is_refused_within_the_deadline(serve: Serve, head: bytes) -> None:
-    server = serve("--handshake-timeout=0.2")
-    began = time.monotonic()
-    with bystander(server), server.dial() as sock, contextlib.suppress(ConnectionError):
-        sock.sendall(head)
-        while select.select([sock], [], [], 0.02)[0] == []:
-            sock.sendall(b"1")
-        assert b" 101 " not in sock.recv(999)
-    assert time.monotonic() - began < 3
-
-
-MOMENTS = {
-    "at once": b"",
-    "in the request": b"GET / HTTP/1.1\r\nHo",
-    "behind the request": request(),
-    "in a frame": request() + frame(FIN | TEXT, b"x" * 1000)[:500],
-    "in the header of a frame": request() + frame(FIN | TEXT, b"x" * 70_000)[:5],
-    "in a message": request() + frame(TEXT, b"x" * 70_000),
-    "with replies on their way": request() + frame(FIN | TEXT, b"x" * 70_000) * 9,
-    "behind a fault": request() + b"\xff\xff",
-    "behind a close": request() + frame(FIN | CLOSE),
-    "behind a good request and a bad one": b"GET / HTTP/1.1\r\nHost: x\r\n\r\nbad\r\n\r\n",
-    "in the hello of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-}
-
-
-@pytest.mark.parametrize("data", MOMENTS.values(), ids=MOMENTS.keys())
-def test_a_reset_leaves_nothing_behind(server: Process, data: bytes) -> None:
-    with bystander(server):
-        for _ in range(10):
-            sock = server.dial()
-            sock.sendall(data)
-            cut_off(sock)
-    assert not server.tracebacks()
-
-
-@pytest.mark.parametrize("data", MOMENTS.values(), ids=MOMENTS.keys())
-def test_over_tls_a_reset_leaves_nothing_behind(
-    tls: Process, trust: ssl.SSLContext, data: bytes
-) -> None:
-    with bystander(tls, trust):
-        for hello in (True, False):
-            sock = tls.dial()
-            sock = trust.wrap_socket(sock, server_hostname="localhost") if hello else sock
-            sock.sendall(data)
-            cut_off(sock)
-    assert not tls.tracebacks()
-
-
-@pytest.fixture(scope="module")
-def tls(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(path))
-    with Process("--port=0", f"--certfile={path}") as process:
-        yield process
-
-
-def client_hello() -> bytes:
-    """What a client of TLS says first."""
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    hello = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
-    with contextlib.suppress(ssl.SSLWantReadError):
-        hello.do_handshake()
-    return outgoing.read()
-
-
-TLS_HERE = "TLS on a plain port, from {}: use ws:// or --certfile"
-HTTP_HERE = "plain HTTP on a TLS port, from {}: use wss:// or https://"
-PROXY_HERE = "a header of the PROXY protocol, from {}: it is not understood here"
-HTTP_2_HERE = "HTTP/2, from {}: only HTTP/1.1 is spoken here"
-NO_HTTP = "no HTTP, from {}: it begins with "
-STRANGERS = [
-    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", HTTP_2_HERE),
-    (b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + request(), PROXY_HERE),
-    (b"\r\n\r\n\0\r\nQUIT\n!\x11\0\x0c" + bytes(12), PROXY_HERE),
-    (b"SSH-2.0-x\r\n", NO_HTTP + r"SSH-2.0-x\r\n"),
-    (b"GET /\r\n", NO_HTTP + r"GET /\r\n"),
-    (b"\3\0\0\x13", NO_HTTP + r"\x03\x00\x00\x13"),
-    (bytes(99), NO_HTTP + r"\x00" * 40),
-]
-ON_PLAIN_PORT = [(client_hello(), TLS_HERE), (client_hello()[:1], TLS_HERE)]
-ON_TLS_PORT = [(request(), HTTP_HERE), (b"GET / HT", HTTP_HERE)]
-
-
-@pytest.mark.parametrize(
-    ("secure", "data", "line"),
-    [
-        *((False, *stranger) for stranger in STRANGERS + ON_PLAIN_PORT),
-        *((True, *stranger) for stranger in STRANGERS + ON_TLS_PORT),
-    ],
-)
-def test_who_speaks_another_protocol_is_told_so_at_once_and_is_worth_one_line(
-    server: Process, tls: Process, trust: ssl.SSLContext, secure: bool, data: bytes, line: str
-) -> None:
-    process = tls if secure else server
-    with bystander(process, trust if secure else None), process.dial() as sock:
-        peer = f"127.0.0.1:{sock.getsockname()[1]}"
-        sock.settimeout(2)
-        sock.sendall(data)
-        said = everything(sock)
-        assert process.line(rf"error:.* {peer}\b").string.endswith("error:" + line.format(peer))
-    assert len(process.matching(rf"{peer}\b")) == 1
-    assert (b"400: this port speaks TLS" in said) == (line == HTTP_HERE) == (said != b"")
-
-
-@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
-@pytest.mark.parametrize("data", [b"", client_hello()], ids=["port scan", "TLS"])
-def test_who_connects_and_leaves_is_worth_at_most_one_line(
-    server: Process, tls: Process, trust: ssl.SSLContext, secure: bool, data: bytes
-) -> None:
-    process = tls if secure else server
-    with bystander(process, trust if secure else None), process.dial() as sock:
-        peer = f"127.0.0.1:{sock.getsockname()[1]}"
-        sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
-        everything(sock)
-    assert len(process.matching(rf"{peer}\b")) <= 1
-
-
-# ---- The log
-
-HOSTILE = "a\x1b[2Jb\x7f\x85\x9b\n\u2028c" + "\xff" * 3000
-RAW = "\x80\x85\x9b\xff" * 700
-STRANGE_REQUESTS = [
-    request(f"GET /{RAW}?token=secret HTTP/1.1"),
-    request("GET /?secret HTTP/1.1", Cookie="secret", Authorization="secret", User_Agent=RAW),
-    request(Origin=f"http://{RAW}", Cookie="secret"),
-    request(Origin=RAW),
-    request(Origin="http://[::1"),
-    request(Sec_WebSocket_Key=RAW),
-    request(Sec_WebSocket_Protocol=RAW + "secret"),
-    request(Sec_WebSocket_Extensions=RAW),
-    request(Sec_WebSocket_Version="13" + RAW),
-    request(Host=RAW),
-    request(X_Forwarded_For=RAW),
-    request(Upgrade="websocket, " + RAW, Connection="Upgrade, " + RAW),
-    request(f"{RAW} / HTTP/1.1"),
-    request(f"GET /{RAW}?delay=x&a=secret HTTP/1.1"),
-    request("GET /?%1b%9b=secret HTTP/1.1"),
-    request(add=f"{RAW}: secret"),
-    request(Origin="a\x1b[2J secret"),
-    request(
-        f"GET /{RAW}?token=secret HTTP/1.1",
-        without="Upgrade",
-        Content_Type="multipart/form-data; boundary=x",
-    ),
-]
-
-
-def test_no_header_reaches_the_log_other_than_short_and_in_ascii(serve: Serve) -> None:
-    server = serve("--origins=", "--trusted-proxies=127.0.0.1")
-    with bystander(server):
-        for data in STRANGE_REQUESTS:
-            with server.dial() as sock, contextlib.suppress(ConnectionError):
-                sock.sendall(data)
-                assert re.match(rb"HTTP/1.1 [14]|$", sock.recv(999))
-    assert server.stop() == 0
-    assert all(line.isascii() and line.isprintable() and len(line) < 1000 for line in server.lines)
-    assert not server.matching("secret") and len(server.lines) < 3 * len(STRANGE_REQUESTS)
-
-
-STRANGE_MESSAGES = [
-    (frame(FIN | TEXT, HOSTILE.encode()) + frame(FIN | CLOSE), "a\\x1b[2J"),
-    (frame(FIN | BINARY, HOSTILE.encode("utf-16")) + frame(FIN | CLOSE), "a\\x00"),
-    (close(1000, "secret\x1b\n"), "close"),
-    (frame(FIN | PING, b"\xff") + frame(FIN | TEXT, b"\xff"), "1007"),
-]
-
-
-@pytest.mark.parametrize("level", ["debug", "info"])
-@pytest.mark.parametrize(
-    ("data", "seen"), STRANGE_MESSAGES, ids=["text", "binary", "reason", "not UTF-8"]
-)
-def test_no_message_reaches_the_log_other_than_short_and_in_ascii(
-    serve: Serve, level: str, data: bytes, seen: str
-) -> None:
-    server = serve(f"--log-level={level}")
-    with upgraded(server) as sock:
-        sock.sendall(data)
-        close_code(sock)
-    assert server.stop() == 0
-    assert all(line.isascii() and line.isprintable() and len(line) < 1000 for line in server.lines)
-    assert bool(server.matching(re.escape(seen))) == (level == "debug" or seen in ("close", "1007"))
-
-
-def test_a_reply_to_somebody_who_has_left_is_one_line(serve: Serve) -> None:
-    server = serve()
-    sock = upgraded(server)
-    with bystander(server):
-        send_until_refused(sock, frame(FIN | TEXT, b"x" * 100_000))
-        cut_off(sock)
-        server.line("error:")
-    with bystander(server):  # whose line comes behind what might follow
-        pass
-    assert len(server.matching("error:|WARNING|exception")) == 1
-
-
-def send_until_refused(sock: socket.socket, data: bytes) -> None:
-    """Sends without reading, until nothing is taken any more."""
-    sock.settimeout(0.1)
-    with contextlib.suppress(TimeoutError):
-        while True:
-            sock.sendall(data)
-
-
 # ---- Floods
-
 
 ENDLESS = {
     "without a byte": (frame(TEXT), frame(CONTINUATION) * 100, {1008}),
@@ -7204,7 +4399,7 @@ def test_many_bombs_below_the_limit_take_little_memory(serve: Serve) -> None:
 
 
 @with_proc
-def test_data_behind_a_close_that_waits_is_not_kept_while_others_send_bombs(serve: Serve) -> None:
+def test_data_after_a_close_that_waits_is_not_kept_while_others_send_bombs(serve: Serve) -> None:
     server = serve()
     bombs = frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20), 9)) * 50
     flood = text("a") + close() + text("x" * 1_000_000) * 10
@@ -7274,388 +4469,52 @@ def test_turns_that_are_put_off_lose_nothing(serve: Serve) -> None:
                 assert reply.decode() == f"ECHO:{n} {content}"
 
 
-# ---- Signals under load
+# ---- Other people's clients
 
-
-class Pipeliner:
-    """A client that sends numbers without end; the replies have to be those, in order."""
-
-    def __init__(self) -> None:
-        self.replies = self.code = self.port = 0
-
-    async def run(self, port: int, context: ssl.SSLContext | None = None) -> None:
-        name = "localhost" if context else None
-        reader, writer = await asyncio.open_connection(
-            "127.0.0.1", port, ssl=context, server_hostname=name
-        )
-        self.port = writer.get_extra_info("sockname")[1]
-        writer.write(request())
-        await reader.readuntil(b"\r\n\r\n")
-        sender = asyncio.create_task(self.send(writer))
-        while not self.code:
-            first, length = await reader.readexactly(2)
-            payload = await reader.readexactly(length)
-            if first == FIN | CLOSE:
-                self.code = int.from_bytes(payload[:2], "big")
-            else:
-                assert payload == b"ECHO:%d" % self.replies
-                self.replies += 1
-        sender.cancel()
-        writer.write(frame(FIN | CLOSE, payload))
-        assert await reader.read() == b""
-        writer.transport.abort()
-
-    async def send(self, writer: asyncio.StreamWriter) -> None:
-        for start in itertools.count(0, 50):
-            while start > self.replies + 500:  # noqa: ASYNC110  # so much is under way
-                await asyncio.sleep(0.001)
-            writer.write(
-                b"".join(frame(FIN | TEXT, b"%d" % number) for number in range(start, start + 50))
-            )
-            await writer.drain()
-
-
-async def pipelining(
-    clients: list[Pipeliner], port: int, then: Callable[[], Awaitable[None]], *tls: Any
-) -> None:
-    """Lets the clients run, and then something happens; ends when they have."""
-    async with asyncio.timeout(2 * PATIENCE), asyncio.TaskGroup() as group:
-        for client in clients:
-            group.create_task(client.run(port, *tls))
-        # There is no event for it.
-        while min(client.replies for client in clients) < 20:  # noqa: ASYNC110  # see above
-            await asyncio.sleep(0.01)
-        await then()
-
-
-@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
-def test_at_sigterm_everybody_who_reads_gets_the_replies_and_then_1001(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
-) -> None:
-    server = serve("--drain-timeout=1", *([f"--certfile={certificate}"] if secure else []))
-    context = trust if secure else None
-    clients = [Pipeliner() for _ in range(20)]
-
-    async def stop() -> None:
-        server.signal(signal.SIGTERM)
-
-    with contextlib.ExitStack() as stack:
-        for _ in range(3):  # they never read
-            send_until_refused(
-                stack.enter_context(upgraded(server, trust=context)),
-                frame(FIN | TEXT, b"x" * 100_000),
-            )
-        asyncio.run(pipelining(clients, server.port, stop, context))
-        began = time.monotonic()
-        assert server.exit_code() == 0 and time.monotonic() - began < 2
-    for client in clients:
-        (line,) = server.matching(rf"close\(\) 1001 from 127.0.0.1:{client.port} .* (\d+) messages")
-        assert (client.code, client.replies) == (1001, int(line[1]))
-
-
-def test_at_sigterm_500_clients_that_pipeline_get_1001_and_the_exit_is_in_time(
-    serve: Serve,
-) -> None:
-    server = serve("--drain-timeout=2")
-    clients = [Pipeliner() for _ in range(500)]
-
-    async def stop() -> None:
-        server.signal(signal.SIGTERM)
-
-    with contextlib.ExitStack() as stack:
-        for _ in range(10):  # they never read
-            send_until_refused(
-                stack.enter_context(upgraded(server)), frame(FIN | TEXT, b"x" * 100_000)
-            )
-        asyncio.run(pipelining(clients, server.port, stop))
-        began = time.monotonic()
-        assert server.exit_code() == 0 and time.monotonic() - began < 3
-    assert {client.code for client in clients} == {1001} and min(
-        client.replies for client in clients
-    ) > 0
-
-
-def test_at_sigterm_a_handshake_of_tls_that_does_not_go_on_is_not_waited_for(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext
-) -> None:
-    server = serve(f"--certfile={certificate}", "--drain-timeout=0.5")
-    with upgraded(server, trust=trust) as client, server.dial() as sock:
-        sock.sendall(client_hello()[:99])
-        server.signal(signal.SIGTERM)
-        assert close_code(client) == 1001
-        client.sendall(close(1001))
-        assert server.exit_code() == 0
-
-
-@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
-def test_sighup_under_load_loses_nothing(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
-) -> None:
-    server = serve(*([f"--certfile={certificate}"] if secure else []))
-    clients = [Pipeliner() for _ in range(10)]
-
-    async def reload_often() -> None:
-        for number in range(1, 11):
-            server.signal(signal.SIGHUP)
-            seen = [client.replies for client in clients]
-
-            def is_served(number: int = number, seen: list[int] = seen) -> bool:
-                reloaded = len(server.matching("reloaded")) >= number
-                return reloaded and all(map(lambda c, n: c.replies > n, clients, seen))
-
-            await eventually(is_served)
-        server.signal(signal.SIGTERM)
-
-    asyncio.run(pipelining(clients, server.port, reload_often, trust if secure else None))
-    assert {client.code for client in clients} == {1001} and server.exit_code() == 0
-
-
-HAPROXY = """
-defaults
-    mode http
-    timeout connect 1s
-    timeout client 10s
-    timeout server 10s
-    timeout tunnel 1m
-    retries 3
-    option redispatch 1
-listen echo
-    bind fd@{}
-    option httpchk GET /healthz
-    default-server check inter 100ms fall 1 rise 1
-    server one 127.0.0.1:{}
-    server two 127.0.0.1:{}
+NODE = """
+const { WebSocket } = require('ws'), ws = new WebSocket(process.argv[1]);
+ws.on('open', () => ws.send('Hello!'));
+ws.on('message', data => { console.log(String(data)); ws.close(1000); });
+ws.on('close', code => console.log(code));
 """
 
 
-@pytest.mark.skipif(not shutil.which("haproxy"), reason="there is no haproxy")
-def test_behind_haproxy_a_server_that_stops_under_load_refuses_nobody(
-    serve: Serve, listener: socket.socket, tmp_path: Path
-) -> None:
-    one, two = serve(), serve()
-    config = HAPROXY.format(listener.fileno(), one.port, two.port)
-    (tmp_path / "config").write_text(config)
-    statuses: list[object] = []
-    over = threading.Event()
-
-    def come() -> socket.socket:
-        sock = socket.create_connection(listener.getsockname(), PATIENCE)
-        statuses.append(answer(sock, request())[0])
-        return sock
-
-    def come_and_go() -> None:
-        while not over.is_set():
-            try:
-                come().close()
-            except (OSError, http.client.HTTPException) as error:
-                statuses.append(error)
-
-    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
-    command = ["haproxy", "-db", "-f", str(tmp_path / "config")]
-    with contextlib.ExitStack() as stack:
-        haproxy = stack.enter_context(start(*command, pass_fds=[listener.fileno()], stderr=PIPE))
-        stack.callback(haproxy.kill)
-        clients = [stack.enter_context(come()) for _ in range(20)]
-        for thread in threads:
-            stack.callback(thread.join, PATIENCE)
-            thread.start()
-        stack.callback(over.set)
-        until(lambda: len(statuses) > 200)
-        one.signal(signal.SIGTERM)
-        seen = len(statuses)
-        until(lambda: len(statuses) > seen + 200)
-        for client in clients:
-            client.sendall(frame(FIN | TEXT, b"Hello!"))
-        ends = Counter(client.recv(4) for client in clients)
-        assert ends == {b"\x88\x18\x03\xe9": 10, b"\x81\x0bEC": 10}
-    assert one.exit_code() == 0
-    assert Counter(statuses) == {101: len(statuses)}
+def test_ws_of_node_gets_its_echo(server: Process) -> None:
+    node = shutil.which("node")
+    if not node or ended(node, "-e", "require('ws')").returncode:
+        pytest.skip("there is no node, or no module ws (see NODE_PATH)")
+    done = ended(node, "-e", NODE, server.url + "test")
+    assert (done.stdout, done.stderr) == ("ECHO:Hello!\n1000\n", "")
 
 
-# ---- Surroundings
+def test_the_command_line_of_websockets_gets_its_echo(server: Process) -> None:
+    with start(
+        sys.executable,
+        "-m",
+        "websockets",
+        server.url,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as client:
+        assert client.stdin and client.stdout
+        print("Hello!", file=client.stdin, flush=True)
+        assert any("ECHO:Hello!" in line for line in client.stdout)
+        client.stdin.close()
+        assert client.wait(PATIENCE) == 0
 
-READ_ONLY = "mount -o remount,bind,ro / && mount -t tmpfs -o ro none /dev/shm"
-NAMESPACES = ("unshare", "--user", "--map-root-user", "--kill-child", "--mount", "--net")
 
-
-def can_unshare() -> bool:
-    return (
-        bool(shutil.which("unshare")) and ended(*NAMESPACES, "sh", "-c", READ_ONLY).returncode == 0
+def test_curl_gets_its_answers_in_absolute_form(server: Process) -> None:
+    curl = shutil.which("curl") or pytest.skip("there is no curl")
+    url = server.url.replace("ws", "http", 1)
+    assert (
+        ended(curl, "-s", "--noproxy", "", "--proxy", url, url + "healthz").stdout.strip() == "ok"
     )
-
-
-SURROUNDINGS = {
-    "no environment": ["env", "-i"],
-    "no HOME": ["env", "-u", "HOME"],
-    "a HOME that is not there": ["env", "HOME=/nowhere"],
-    "the locale C": ["env", "LC_ALL=C", "PYTHONCOERCECLOCALE=0", "PYTHONUTF8=0"],
-    "the locale POSIX in ASCII": [
-        "env",
-        "LC_ALL=POSIX",
-        "PYTHONCOERCECLOCALE=0",
-        "PYTHONUTF8=0",
-        "PYTHONIOENCODING=ascii",
-    ],
-    "an unknown locale": ["env", "LC_ALL=xx_YY.nothing", "TZ=Nowhere/Nothing"],
-    "no room for files": ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"],
-    "no input or output": ["sh", "-c", 'exec "$@" <&- >&-', "sh"],
-    "a folder that is gone": [
-        "sh",
-        "-c",
-        'd=$(mktemp -d) && cd "$d" && rmdir "$d" && exec "$@"',
-        "sh",
-    ],
-    "optimised, without files of bytecode": [
-        "env",
-        "PYTHONOPTIMIZE=2",
-        "PYTHONDONTWRITEBYTECODE=1",
-    ],
-}
-
-
-@pytest.mark.parametrize("before", SURROUNDINGS.values(), ids=SURROUNDINGS.keys())
-def test_it_serves_whatever_is_around_it(serve: Serve, before: list[str]) -> None:
-    server = serve("--log-level=debug", before=before)
-    with server.connect("é€") as client:
-        assert echoed(client, "é\ud7ff€") == "ECHO:é\ud7ff€"
-    assert get(server, "/", Accept="text/html")[0] == 200
-    server.line(r"close\(\) 1000")
-    assert server.stop() == 0 and all(line.isascii() for line in server.lines)
-
-
-@pytest.mark.skipif(not can_unshare(), reason="needs namespaces of its own for mounts")
-def test_it_serves_on_a_read_only_file_system_without_shared_memory(serve: Serve) -> None:
-    server = serve(before=["unshare", "-Urm", "sh", "-c", READ_ONLY + ' && exec "$@"', "sh"])
-    with server.connect() as client:
-        assert echoed(client) == "ECHO:Hello!"
-    assert server.stop() == 0
-
-
-@pytest.mark.parametrize("log", ["/dev/full", "&-", "/dev/null"])
-def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> None:
-    path = str(tmp_path / "socket")
-    before = ["sh", "-c", f'exec "$@" 2>{log}', "sh"]
-    with Process(f"--unix-socket={path}", "--log-level=debug", before=before) as server:
-        until(lambda: listens(path))
-        with unix_connect(path, "ws://localhost/") as client:
-            assert echoed(client) == "ECHO:Hello!"
-        assert server.stop() == 0
-
-
-@pytest.mark.parametrize("log", ["/dev/full", "&-"])
-def test_the_exit_code_says_what_nobody_can_be_told(tmp_path: Path, log: str) -> None:
-    (tmp_path / "wrong.toml").write_text("port = 'x'")
-    for config, code in ("missing.toml", 1), ("wrong.toml", 2):
-        command = f'exec "$@" --config={tmp_path / config} 2>{log}'
-        result = ended("sh", "-c", command, "sh", sys.executable, str(MODULE))
-        assert (result.returncode, result.stdout) == (code, "")
-
-
-HALF_OPEN = """
-import fcntl, os, socket, struct, subprocess, sys, time
-def set_loopback(flags):
-    fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", flags))  # SIOCSIFFLAGS
-set_loopback(1)
-server = subprocess.Popen(sys.argv[1:], stderr=subprocess.PIPE, text=True)
-port = server.stderr.readline().split("localhost:")[1].split("/")[0]
-descriptors = f"/proc/{server.pid}/fd"
-before = len(os.listdir(descriptors))
-sock = socket.create_connection(("127.0.0.1", int(port)))
-sock.sendall(REQUEST)
-sock.recv(999)
-set_loopback(0)  # from now on packets vanish
-for line in server.stderr:
-    print(line, flush=True)
-    if "close()" in line:
-        break
-while len(os.listdir(descriptors)) > before:
-    time.sleep(0.01)
-print("its socket is closed")
-server.kill()
-"""
-
-
-@pytest.mark.skipif(not can_unshare(), reason="needs a network of its own")
-def test_a_peer_whose_packets_vanish_is_given_up() -> None:
-    script = HALF_OPEN.replace("REQUEST", repr(request()))
-    server = [sys.executable, str(MODULE), "--port=0", "--ping-interval=0.3", "--ping-timeout=0.3"]
-    output = ended(*NAMESPACES, sys.executable, "-c", script, *server).stdout
-    assert re.search(r"close\(\) 1008 from \S+ after [123]\.\d s", output)
-    assert output.endswith("its socket is closed\n")
-
-
-# ---- Errors on our side
-
-
-class Failing(EchoHandler):
-    """One of its methods has a bug, at once or in a coroutine."""
-
-    def initialize(self, where: str, later: bool, closes: list[str]) -> None:
-        super().initialize()
-        self.where, self.later, self.closes = where, later, closes
-
-    def open(self, *args: str, **kwargs: str) -> Any:
-        return self.fail("open")
-
-    def on_message(self, message: str | bytes) -> Any:
-        return self.fail("on_message") or super().on_message(message)
-
-    def on_close(self) -> Any:
-        self.closes.append(self.where)
-        super().on_close()
-        return self.fail("on_close")
-
-    def fail(self, method: str) -> Any:
-        if method != self.where:
-            return None
-        if self.later:
-            return self.fail_later()
-        raise ZeroDivisionError
-
-    async def fail_later(self) -> None:
-        await asyncio.sleep(0)
-        raise ZeroDivisionError
-
-
-@pytest.mark.parametrize("later", [False, True], ids=["plain", "coroutine"])
-@pytest.mark.parametrize("where", ["open", "on_message", "on_close"])
-def test_an_error_on_our_side_is_one_traceback_and_harms_nobody_else(
-    caplog: pytest.LogCaptureFixture, where: str, later: bool
-) -> None:
-    closes: list[str] = []
-    codes = asyncio.run(fail_often({"where": where, "later": later, "closes": closes}))
-    assert codes == [1000 if where == "on_close" else 1011] * 10 and closes == [where] * 10
-    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert [bool(record.exc_info) for record in errors] == [True] * 10
-
-
-async def fail_often(options: dict[str, Any]) -> list[int]:
-    """The codes that ten clients of the handler with a bug get; another echoes in between."""
-    app = Application([("/good", EchoHandler), ("/bad", Failing, options)])
-    http, sockets, codes = HTTPServer(app), bind_sockets(0, "127.0.0.1"), []
-    http.add_sockets(sockets)
-    port = sockets[0].getsockname()[1]
-    async with websockets_connect_async(f"ws://127.0.0.1:{port}/good", proxy=None) as good:
-        for number in range(10):
-            async with websockets_connect_async(f"ws://127.0.0.1:{port}/bad", proxy=None) as bad:
-                with contextlib.suppress(ConnectionClosed):
-                    await bad.send("a")
-                    await bad.recv()
-            codes.append(bad.close_code or 0)
-            await good.send(str(number))
-            assert await good.recv() == f"ECHO:{number}"
-    http.stop()
-    while Connections.current().open:  # noqa: ASYNC110  # there is no event for it
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)
-    return codes
 
 
 # ---- Anything in any order, compared with a model
 
 TAIL = b"\0\0\xff\xff"
 MAY_BE_SENT = {1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)}
-ENDINGS = [b"", *(bytes((first,)) + b"\x80" * more for first in (0x80, 0xBF) for more in (0, 1, 2))]
 
 
 class Failed(Exception):  # noqa: N818  # the peer has
@@ -7665,14 +4524,6 @@ class Failed(Exception):  # noqa: N818  # the peer has
 def require(condition: object, code: int) -> None:
     if not condition:
         raise Failed(code)
-
-
-def can_become_text(data: bytes) -> bool:
-    """Whether there is an end with which it is UTF-8; one of these fits whatever comes first."""
-    for ending in ENDINGS:
-        with contextlib.suppress(UnicodeDecodeError):
-            return (data + ending).decode() is not None
-    return False
 
 
 def inflated_whole(data: bytes, window: bytes) -> tuple[bytes, Any]:
@@ -7805,18 +4656,20 @@ def unmasked(key: bytes, data: bytes) -> bytes:
 
 
 sizes = st.sampled_from([0, 1, 125, 126, 127, 1018, 1019, 1024, LIMIT - 1, LIMIT, LIMIT + 1])
+
 contents = (
     st.binary(max_size=200)
     | st.text(max_size=99).map(str.encode)
     | sizes.map(lambda size: b"x" * size)
 )
+
 pauses = st.lists(st.tuples(st.integers(1, 400), st.booleans()), max_size=4)
 opcodes = st.sampled_from([TEXT, BINARY])
 flags = st.sampled_from([FIN, FIN, FIN, 0, 0, 0, FIN | RSV1, RSV1])
+
 bad_frames = st.sampled_from(
     [data for frames in BAD.values() for data in frames.values() if len(data) < 3 * LIMIT]
 )
-
 
 Pauses = list[
     tuple[int, bool]
@@ -8070,3 +4923,3091 @@ def expected_measures() -> dict[str, int]:
         if name.startswith("closed"):
             closed[f"closed {series(int(name.split()[1]))}"] += count
     return closed | {"text": totals["1"], "binary": totals["2"]}
+
+
+# --------------------------------------------------------------------------------------------- HTTP
+
+REFUSED = {
+    "a plain GET": (request(without="Upgrade"), 426, "Upgrade"),
+    "another protocol": (request(Upgrade="h2c"), 426, "Upgrade"),
+    "no Connection": (request(without="Connection"), 426, "Connection"),
+    "Connection: keep-alive": (request(Connection="keep-alive"), 426, "Connection"),
+    "no version": (request(without="Sec-WebSocket-Version"), 426, "Sec-WebSocket-Version"),
+    "version 8": (request(Sec_WebSocket_Version="8"), 426, "Version must be 13: it is 8"),
+    "version 0": (request(Sec_WebSocket_Version="0"), 426, "Sec-WebSocket-Version"),
+    "version 13, 8": (request(Sec_WebSocket_Version="13, 8"), 426, "Sec-WebSocket-Version"),
+    "version 013": (request(Sec_WebSocket_Version="013"), 426, "Sec-WebSocket-Version"),
+    "no version and no key": (
+        request("GET / HTTP/1.1", without="Sec-WebSocket-Version", Sec_WebSocket_Key=""),
+        426,
+        "Sec-WebSocket-Version must be 13: it is missing",
+    ),
+    "two versions": (request(add="Sec-WebSocket-Version: 13"), 426, "Sec-WebSocket-Version"),
+    "no key": (request(without="Sec-WebSocket-Key"), 400, "Sec-WebSocket-Key must be"),
+    "an empty key": (request(Sec_WebSocket_Key=""), 400, "Sec-WebSocket-Key"),
+    "two keys": (request(add=f"Sec-WebSocket-Key: {NONCE}"), 400, "Sec-WebSocket-Key"),
+    "a key of 15 bytes": (
+        request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25j"),
+        400,
+        "Sec-WebSocket-Key",
+    ),
+    "a key of 17 bytes": (
+        request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZTE="),
+        400,
+        "Sec-WebSocket-Key",
+    ),
+    "a key that is not base64": (request(Sec_WebSocket_Key="!" * 24), 400, "Sec-WebSocket-Key"),
+    "a key with a space": (
+        request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZ = ="),
+        400,
+        "Sec-WebSocket-Key",
+    ),
+    "a key without its padding": (
+        request(Sec_WebSocket_Key=NONCE.rstrip("=")),
+        400,
+        "Sec-WebSocket-Key",
+    ),
+    "a key that is not ASCII": (request(Sec_WebSocket_Key="\xe9" * 24), 400, "Sec-WebSocket-Key"),
+    "HTTP/1.0": (request("GET / HTTP/1.0"), 400, "HTTP/1.1"),
+    "HTTP/1.2": (request("GET / HTTP/1.2"), 400, "HTTP/1.1"),
+    "no target": (request("GET  HTTP/1.1"), 400, "request line"),
+    "two Hosts": (request(add="Host: other"), 400, "Multiple host headers"),
+    "no Host": (request(without="Host"), 400, "Missing Host header"),
+    "a Host with a space": (request(Host="a b"), 400, "Invalid Host header"),
+    "a body": (request(add="Content-Length: 5") + b"hello", 400, "not have a body"),
+    "a body in chunks": (
+        request(add="Transfer-Encoding: chunked") + b"0\r\n\r\n",
+        400,
+        "not have a body",
+    ),
+    "two lengths": (request(add="Content-Length: 0\r\nContent-Length: 5"), 400, "not have a body"),
+    "a negative length": (request(add="Content-Length: -1"), 400, "not have a body"),
+    "an Origin that is not a URL": (request(Origin="http://[::1"), 403, "Origin"),
+    "a POST": (request("POST / HTTP/1.1", add="Content-Length: 0"), 405, "GET: it is POST"),
+    "a HEAD": (request("HEAD / HTTP/1.1"), 405, ""),
+    "a NUL in a header": (request(Origin="a\0b"), 400, "Invalid header value"),
+    "a control character in a header": (request(Origin="a\x01b"), 400, "Invalid header value"),
+    "a bare CR in a header": (request(Origin="a\rb"), 400, "Invalid header value"),
+    "a header without a colon": (request(add="nonsense"), 400, "no colon"),
+    "a header that is folded": (request(add="X-A: b\r\n c"), 400, "folding not supported"),
+    "a space before the colon": (request(add="X-A : b"), 400, "Invalid header name"),
+    "1,001 arguments": (request(f"GET /?{'a=1&' * 1000}a=1 HTTP/1.1"), 400, "number of fields"),
+    "a cookie of 17 KB": (request(Cookie="x" * 17_000), 431, "more than 16384 bytes"),
+    "1,500 headers": (request(add="X-Many: 1\r\n" * 1_500 + "X-Last: 1"), 431, "more than 16384"),
+    "a target of 17 KB": (request(f"GET /{'x' * 17_000} HTTP/1.1"), 414, "more than 16384 bytes"),
+    "a protocol that is no token": (request(Sec_WebSocket_Protocol="a b"), 400, "list of tokens"),
+    "a code that may not be": (
+        request("GET /?close=77 HTTP/1.1"),
+        400,
+        "close=77 is not 1000-1003, 1007-1014 or 3000-4999",
+    ),
+    "a delay that is no number": (
+        request("GET /?delay=x HTTP/1.1"),
+        400,
+        "delay=x is not a number of seconds",
+    ),
+    "a scenario twice": (request("GET /?drop=1&drop=0 HTTP/1.1"), 400, "drop=1, 0 is not 0 or 1"),
+}
+
+ODD = {
+    "Upgrade: WebSocket": request(Upgrade="WebSocket"),
+    "a list in Upgrade": request(Upgrade="websocket, h2c"),
+    "a list in Connection": request(Connection="keep-alive, Upgrade"),
+    "Connection in two lines": request(add="Connection: keep-alive"),
+    "Content-Length: 0": request(add="Content-Length: 0"),
+    "1,000 arguments": request(f"GET /?{'a=1&' * 999}a=1 HTTP/1.1"),
+    "a broken escape": request("GET /%zz?%ff=%zz HTTP/1.1"),
+    "bytes that are not ASCII in the path": request("GET /\xe9 HTTP/1.1"),
+    "an asterisk": request("GET /* HTTP/1.1"),
+    "a path of dots": request("GET /../../etc/passwd HTTP/1.1"),
+    "two slashes": request("GET //x//y HTTP/1.1"),
+    "absolute form, ws": request("GET ws://localhost:4000/ws/chat HTTP/1.1"),
+    "absolute form, http": request("GET http://localhost/ws/chat?x=1 HTTP/1.1"),
+    "absolute form without a path": request("GET ws://localhost:4000 HTTP/1.1"),
+    "a browser's Accept": request(Accept="text/html"),
+    "an Origin from anywhere": request(Origin="https://elsewhere.example"),
+    "Origin: null": request(Origin="null"),
+    "the path of the health check": request("GET /healthz HTTP/1.1"),
+    "an unknown extension": request(Sec_WebSocket_Extensions="x-webkit-deflate-frame; y=\"1"),
+    "the type of a body that is not there": request(Content_Type="multipart/form-data; boundary=x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "accept"), [("/healthz", "text/plain"), ("/", "text/html"), ("/test", "text/html")]
+)
+def test_head_is_get_without_a_body(server: Process, path: str, accept: str) -> None:
+    status, headers, _ = get(server, path, Accept=accept)
+    bare = get(server, path, method="HEAD", Accept=accept)
+    same = ["Content-Type", "Content-Security-Policy", "Vary", "Cache-Control", "Upgrade"]
+    assert (bare[0], [bare[1][name] for name in same], bare[2]) == (
+        status,
+        [headers[name] for name in same],
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "accept"), [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*")]
+)
+def test_no_answer_is_stored_or_sniffed(server: Process, path: str, accept: str) -> None:
+    headers = get(server, path, Accept=accept)[1]
+    assert [headers["Vary"], headers["Cache-Control"], headers["X-Content-Type-Options"]] == [
+        "Accept",
+        "no-store",
+        "nosniff",
+    ]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/healthz?x=1", "http://localhost/healthz"])
+def test_healthz_is_ok(server: Process, path: str) -> None:
+    status, headers, body = get(server, path, Accept="text/html,*/*")
+    assert (status, headers.get_content_type(), body.strip()) == (200, "text/plain", "ok")
+
+
+def families(server: Process) -> dict[str, dict[str, float]]:
+    """The metrics as Prometheus reads them: values by labels, by the name of their family."""
+    text = get(server, "/metrics")[2]
+    found: dict[str, dict[str, float]] = {}
+    assert text.startswith("# HELP ") and text.endswith("\n")
+    for block in text.removeprefix("# HELP ").split("# HELP "):
+        about, kind, *samples = block.splitlines()
+        name = about.partition(" ")[0]
+        assert re.fullmatch(r"[a-z_]+ [A-Z].+\.", about) and name not in found
+        assert kind == f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
+        label = r'[a-z]+="[^"\\]*"'
+        rule = re.compile(rf"{name}((?:{{{label}(?:,{label})*}})?) ([\d.e+]+)")
+        pairs = [cast("re.Match[str]", rule.fullmatch(sample)).groups() for sample in samples]
+        found[name] = {labels: float(value) for labels, value in pairs}
+        assert len(found[name]) == len(samples)
+    return found
+
+
+def test_the_metrics_of_the_process_have_the_names_that_prometheus_knows(
+    serve: Serve,
+) -> None:
+    before = time.time()
+    process = serve("--metrics")
+    process.line("listening")
+    found = {name: values[""] for name, values in families(process).items() if "" in values}
+    assert before - 1 < found["process_start_time_seconds"] < time.time()
+    assert 0 < found["process_cpu_seconds_total"] < 60
+    assert 1 << 20 < found["process_resident_memory_bytes"] < 1 << 30
+    assert 3 < found["process_open_fds"] < found["process_max_fds"]
+
+
+def test_close_codes_that_applications_choose_are_two_series_in_the_metrics(
+    serve: Serve,
+) -> None:
+    process = serve("--metrics")
+    for code in (1000, 3000, 3001, 3999, 4000, 4321, 4999):
+        with upgraded(process) as sock:
+            sock.sendall(close(code))
+            assert close_code(sock) == code
+    names = [f'{{code="{name}"}}' for name in ("1000", "3000-3999", "4000-4999")]
+    wanted = dict(zip(names, (1, 3, 3), strict=True))
+    until(lambda: families(process)["ws_echo_connections_closed_total"] == wanted)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
+@pytest.mark.parametrize("path", ["/", "/healthz"])
+def test_other_methods_are_not_allowed(server: Process, method: str, path: str) -> None:
+    assert get(server, path, method=method, Accept="text/html")[0] in (405, 501)
+
+
+@pytest.mark.parametrize(("data", "status", "text"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_bad_handshake_is_refused_with_the_status_and_the_header_at_fault(
+    server: Process, data: bytes, status: int, text: str
+) -> None:
+    found, headers, body = refused(server, data)
+    assert (found, text in body) == (status, True)
+    if status == 426:
+        assert (headers["Upgrade"], headers["Sec-WebSocket-Version"]) == ("websocket", "13")
+        assert "upgrade" in headers["Connection"].lower()
+    assert headers["Allow"] == ("GET" if status == 405 else None)
+    assert not server.tracebacks()
+
+
+def test_each_refusal_is_one_line_with_the_reason_of_the_answer(serve: Serve) -> None:
+    """Forty at a time, since the log has no more than fifty of a kind in a second."""
+    for first in range(0, len(REFUSED), 40):
+        process, expected = serve(), []
+        for data, status, _ in itertools.islice(REFUSED.values(), first, first + 40):
+            with process.dial() as sock:
+                body = answer(sock, data)[2] or "405: the method must be GET: it is HEAD"
+                reason = body.partition("\n")[0].removeprefix(f"{status}: ")
+                expected.append(f"{status} {reason}, 127.0.0.1:{sock.getsockname()[1]}")
+        assert process.stop() == 0
+        assert [found[1] for found in process.matching("error:(.*)")] == expected
+
+
+@pytest.mark.parametrize("data", ODD.values(), ids=ODD.keys())
+def test_an_odd_but_valid_handshake_is_taken(server: Process, data: bytes) -> None:
+    with server.dial() as sock:
+        status, headers, _ = answer(sock, data)
+        assert (status, headers["Sec-WebSocket-Accept"]) == (101, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+        sock.sendall(b"\x81\x80\0\0\0\0")
+        assert sock.recv(99) == b"\x81\x05ECHO:"
+    assert not server.tracebacks()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        request("GET /" + "x" * 60_000 + " HTTP/1.1"),
+        request(Origin="http://" + "x" * 70_000),
+        request(add="X-Many: 1\r\n" * 5000 + "X-Last: 1"),
+    ],
+    ids=["60 KB of path", "70 KB of header", "5,000 headers"],
+)
+def test_above_the_limit_of_the_header_the_connection_is_closed(
+    server: Process, data: bytes
+) -> None:
+    with server.dial() as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(data)
+        assert not re.match(rb"HTTP/1.1 (101|5)", sock.recv(99))
+    assert not server.tracebacks()
+
+
+def test_a_header_just_below_the_limit_is_taken(server: Process) -> None:
+    with server.dial() as sock:
+        assert answer(sock, request(X_Filler="x" * 15_000))[0] == 101
+
+
+def test_a_bad_handshake_is_one_warning_that_says_why(serve: Serve) -> None:
+    process = serve()
+    refused(process, request(Sec_WebSocket_Key="x"))
+    line = process.line(r"\[SERVER\] error:")
+    assert re.search(r"error:400 .*Sec-WebSocket-Key.* 127\.0\.0\.1:\d+", line.string)
+    assert process.stop() == 0
+    assert len(process.matching("error:")) == 1
+
+
+def test_a_plain_get_is_not_worth_a_line(serve: Serve) -> None:
+    process = serve()
+    for path, accept in [
+        ("/", "text/html"),
+        ("/", "*/*"),
+        ("/healthz", "*/*"),
+        ("/nothing", "*/*"),
+    ]:
+        get(process, path, Accept=accept)
+    assert process.stop() == 0
+    assert not [line for line in process.lines if "listening" not in line and "stopped" not in line]
+
+
+def test_the_log_has_the_path_of_an_absolute_target_without_its_query(
+    serve: Serve,
+) -> None:
+    process = serve()
+    with process.dial() as sock:
+        answer(sock, request("GET ws://localhost:4000/ws/chat?token=secret HTTP/1.1"))
+        process.line("close|connection")
+    assert process.line(r"connection\(\) from 127\.0\.0\.1:\d+ (.*)")[1] == "/ws/chat"
+    assert process.stop() == 0
+    assert not process.matching("secret")
+
+
+def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Process) -> None:
+    with server.dial() as sock:
+        assert answer(sock, request(Sec_WebSocket_Version="8"))[0] == 426
+        assert answer(sock, request())[0] == 101
+
+
+# ---- Both ways
+
+# A handshake in one piece does not pass through Tornado's HTTP server, others do.
+
+METHODS = "GET", "get", "HEAD", "POST", "CONNECT", "BREW", "G(T", "GET\t"
+TARGETS = "/", "/x?y=1", "ws://h:1/p?q", "http://h", "http://[::1", "*", "x", "/\xe9", "/ /", ""
+VERSIONS = "HTTP/1.1", "HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "http/1.1", "HTTP/1.1 ", "HTTP/11"
+
+VALUES = {
+    "Upgrade": ["WEBSOCKET", "websocket,", "h2c, websocket", "websocket/13", '"websocket"', ""],
+    "Connection": [
+        "keep-alive, upgrade",
+        "close, Upgrade",
+        ",,Upgrade,,",
+        "close",
+        "Upgrade\t",
+        "",
+    ],
+    "Host": ["h:1", "[::1]:4000", "", "a,b", "a b", "h:x", "user@h", "\xe9", "a/b"],
+    "Sec-WebSocket-Version": ["13 ", "8, 13", "13,13", "013", "+13", "14", ""],
+    "Sec-WebSocket-Key": [NONCE + " ", NONCE[:-1], NONCE + "=", "_" * 22 + "==", f"{NONCE}, x", ""],
+    "Sec-WebSocket-Protocol": ["a, b", "a,a", "a,,b", "a b", "a;b", "a/b", "\xe9", "x" * 9000, ","],
+    "Sec-WebSocket-Extensions": [
+        "permessage-deflate",
+        "PERMESSAGE-DEFLATE",
+        "x, permessage-deflate; client_max_window_bits",
+        "permessage-deflate; server_max_window_bits=8, permessage-deflate",
+        "permessage-deflate; client_max_window_bits=9; client_max_window_bits=9",
+        "permessage-deflate;;",
+        "permessage-deflate\xa0",
+        '"',
+    ],
+    "Origin": [
+        "null",
+        "*",
+        "http://localhost",
+        "http://a:b",
+        "http://[::1",
+        "http://a\xbd",
+        "\xff",
+    ],
+    "Sec-Fetch-Site": ["cross-site", "same-origin", "none", ""],
+    "Content-Length": ["0", "00", "+0", "0,0", "1", "x", ""],
+    "Transfer-Encoding": ["chunked", "identity", ""],
+    "Expect": ["100-continue", "100-Continue", "x"],
+    "X-Forwarded-For": ["203.0.113.7", "," * 500],
+    "Accept": ["text/html", "*/*"],
+    "Cookie": ["a=b", "x" * 9000],
+    "X-A": ["\t", "\x7f", "a\0b", "a\rb", "\x85"],
+}
+
+QUERIES = (
+    "delay=0", "delay=nan", "delay=1e400", "delay=\xff", "delay", "close=1000", "close=%d9%a3000",
+    "close=1001&reason=x", "close=4999&reason=%f0%9f%98%80", "close=1000&reason=%ff", "drop=1",
+    "drop=1&after=1", "drop=0&drop=1", "after=-1", "reason=" + "x" * 124, "push=2", "&&", "a;b",
+)  # fmt: skip
+
+END = b"\r\n\r\n"
+
+FORMS = [
+    request().replace(b"\r\n", b"\n"),
+    request().replace(b"\r\n", b"\r\r\n"),
+    *(lead + request() for lead in (b"\r\n", END, b"\n", b"\n\n", b"\r\n\n", b"\r", b" ", b"\0")),
+    *(
+        request()[:-4] + end
+        for end in (b"\n\r\n", b"\r\n\n", b"\n\n", b"\n\n" + END, b"\r\r" + END)
+    ),
+    *(request().replace(b"\r\nUp", end + b"Up") for end in (b"\n\n", b"\r\n\n", b"\n\r\n", END)),
+    *(
+        line + b"\r\n\r\n"
+        for line in (b"GET /", b"GET", b"hello", b"hello world", b" ", b"*1", b":")
+    ),
+    b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + request(),
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + request(),
+    b"HTTP/1.1 200 OK\r\n\r\n",
+]
+
+
+# Around the limit of 16 KiB: of the head, and of its first line.
+LIMITS = 16_383, 16_384, 16_385, 17_000
+
+LONG = [
+    *(request(X_Filler="x" * (limit - len(request(X_Filler="")))) for limit in LIMITS),
+    *(request(f"GET /{'x' * (limit - len(request()))} HTTP/1.1") for limit in LIMITS),
+]
+
+
+def all_requests() -> Iterator[bytes]:
+    """Right, wrong, and odd ones."""
+    yield from (data for data, *_ in REFUSED.values())
+    yield from ODD.values()
+    for words in itertools.product(METHODS, TARGETS, VERSIONS):
+        yield request(" ".join(words))
+    for name, value in ((name, value) for name, values in VALUES.items() for value in values):
+        yield request(without=name, add=f"{name}: {value}")
+        yield request(add=f"{name.lower()}:{value}")
+    for name in VALUES:
+        yield request(without=name)
+        yield request(without=name, add=f"{name} : {HEADERS.get(name)}")
+        yield request(without=name, add=f"{name}:\r\n {HEADERS.get(name)}")
+    yield from (request(f"GET /?{query} HTTP/1.1") for query in QUERIES)
+    yield from (*FORMS, *LONG)
+
+
+LINE_ENDS = st.sampled_from(["\r\n"] * 9 + ["\n", "\r", " ", "\r\n "])
+
+NAMES = st.sampled_from(["Host", "HOST", "Upgrade", "X-a"]) | st.text(
+    "aZ0-_!: \t\r\x80\xe9", max_size=3
+)
+
+HEADER_VALUES = st.text("ab ,:\t\0\x1f\x7f\x80\x85\xa0\xff\u2028", max_size=5)
+
+HEADER_LINES = st.builds(
+    "{}{}{}{}".format, NAMES, st.sampled_from([":", ": ", " :", ""]), HEADER_VALUES, LINE_ENDS
+)
+
+
+@given(st.lists(HEADER_LINES, max_size=4), st.sampled_from(["\r\n", "\n", "", "\r\n\r\n"]))
+def test_headers_are_read_as_tornado_reads_them(lines: list[str], end: str) -> None:
+    def outcome(read: Callable[[str], HTTPHeaders]) -> Any:
+        try:
+            return list(read("".join(lines) + end).get_all())
+        except HTTPInputError as error:
+            return str(error)
+
+    assert outcome(echo_server.read_headers) == outcome(HTTPHeaders.parse)
+
+
+@pytest.mark.parametrize("way", ["tcp", "unix"])
+def test_a_request_has_the_same_answer_in_one_piece_and_in_two(
+    serve: Serve, tmp_path: Path, way: str
+) -> None:
+    path = str(tmp_path / "s")
+    server = serve(*([f"--unix-socket={path}"] if way == "unix" else []))
+    server.line("listening")
+
+    def dial() -> socket.socket:
+        if way == "tcp":
+            return server.dial()
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(PATIENCE)
+        sock.connect(path)
+        return sock
+
+    def answers(some: list[tuple[int, bytes]], cut: bool) -> list[bytes]:
+        """Behind each request there are a message and a Close; dates and ports do not matter."""
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(dial()) for _ in some]
+            ends = [number % (len(data) - 1) + 1 if cut else 0 for number, data in some]
+            for sock, end, (_, data) in zip(socks, ends, some, strict=True):
+                sock.sendall(data[:end])
+            for _ in range(3 if cut else 0):
+                # Three rounds of the server later, it has looked at what has come.
+                raw_echo(other)
+            for sock, end, (_, data) in zip(socks, ends, some, strict=True):
+                with contextlib.suppress(OSError):
+                    sock.sendall(data[end:] + frame(FIN | TEXT, b"Hello!") + close())
+                    sock.shutdown(socket.SHUT_WR)
+            varies = rb"(Date|Etag): .*\r\n|127\.0\.0\.1:\d+"
+            return [re.sub(varies, b"", everything(sock)) for sock in socks]
+
+    requests = list(enumerate(all_requests()))
+    assert len(requests) > 500
+    statuses = Counter[bytes]()
+    with dial() as other:
+        assert answer(other, request())[0] == 101
+        for first in range(0, len(requests), 12):
+            some = requests[first : first + 12]
+            one, two = answers(some, cut=False), answers(some, cut=True)
+            assert one == two, some
+            statuses.update(data[9:12] for data in one)
+    assert min(statuses[status] for status in (b"101", b"400", b"405", b"426", b"431", b"")) > 3
+
+
+# ---- Who the peer is
+
+
+def test_an_empty_origin_is_not_our_own(serve: Serve) -> None:
+    assert refused(serve("--origins="), request(add="Origin:"))[0] == 403
+
+
+ORIGINS = "https://App.Example.org:443/, http://b\xfccher.example:8080,https://[2001:DB8::7]"
+
+
+@pytest.fixture(scope="module")
+def choosy() -> Iterator[Process]:
+    with Process("--port=0", f"--origins={ORIGINS}") as process:
+        yield process
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://app.example.org"},
+        {"Origin": "HTTPS://APP.example.org:443"},
+        {"Origin": "http://xn--bcher-kva.example:8080"},
+        {"Origin": "http://b\xfccher.example:8080"},
+        {"Origin": "https://[2001:db8::7]"},
+        {"Origin": "http://localhost"},
+        {"Origin": "https://app.example.org", "Sec-Fetch-Site": "cross-site"},
+        {"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+        {},
+    ],
+)
+def test_origins_are_compared_as_browsers_write_them(
+    choosy: Process, headers: dict[str, str]
+) -> None:
+    upgraded(choosy, "/", None, **headers).close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"Origin": "http://app.example.org"}, "http://app.example.org"),
+        ({"Origin": "https://app.example.org:444"}, "https://app.example.org:444"),
+        ({"Origin": "https://example.org"}, "https://example.org"),
+        ({"Origin": "https://x.app.example.org"}, "https://x.app.example.org"),
+        ({"Origin": "null"}, "null"),
+        ({"Origin": "https://b.example", "Sec-Fetch-Site": "cross-site"}, "https://b.example"),
+        ({"Origin": "http://localhost:1", "Sec-Fetch-Site": "same-site"}, "http://localhost:1"),
+        ({"Sec-Fetch-Site": "cross-site"}, "it is cross-site"),
+        ({"Sec-Fetch-Site": "same-site"}, "it is same-site"),
+    ],
+)
+def test_pages_of_other_origins_are_refused_in_our_words(
+    choosy: Process, headers: dict[str, str], reason: str
+) -> None:
+    status, _, body = refused(choosy, request(**headers))
+    assert (status, body.partition("\n")[0]) == (403, f"403: this page may not connect: {reason}")
+    choosy.line(f"error:403 this page may not connect: {re.escape(reason)}, 127")
+
+
+def test_without_a_choice_of_origins_pages_of_all_sites_may_connect(server: Process) -> None:
+    upgraded(server, Sec_Fetch_Site="cross-site").close()
+
+
+@pytest.fixture(scope="module")
+def behind_proxies() -> Iterator[Process]:
+    with Process("--port=0", "--trusted-proxies=127.0.0.0/8, 198.18.0.1,::1") as process:
+        yield process
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "peer"),
+    [
+        ("203.0.113.7", "203.0.113.7"),
+        ("203.0.113.9, 203.0.113.7", "203.0.113.7"),
+        ("203.0.113.9, 203.0.113.7,198.18.0.1", "203.0.113.7"),
+        ("203.0.113.7:41234", "203.0.113.7"),
+        ("[2001:db8::7]:41234", "2001:db8::7"),
+        ("[2001:db8::7]", "2001:db8::7"),
+        ('"[2001:db8::7]:41234"', "2001:db8::7"),
+        ("::ffff:203.0.113.7", "203.0.113.7"),
+        ("203.0.113.7, ", "203.0.113.7"),
+        ("203.0.113.7,,198.18.0.1:80,", "203.0.113.7"),
+        ("203.0.113.7, ::ffff:198.18.0.1", "203.0.113.7"),
+        ("203.0.113.7, [::1]:80", "203.0.113.7"),
+        ("203.0.113.7\r\nX-Forwarded-For: [::1]", "203.0.113.7"),
+        ("10.0.0.1, nonsense", "127.0.0.1:PORT"),
+        ("[]", "127.0.0.1:PORT"),
+        ("203.0.113.7, unknown", "127.0.0.1:PORT"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("2001:db8::1%\x9b31m and more", "2001:db8::1"),
+        ("", "127.0.0.1:PORT"),
+    ],
+)
+def test_a_trusted_proxy_says_who_the_peer_is(
+    behind_proxies: Process, forwarded: str, peer: str
+) -> None:
+    path = f"/{forwarded.encode().hex()}"
+    with upgraded(behind_proxies, path, X_Forwarded_For=forwarded) as sock:
+        found = behind_proxies.line(rf"connection\(\) from (.*) {path}$")
+        assert found[1] == peer.replace("PORT", str(sock.getsockname()[1]))
+
+
+@pytest.mark.parametrize(
+    "proxies", ["::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "[::1], 127.0.0.1"]
+)
+def test_the_address_of_a_proxy_may_be_written_in_other_forms(serve: Serve, proxies: str) -> None:
+    process = serve(f"--trusted-proxies={proxies}")
+    with upgraded(process, X_Forwarded_For="203.0.113.7"):
+        assert process.line(r"connection\(\) from (.*) /$")[1] == "203.0.113.7"
+
+
+def test_on_a_socket_of_both_families_ipv4_is_known_as_such(serve: Serve) -> None:
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        process = inheriting(serve, listener, "--trusted-proxies=127.0.0.0/8")
+        assert process.url == f"ws://localhost:{listener.getsockname()[1]}/"
+        with upgraded(process, "/a") as sock:
+            peer = f"127.0.0.1:{sock.getsockname()[1]}"
+            assert process.line(r"connection\(\) from (.*) /a$")[1] == peer
+        with upgraded(process, "/b", X_Forwarded_For="203.0.113.7"):
+            assert process.line(r"connection\(\) from (.*) /b$")[1] == "203.0.113.7"
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("name", ["X-Real-Ip", "X-Forwarded-For"])
+async def test_embedded_the_peer_is_the_one_that_tornado_found_in_a_header(
+    app: Application, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level("INFO")
+    async with listening(app, xheaders=True) as port:
+        headers = {name: "203.0.113.7"}
+        client = await websocket_connect(
+            HTTPRequest(f"ws://127.0.0.1:{port}/echo", headers=headers)
+        )
+        client.close()
+        lines = await log_lines(caplog, 2)
+        assert [" 203.0.113.7 " in line for line in lines] == [True, True]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--trusted-proxies=10.0.0.0/8,unix"]])
+def test_only_a_trusted_proxy_says_who_the_peer_is(serve: Serve, arguments: list[str]) -> None:
+    process = serve(*arguments)
+    with upgraded(process, X_Forwarded_For="203.0.113.7") as sock:
+        assert (
+            process.line(r"connection\(\) from (.*) /$")[1] == f"127.0.0.1:{sock.getsockname()[1]}"
+        )
+
+
+# ------------------------------------------------------------------------------------------ Options
+
+FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+NUMBERS = [name for name, field in FIELDS.items() if field.type in ("int", "float")]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def test_every_option_has_a_flag_of_its_name_and_the_default_of_the_dataclass() -> None:
+    flags = set(re.findall(r"--[a-z][a-z-]*", run("--help").stdout))
+    negations = {flag(f"no_{name}") for name, field in FIELDS.items() if field.default is True}
+    assert flags - {"--help", "--version"} == {flag(name) for name in FIELDS} | negations
+    assert parse_args([]) == Options()
+
+
+def test_help_is_readable_at_80_columns() -> None:
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_version_is_told() -> None:
+    assert re.fullmatch(r"ws-echo \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+def test_a_value_follows_an_equals_sign_or_a_space() -> None:
+    assert parse_args(["--port=5", "--prefix", "x", "--no-compression"]) == Options(
+        port=5, prefix="x", compression=False
+    )
+    assert parse_args(["--prefix=", "--send=a", "--send", "b"]) == Options(
+        prefix="", send=("a", "b")
+    )
+
+
+USAGE = [
+    "--nonsense",
+    "--por=1",
+    "--log=info",
+    "--port=x",
+    "--port=",
+    "--port=1.5",
+    "--port=-1",
+    "--port=65536",
+    "--max-message-size=124",
+    "--max-message-size=1e6",
+    "--max-connections=-1",
+    "--handshake-timeout=0",
+    "--handshake-timeout=nan",
+    "--ping-interval=-1",
+    "--stall-timeout=nan",
+    "--drain-timeout=inf",
+    "--timeout=0",
+    "--log-level=loud",
+    "--log-level=INFO",
+    "--trusted-proxies=localhost",
+    "--trusted-proxies=10.0.0.0/33",
+    "--origins=example.org",
+    "--origins=https://example.org/app",
+    "--origins=https://example.org, https://",
+    "--origins=https://example.org:x",
+    "--origins=https://[::1",
+    "--origins=https://*.example.org",
+    "--origins=https://example.org#app",
+    "--origins=https://me@example.org",
+    "--origins=wss://example.org",
+    "--trusted-proxies=[]",
+    "--compression=yes",
+    "--reuse-port=1",
+    "--no-prefix",
+    "--prefix=\udcff",
+    "--connect=",
+    "--connect=nonsense",
+    "--connect=ftp://localhost/",
+]
+
+
+@pytest.mark.parametrize("argument", USAGE)
+def test_a_wrong_option_is_a_usage_error_that_names_it(
+    argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        parse_args([argument])
+    assert refusal.value.code == 2
+    assert argument.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_have_the_range_of_the_dataclass(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata, kind = FIELDS[name].metadata, int if FIELDS[name].type == "int" else float
+    least, most = kind(metadata["least"]), kind(metadata["most"])
+    assert [getattr(parse_args([f"{flag(name)}={value}"]), name) for value in (least, most)] == [
+        least,
+        most,
+    ]
+    for value in (least - 1, most * 2):
+        with pytest.raises(SystemExit):
+            parse_args([f"{flag(name)}={value}"])
+        assert flag(name) in capsys.readouterr().err
+
+
+def test_the_file_has_the_same_names_and_the_command_line_wins(tmp_path: Path) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.write_text(
+        'port = 1\nmax-message-size = 125\nping_timeout = 3\nprefix = "f"\ncompression = false\n'
+    )
+    options = parse_args([f"--config={config}", "--port=2", "--ping-timeout=4"])
+    expected = Options(
+        config=str(config),
+        port=2,
+        max_message_size=125,
+        ping_timeout=4.0,
+        prefix="f",
+        compression=False,
+    )
+    assert options == expected
+
+
+def test_the_command_line_wins_also_with_a_default(tmp_path: Path) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.write_text("port = 1\ncompression = false\n")
+    assert parse_args([f"--config={config}", "--port=4000", "--compression"]) == Options(
+        config=str(config)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("nonsense = 1", "nonsense"),
+        ('port = "4000"', "port"),
+        ("port = 4000.0", "port"),
+        ("port = true", "port"),
+        ("port = 65536", "port"),
+        (f"ping-interval = {'9' * 400}", "ping-interval"),
+        (f"prefix = {'[' * 3000}{']' * 3000}", ""),
+        ("max-message-size = 1", "max-message-size"),
+        ("max_message_size = 1", "max_message_size"),
+        ("handshake-timeout = 0", "handshake-timeout"),
+        ("ping-interval = nan", "ping-interval"),
+        ("compression = 1", "compression"),
+        ('log_level = "loud"', "log_level"),
+        ('trusted-proxies = "me"', "trusted-proxies"),
+        ('trusted-proxies = ["127.0.0.1"]', "trusted-proxies"),
+        ("prefix = 1", "prefix"),
+        ('connect = "ws://localhost/"', "connect"),
+        ('send = ["x"]', "send"),
+        ("insecure = true", "insecure"),
+        ('config = "other.toml"', "config"),
+        ('certfile = "a\\u0000b"', "certfile"),
+        ("[port]", "port"),
+        ("port", ""),
+        ("port = 1\nport = 2", ""),
+        ("prefix = \"\xff", ""),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_an_error_of_one_line_that_names_the_option(
+    text: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.write_bytes(text.encode("latin-1"))
+    assert main([f"--config={config}", "--address=192.0.2.1"]) == 2
+    said = capsys.readouterr().err
+    assert (said.count("\n"), str(config) in said, name in said.replace(str(config), "")) == (
+        1,
+        True,
+        True,
+    )
+
+
+# ------------------------------------------------------------------------------------------- Server
+
+
+def assert_cannot_serve(arguments: list[str], *words: str) -> None:
+    """It ends with 1, after one line that has these words."""
+    done = run(*arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[socket.socket]:
+    """The socket that systemd would read from."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE)
+        sock.bind(str(tmp_path / "notify"))
+        yield sock
+
+
+def told(sock: socket.socket, pattern: str) -> list[str]:
+    """Everything up to the message that has this, which is read as long as it takes."""
+    messages: list[str] = []
+    while not (messages and re.search(pattern, messages[-1])):
+        messages.append(sock.recv(4096).decode())
+    return messages
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def client_hello() -> bytes:
+    """What a client of TLS says first."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    hello = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        hello.do_handshake()
+    return outgoing.read()
+
+
+# ---- Where it listens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ([], r"ws://localhost:\d+/"),
+        (["--address=127.0.0.1"], r"ws://127\.0\.0\.1:\d+/"),
+        (["--address=0.0.0.0"], r"ws://127\.0\.0\.1:\d+/"),
+        (["--address=127.0.0.2"], r"ws://127\.0\.0\.2:\d+/"),
+        (["--address=::1"], r"ws://\[::1\]:\d+/"),
+        (["--address=::"], r"ws://\[::1\]:\d+/"),
+        (["--reuse-port"], r"ws://localhost:\d+/"),
+    ],
+)
+def test_it_says_in_clickable_form_where_it_listens(
+    serve: Serve, arguments: list[str], pattern: str
+) -> None:
+    process = serve(*arguments)
+    assert re.fullmatch(r".*\[SERVER\] listening on " + pattern, process.line("listening").string)
+    with connect(process.url) as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_without_an_address_it_listens_on_ipv4_and_ipv6(
+    server: Process, family: socket.AddressFamily
+) -> None:
+    with socket.socket(family) as sock:
+        sock.settimeout(PATIENCE)
+        sock.connect(("127.0.0.1" if family == socket.AF_INET else "::1", server.port))
+        assert answer(sock, request())[0] == 101
+
+
+def test_the_peer_of_ipv6_is_logged_in_brackets(serve: Serve) -> None:
+    process = serve("--address=::1")
+    with connect(f"ws://[::1]:{process.port}/"):
+        assert process.line(r"connection\(\) from (\S+):\d+ /$")[1] == "[::1]"
+
+
+def test_two_servers_share_a_port_when_both_ask_for_it(serve: Serve) -> None:
+    port = serve("--reuse-port").port
+    with Process(f"--port={port}", "--reuse-port") as second:
+        assert second.port == port
+
+
+def test_a_unix_socket_is_for_the_group_and_goes_with_the_server(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    process = serve(f"--unix-socket={path}")
+    assert process.line(r"listening on (\S+)")[1].endswith(str(path))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    with unix_connect(str(path), "ws://localhost/test") as client:
+        assert echoed(client) == "ECHO:Hello!"
+        process.line(r"connection\(\) from unix /test$")
+    assert process.stop() == 0
+    assert not path.exists()
+
+
+def test_a_stale_unix_socket_is_replaced(serve: Serve, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path)
+    serve(f"--unix-socket={path}").line("listening")
+    with unix_connect(path, "ws://localhost/") as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_a_live_unix_socket_is_in_use_and_stays(serve: Serve, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    serve(f"--unix-socket={path}").line("listening")
+    assert_cannot_serve([f"--unix-socket={path}"], path, "in use")
+    with unix_connect(path, "ws://localhost/") as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_a_unix_socket_that_another_server_has_taken_over_stays(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    first = serve(f"--unix-socket={path}")
+    first.line("listening")
+    path.unlink()
+    serve(f"--unix-socket={path}").line("listening")
+    assert first.stop() == 0
+    with unix_connect(str(path), "ws://localhost/") as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_a_unix_socket_whose_queue_is_full_is_in_use(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)
+        assert_cannot_serve([f"--unix-socket={path}"], path, "in use")
+
+
+def test_a_port_in_use_is_named(serve: Serve) -> None:
+    port = serve().port
+    assert_cannot_serve([f"--port={port}"], str(port), "in use")
+
+
+def test_a_file_that_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "s").write_text("precious")
+    assert_cannot_serve([f"--unix-socket={tmp_path / 's'}"], str(tmp_path / "s"))
+    assert (tmp_path / "s").read_text() == "precious"
+
+
+def test_without_epoll_it_serves_as_well(serve: Serve) -> None:
+    run_it = "import asyncio, runpy, select, sys; del select.epoll; sys.argv = sys.argv[2:]; "
+    run_it += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = serve(before=[sys.executable, "-c", run_it])
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+        assert get(process, "/healthz")[0] == 200
+        assert refused(process, request(Sec_WebSocket_Version="12"))[0] == 426
+        assert process.stop() == 0
+        with pytest.raises(ConnectionClosed, match="1001"):
+            client.recv(PATIENCE)
+
+
+# ---- TLS
+
+
+def test_over_tls_it_echoes(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+    process = serve(f"--certfile={certificate}")
+    with upgraded(process, trust=trust) as client:
+        assert process.url.startswith("wss://localhost:")
+        assert raw_echo(client) == "ECHO:Hello!"
+        assert raw_echo(client, "x" * 300_000) == "ECHO:" + "x" * 300_000
+
+
+def test_the_key_may_be_in_a_file_of_its_own(
+    serve: Serve, authority: trustme.CA, trust: ssl.SSLContext, tmp_path: Path
+) -> None:
+    issued = authority.issue_cert("localhost")
+    issued.private_key_pem.write_to_path(str(tmp_path / "key"))
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
+    process = serve(f"--certfile={tmp_path / 'cert'}", f"--keyfile={tmp_path / 'key'}")
+    with upgraded(process, trust=trust) as client:
+        assert raw_echo(client) == "ECHO:Hello!"
+
+
+def test_tls_below_1_2_is_refused(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+    process = serve(f"--certfile={certificate}")
+    with pytest.warns(DeprecationWarning, match="TLSv1"):
+        trust.minimum_version, trust.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    trust.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with process.dial() as sock, pytest.raises(ssl.SSLError, match="protocol version"):
+        trust.wrap_socket(sock, server_hostname="localhost")
+
+
+def test_tls_1_2_is_enough(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+    trust.maximum_version = ssl.TLSVersion.TLSv1_2
+    with upgraded(serve(f"--certfile={certificate}"), trust=trust) as client:
+        assert raw_echo(client) == "ECHO:Hello!"
+
+
+@pytest.mark.parametrize(
+    ("offered", "selected"), [(["h2", "http/1.1"], "http/1.1"), (["h2"], None)]
+)
+def test_of_protocols_above_tls_http_1_1_is_selected(
+    tls: Process, trust: ssl.SSLContext, offered: list[str], selected: str | None
+) -> None:
+    trust.set_alpn_protocols(offered)
+    with upgraded(tls, trust=trust) as sock:
+        assert cast(ssl.SSLSocket, sock).selected_alpn_protocol() == selected
+
+
+@pytest.fixture
+def client_authority(tmp_path: Path) -> tuple[trustme.CA, str]:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "clients.pem"))
+    return authority, f"--client-cafile={tmp_path / 'clients.pem'}"
+
+
+def test_a_client_with_a_certificate_that_is_asked_for_is_let_in(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, client_authority: tuple[trustme.CA, str]
+) -> None:
+    client_authority[0].issue_cert("me@example.com").configure_cert(trust)
+    with upgraded(serve(f"--certfile={certificate}", client_authority[1]), trust=trust) as client:
+        assert raw_echo(client) == "ECHO:Hello!"
+
+
+@pytest.mark.parametrize("last", [close(), b"\x00\x00"], ids=["close", "fault"])
+def test_tls_ends_with_close_notify(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, last: bytes
+) -> None:
+    process = serve(f"--certfile={certificate}")
+    sock = trust.wrap_socket(
+        process.dial(), suppress_ragged_eofs=False, server_hostname="localhost"
+    )
+    with sock, sock.makefile("rb") as file:
+        assert answer(sock, request())[0] == 101
+        sock.sendall(last)
+        assert read_frame(file)[0] == FIN | CLOSE
+        assert file.read() == b""  # it raises SSLEOFError where TCP ends first
+
+
+def test_close_notify_is_answered(serve: Serve, certificate: Path, trust: ssl.SSLContext) -> None:
+    with upgraded(serve(f"--certfile={certificate}"), trust=trust) as sock:
+        assert raw_echo(sock) == "ECHO:Hello!"
+        cast(ssl.SSLSocket, sock).unwrap()  # raises SSLEOFError where TCP ends first
+
+
+OPENSSL = ctypes.CDLL(_ssl.__file__)  # what Python itself calls
+
+
+def request_key_update(sock: ssl.SSLSocket) -> None:
+    """SSL_key_update(3), past Python, whose object has the SSL* behind its header and a pointer."""
+    assert (
+        OPENSSL.SSL_key_update(ctypes.c_void_p.from_address(id(cast(Any, sock)._sslobj) + 24), 1)
+        == 1
+    )
+
+
+@pytest.mark.skipif(
+    not hasattr(OPENSSL, "SSL_key_update"), reason="OpenSSL cannot be called past Python"
+)
+def test_a_key_update_harms_no_replies_that_wait(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    process, sent, got, out = serve(f"--certfile={certificate}"), 0, 0, b""
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    plain.connect(("127.0.0.1", process.port))
+    with trust.wrap_socket(plain, server_hostname="localhost") as sock:
+        assert answer(sock, request())[0] == 101
+        sock.setblocking(False)
+        while got < 6000 * len(reply_frame(FIN | BINARY, b"ECHO:" + bytes(1000))):
+            with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                while sent < 6000:  # until nothing more is taken, and without reading
+                    if not out and sent % 5 == 0:
+                        request_key_update(sock)
+                    out = frame(FIN | BINARY, bytes(1000))
+                    sock.send(out)
+                    out, sent = b"", sent + 1
+            if (
+                sent == 6000 or not select.select([], [sock], [], 0.3)[1]
+            ):  # the server has stopped reading
+                assert select.select([sock], [], [], PATIENCE)[0]
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    got += len(sock.recv(16384))
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+def test_what_has_come_before_sigterm_is_answered(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
+) -> None:
+    process = serve(*[f"--certfile={certificate}"] if secure else [])
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(upgraded(process, trust=trust if secure else None))
+            for _ in range(10)
+        ]
+        for _ in range(40):
+            for client in clients:
+                client.sendall(frame(FIN | TEXT, b"x" * 1000))
+        process.signal(signal.SIGTERM)
+        for client in clients:
+            with client.makefile("rb") as file:
+                assert [read_frame(file)[1] for _ in range(40)] == [b"ECHO:" + b"x" * 1000] * 40
+                assert read_frame(file) == (FIN | CLOSE, close_body(1001, "the server is stopping"))
+        process.signal(signal.SIGTERM)  # at once: nobody here says goodbye
+
+
+@pytest.mark.parametrize("has_one", [False, True])
+def test_a_client_without_a_certificate_of_that_authority_is_not_let_in(
+    serve: Serve,
+    certificate: Path,
+    trust: ssl.SSLContext,
+    client_authority: tuple[trustme.CA, str],
+    has_one: bool,
+) -> None:
+    if has_one:
+        trustme.CA().issue_cert("me@example.com").configure_cert(trust)
+    process = serve(f"--certfile={certificate}", client_authority[1])
+    refusal = pytest.raises((ssl.SSLError, ConnectionError))
+    with (
+        process.dial() as sock,
+        refusal,
+        trust.wrap_socket(sock, server_hostname="localhost") as tls,
+    ):
+        answer(tls, request())
+
+
+def test_a_key_with_a_password_is_not_asked_for_at_the_terminal(files: Path) -> None:
+    openssl = shutil.which("openssl") or pytest.skip("there is no openssl")
+    locked = files / "locked"
+    ended(
+        openssl,
+        "pkey",
+        "-in",
+        f"{files}/key",
+        "-aes256",
+        "-passout",
+        "pass:x",
+        "-out",
+        str(locked),
+        check=True,
+    )
+    assert_cannot_serve(
+        ["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={locked}"], str(locked)
+    )
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_key_that_may_not_be_read_is_named(files: Path) -> None:
+    (files / "key").chmod(0)
+    assert_cannot_serve(
+        ["--port=0", f"--certfile={files / 'cert'}", f"--keyfile={files / 'key'}"], f"{files}/key"
+    )
+
+
+# ---- SIGHUP
+
+
+def serial(process: Process, trust: ssl.SSLContext) -> object:
+    with process.dial() as sock, trust.wrap_socket(sock, server_hostname="localhost") as tls:
+        return (tls.getpeercert() or {})["serialNumber"]
+
+
+def test_sighup_takes_a_renewed_certificate_and_keeps_connections(
+    serve: Serve, authority: trustme.CA, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    process = serve(f"--certfile={certificate}")
+    with upgraded(process, trust=trust) as client:
+        before = serial(process, trust)
+        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(
+            str(certificate)
+        )
+        process.signal(signal.SIGHUP)
+        until(lambda: serial(process, trust) != before)
+        assert raw_echo(client) == "ECHO:Hello!"
+
+
+def test_sighup_keeps_the_old_certificate_when_the_new_one_is_broken(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    process = serve(f"--certfile={certificate}")
+    before = serial(process, trust)
+    certificate.write_text("junk")
+    process.signal(signal.SIGHUP)
+    assert str(certificate) in process.line("error:").string
+    assert serial(process, trust) == before
+    assert process.stop() == 0
+    assert len(process.matching("error:")) == 1
+
+
+def test_sighup_takes_the_log_level_from_the_file(serve: Serve, tmp_path: Path) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.write_text('log-level = "info"\n')
+    process = serve(f"--config={config}")
+    with process.connect() as client:
+        assert echoed(client, "before") == "ECHO:before"
+        config.write_text('log-level = "debug"\n')
+        process.signal(signal.SIGHUP)
+        process.line("reloaded")
+        assert echoed(client, "behind") == "ECHO:behind"
+    assert process.line(r"\[SERVER\] Received:(.*)")[1] == "behind"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "log-level = 'loud'",
+        "nonsense = 1",
+        "=",
+        f"ping-interval = {'9' * 400}",
+        f"a = {'[' * 3000}",
+        None,
+    ],
+    ids=["value", "name", "syntax", "400 digits", "3,000 arrays", "no file"],
+)
+def test_sighup_with_a_broken_file_changes_nothing_and_says_so(
+    serve: Serve, systemd: socket.socket, tmp_path: Path, text: str | None
+) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.touch()
+    process = serve(f"--config={config}", env={"NOTIFY_SOCKET": systemd.getsockname()})
+    with process.connect() as client:
+        config.write_text(text) if text else config.unlink()
+        process.signal(signal.SIGHUP)
+        told(systemd, "(?m)^RELOADING=1$")
+        told(systemd, "^READY=1")
+        assert str(config) in process.line("error:").string
+        assert echoed(client) == "ECHO:Hello!"
+    assert process.stop() == 0
+    assert len(process.matching("error:")) == 1
+
+
+def test_the_log_level_of_the_command_line_wins_over_the_file_also_at_sighup(
+    serve: Serve, tmp_path: Path
+) -> None:
+    config = tmp_path / "ws-echo.toml"
+    config.write_text('log-level = "info"\n')
+    process = serve(f"--config={config}", "--log-level=debug")
+    with process.connect() as client:
+        process.signal(signal.SIGHUP)
+        process.line("reloaded")
+        echoed(client)
+    process.line("Received:Hello!")
+
+
+# ---- Limits
+
+
+def test_above_max_connections_a_handshake_gets_503_and_the_health_check_200(serve: Serve) -> None:
+    process = serve("--max-connections=1")
+    with process.connect() as client:
+        with pytest.raises(InvalidStatus) as refusal:
+            process.connect()
+        assert refusal.value.response.status_code == 503
+        assert int(refusal.value.response.headers["Retry-After"]) > 0
+        assert get(process, "/healthz")[0] == 200
+        assert echoed(client) == "ECHO:Hello!"
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_again(
+    serve: Serve,
+) -> None:
+    process = serve(before=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
+    with process.connect() as client, contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(process.dial())
+        process.line(r"error:descriptors have run out")
+        assert get(process, "/healthz")[0] == 200
+        assert echoed(client) == "ECHO:Hello!"
+        stack.close()
+        with process.connect() as another:
+            assert echoed(another) == "ECHO:Hello!"
+    assert process.stop() == 0
+
+
+with_prlimit = pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="needs to limit another process"
+)
+
+
+def ask(sock: socket.socket) -> tuple[int, str | None]:
+    """For the health, on a connection that stays open: the status, and the header Connection."""
+    status, headers, _ = answer(sock, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return status, headers["Connection"]
+
+
+def test_plain_connections_do_not_take_the_descriptors_of_health_checks_and_handshakes(
+    serve: Serve,
+) -> None:
+    """With 200 descriptors, of which 64 are kept for these."""
+    process = serve(before=["sh", "-c", 'ulimit -n 200; exec "$@"', "sh"])
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(upgraded(process)) for _ in range(136)]
+        asked = [ask(stack.enter_context(process.dial())) for _ in range(80)]
+        assert asked[:32] == [(200, None)] * 32
+        assert asked[32:] == [(200, "close")] * 48
+        assert refused(process, request())[0] == 503
+        clients.pop().close()
+        process.line(r"close\(\)")
+        stack.enter_context(upgraded(process))
+    assert process.stop() == 0
+
+
+def test_when_descriptors_run_out_who_has_been_idle_for_the_longest_time_goes_first(
+    serve: Serve,
+) -> None:
+    process = serve(before=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
+    with process.dial() as first, process.dial() as second, contextlib.ExitStack() as stack:
+        assert ask(second) == ask(first) == (200, None)
+        while not process.matching("run out"):
+            stack.enter_context(process.dial())
+        idlest = process.line("error:descriptors have run out, closing the idlest: (.*)")[1]
+        assert idlest == f"127.0.0.1:{second.getsockname()[1]}"
+        assert second.recv(1) == b""
+
+
+@with_prlimit
+def test_a_handshake_needs_no_further_descriptor(serve: Serve) -> None:
+    process = serve()
+    with process.dial() as one, process.dial() as two:
+        # Neither is asked for more before both are accepted.
+        assert ask(two) == (200, None)
+        resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, (3, 3))
+        for sock in (one, two):
+            assert answer(sock, request())[0] == 101
+            assert raw_echo(sock) == "ECHO:Hello!"
+        process.line(r"connection\(\) from", 2)
+
+
+def test_a_client_that_has_left_is_not_counted(serve: Serve) -> None:
+    process = serve()
+    for _ in range(40):
+        with process.dial() as sock:
+            assert ask(sock) == (200, None)
+
+
+SLOW = [
+    b"",
+    b"GET / HT",
+    request()[:-2],
+    b"\x16\x03\x01\x02",
+]  # nothing, half a line, half a header, half of TLS
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_handshake_that_does_not_go_on_is_given_up(
+    serve: Serve, certificate: Path, tls: bool
+) -> None:
+    process = serve("--handshake-timeout=0.3", *([f"--certfile={certificate}"] if tls else []))
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(process.dial()) for _ in SLOW]
+        began = time.monotonic()
+        for sock, data in zip(socks, SLOW, strict=True):
+            sock.sendall(data)
+        assert not re.search(rb"HTTP/1.1 [1235]", b"".join(map(everything, socks)))
+        assert 0.2 < time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_handshake_byte_by_byte_is_given_up_as_well(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, tls: bool
+) -> None:
+    process = serve("--handshake-timeout=0.3", *([f"--certfile={certificate}"] if tls else []))
+    with process.dial() as plain, contextlib.ExitStack() as stack:
+        sock = (
+            stack.enter_context(trust.wrap_socket(plain, server_hostname="localhost"))
+            if tls
+            else plain
+        )
+        sock.settimeout(0.02)
+        assert any(not still_open_after(sock, byte) for byte in request(X_Filler="x" * 100))
+
+
+def still_open_after(sock: socket.socket, byte: int) -> bool:
+    try:
+        sock.sendall(bytes((byte,)))
+        return sock.recv(99) != b""
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+
+
+def test_a_websocket_outlives_the_handshake_timeout(serve: Serve) -> None:
+    process = serve("--handshake-timeout=0.1")
+    with upgraded(process) as sock:
+        sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.sendall(frame(FIN | TEXT, b"Hello!"))
+        assert sock.recv(99) == b"\x81\x0bECHO:Hello!"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "Content-Length: 1000000",
+        "Content-Length: 1000000\r\nExpect: 100-continue",
+        "Transfer-Encoding: chunked",
+    ],
+)
+def test_a_request_with_a_body_is_refused_without_reading_it(server: Process, body: str) -> None:
+    with server.dial() as sock, contextlib.suppress(ConnectionError):
+        began = time.monotonic()
+        head = f"POST / HTTP/1.1\r\nHost: x\r\n{body}\r\nContent-Type: text/plain\r\n\r\n"
+        sock.sendall(head.encode() + b"fffff\r\n")
+        sock.sendall(b"x" * 100_000)
+        assert not re.search(rb"HTTP/1.1 [235]", everything(sock))
+        assert time.monotonic() - began < 5
+
+
+# ---- Handshakes that come to nothing
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"GET / HT", request()[:-2]], ids=["nothing", "half a line", "half a header"]
+)
+def test_a_client_that_falls_silent_after_the_tls_handshake_is_cut_off(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, data: bytes
+) -> None:
+    server = serve(f"--certfile={certificate}", "--handshake-timeout=0.2")
+    with (
+        bystander(server, trust),
+        trust.wrap_socket(server.dial(), server_hostname="localhost") as sock,
+    ):
+        began = time.monotonic()
+        sock.sendall(data)
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            assert sock.recv(1) == b""
+        assert 0.1 < time.monotonic() - began < 3
+
+
+HEAD = "POST / HTTP/1.1\r\nHost: x\r\n"
+
+BODIES = {
+    "with its length": f"{HEAD}Content-Length: 100000000\r\n\r\n".encode(),
+    "in chunks": f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode(),
+    "of a handshake": request(add="Content-Length: 100000000"),
+}
+
+
+@with_proc
+@pytest.mark.parametrize("head", BODIES.values(), ids=BODIES.keys())
+def test_a_body_of_100_mb_costs_no_memory(serve: Serve, head: bytes) -> None:
+    server = serve()
+    get(server)
+    before = forget_peak(server)
+    with bystander(server), server.dial() as sock:
+        sock.sendall(head)
+        send_until_cut(sock, b"10000\r\n" + b"x" * 65536 + b"\r\n")
+    assert memory(server, "VmHWM") - before < 1_000_000
+
+
+@pytest.mark.parametrize("head", BODIES.values(), ids=BODIES.keys())
+def test_a_slow_body_is_refused_within_the_deadline(serve: Serve, head: bytes) -> None:
+    server = serve("--handshake-timeout=0.2")
+    began = time.monotonic()
+    with bystander(server), server.dial() as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(head)
+        while select.select([sock], [], [], 0.02)[0] == []:
+            sock.sendall(b"1")
+        assert b" 101 " not in sock.recv(999)
+    assert time.monotonic() - began < 3
+
+
+MOMENTS = {
+    "at once": b"",
+    "in the request": b"GET / HTTP/1.1\r\nHo",
+    "behind the request": request(),
+    "in a frame": request() + frame(FIN | TEXT, b"x" * 1000)[:500],
+    "in the header of a frame": request() + frame(FIN | TEXT, b"x" * 70_000)[:5],
+    "in a message": request() + frame(TEXT, b"x" * 70_000),
+    "with replies on their way": request() + frame(FIN | TEXT, b"x" * 70_000) * 9,
+    "behind a fault": request() + b"\xff\xff",
+    "behind a close": request() + frame(FIN | CLOSE),
+    "behind a good request and a bad one": b"GET / HTTP/1.1\r\nHost: x\r\n\r\nbad\r\n\r\n",
+    "in the hello of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+}
+
+
+@pytest.mark.parametrize("data", MOMENTS.values(), ids=MOMENTS.keys())
+def test_a_reset_leaves_no_connection_and_no_descriptor(server: Process, data: bytes) -> None:
+    with bystander(server):
+        for _ in range(10):
+            sock = server.dial()
+            sock.sendall(data)
+            cut_off(sock)
+    assert not server.tracebacks()
+
+
+@pytest.mark.parametrize("data", MOMENTS.values(), ids=MOMENTS.keys())
+def test_over_tls_a_reset_leaves_no_connection_and_no_descriptor(
+    tls: Process, trust: ssl.SSLContext, data: bytes
+) -> None:
+    with bystander(tls, trust):
+        for hello in (True, False):
+            sock = tls.dial()
+            sock = trust.wrap_socket(sock, server_hostname="localhost") if hello else sock
+            sock.sendall(data)
+            cut_off(sock)
+    assert not tls.tracebacks()
+
+
+TLS_HERE = "TLS on a plain port, from {}: use ws:// or --certfile"
+HTTP_HERE = "plain HTTP on a TLS port, from {}: use wss:// or https://"
+PROXY_HERE = "a header of the PROXY protocol, from {}: it is not understood here"
+HTTP_2_HERE = "HTTP/2, from {}: only HTTP/1.1 is spoken here"
+NO_HTTP = "no HTTP, from {}: it begins with "
+
+STRANGERS = [
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", HTTP_2_HERE),
+    (b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + request(), PROXY_HERE),
+    (b"\r\n\r\n\0\r\nQUIT\n!\x11\0\x0c" + bytes(12), PROXY_HERE),
+    (b"SSH-2.0-x\r\n", NO_HTTP + r"SSH-2.0-x\r\n"),
+    (b"GET /\r\n", NO_HTTP + r"GET /\r\n"),
+    (b"\3\0\0\x13", NO_HTTP + r"\x03\x00\x00\x13"),
+    (bytes(99), NO_HTTP + r"\x00" * 40),
+]
+
+ON_PLAIN_PORT = [(client_hello(), TLS_HERE), (client_hello()[:1], TLS_HERE)]
+ON_TLS_PORT = [(request(), HTTP_HERE), (b"GET / HT", HTTP_HERE)]
+
+
+@pytest.mark.parametrize(
+    ("secure", "data", "line"),
+    [
+        *((False, *stranger) for stranger in STRANGERS + ON_PLAIN_PORT),
+        *((True, *stranger) for stranger in STRANGERS + ON_TLS_PORT),
+    ],
+)
+def test_who_speaks_another_protocol_is_told_so_at_once_and_is_worth_one_line(
+    server: Process, tls: Process, trust: ssl.SSLContext, secure: bool, data: bytes, line: str
+) -> None:
+    process = tls if secure else server
+    with bystander(process, trust if secure else None), process.dial() as sock:
+        peer = f"127.0.0.1:{sock.getsockname()[1]}"
+        sock.settimeout(2)
+        sock.sendall(data)
+        said = everything(sock)
+        assert process.line(rf"error:.* {peer}\b").string.endswith("error:" + line.format(peer))
+    assert len(process.matching(rf"{peer}\b")) == 1
+    assert (b"400: this port speaks TLS" in said) == (line == HTTP_HERE) == (said != b"")
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+@pytest.mark.parametrize("data", [b"", client_hello()], ids=["port scan", "TLS"])
+def test_who_connects_and_leaves_is_worth_at_most_one_line(
+    server: Process, tls: Process, trust: ssl.SSLContext, secure: bool, data: bytes
+) -> None:
+    process = tls if secure else server
+    with bystander(process, trust if secure else None), process.dial() as sock:
+        peer = f"127.0.0.1:{sock.getsockname()[1]}"
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        everything(sock)
+    assert len(process.matching(rf"{peer}\b")) <= 1
+
+
+# ---- Stopping
+
+
+def test_the_end_of_the_drain_timeout_is_no_error_of_a_coroutine_that_runs(serve: Serve) -> None:
+    server = serve("--drain-timeout=0.3")
+    with server.connect("?delay=60") as client:
+        client.send("a")
+        assert client.ping().wait(PATIENCE)
+        assert server.stop() == 0
+    server.line(r"close\(\) 1006 .* 1 messages")
+
+
+def test_a_second_signal_is_no_error_of_a_coroutine_that_runs(serve: Serve) -> None:
+    server = serve()
+    with server.connect("?delay=60") as client:
+        client.send("a")
+        assert client.ping().wait(PATIENCE)
+        server.signal(signal.SIGTERM)
+        until(lambda: not listens(("127.0.0.1", server.port)))
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 128 + signal.SIGTERM
+    server.line(r"close\(\) 1006 .* 1 messages")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_stop_closes_everybody_with_1001_and_ends_with_0(
+    serve: Serve, number: int
+) -> None:
+    process = serve()
+    with process.connect() as one, process.connect() as two:
+        process.signal(number)
+        for client in (one, two):
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv(PATIENCE)
+            assert closed.value.rcvd and closed.value.rcvd.code == 1001
+        assert process.exit_code() == 0
+    assert len(process.matching(r"close\(\) 1001 from")) == 2
+
+
+def test_over_tls_everybody_is_closed_with_1001(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    process = serve(f"--certfile={certificate}")
+    with upgraded(process, trust=trust) as client, client.makefile("rb") as file:
+        process.signal(signal.SIGTERM)
+        first, payload = read_frame(file)
+        assert (first, payload[:2]) == (FIN | CLOSE, b"\x03\xe9")
+        client.sendall(frame(FIN | CLOSE, payload[:2]))
+        assert process.exit_code() == 0
+
+
+def test_replies_that_are_owed_come_before_1001(serve: Serve) -> None:
+    process = serve()
+    with upgraded(process) as sock, sock.makefile("rb") as file:
+        fill(sock, frame(FIN | BINARY, b"x" * 65536))
+        process.signal(signal.SIGTERM)
+        replies = 0
+        while (last := read_frame(file)) == (FIN | BINARY, b"ECHO:" + b"x" * 65536):
+            replies += 1
+        assert (last[0], last[1][:2]) == (FIN | CLOSE, b"\x03\xe9")
+    assert process.exit_code() == 0
+    assert int(process.line(r"close\(\) .* (\d+) messages")[1]) == replies > 2
+
+
+def test_replies_that_the_handler_has_still_to_make_come_before_1001(serve: Serve) -> None:
+    process = serve()
+    with process.connect("?delay=0.1") as client:
+        for text in "abc":
+            client.send(text)
+        assert client.ping().wait(PATIENCE)
+        process.signal(signal.SIGTERM)
+        assert [client.recv(PATIENCE) for _ in "abc"] == ["ECHO:a", "ECHO:b", "ECHO:c"]
+        with pytest.raises(ConnectionClosed, match="1001"):
+            client.recv(PATIENCE)
+    assert process.exit_code() == 0
+
+
+def fill(sock: socket.socket, message: bytes) -> None:
+    """Sends until nothing more is taken for a while: the server waits for us to read."""
+    sock.settimeout(0.2)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sock.sendall(message)
+    sock.settimeout(PATIENCE)
+
+
+def test_clients_that_never_close_are_waited_for_no_longer_than_drain_timeout(serve: Serve) -> None:
+    process = serve("--drain-timeout=0.5")
+    with upgraded(process), process.dial():
+        began = time.monotonic()
+        assert process.stop() == 0
+        assert 0.5 <= time.monotonic() - began < 0.95
+
+
+def test_without_a_drain_timeout_it_does_not_wait(serve: Serve) -> None:
+    process = serve("--drain-timeout=0")
+    with upgraded(process) as sock:
+        assert process.stop() == 0
+        assert sock.recv(99).startswith(b"\x88")
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once_with_128_and_its_number(serve: Serve, second: int) -> None:
+    process = serve()
+    with upgraded(process) as sock:
+        process.signal(signal.SIGTERM)
+        assert sock.recv(99).startswith(b"\x88")
+        process.signal(second)
+        assert process.exit_code() == 128 + second
+
+
+def test_while_stopping_nobody_is_let_in_and_the_health_check_says_so(serve: Serve) -> None:
+    process = serve()
+    with upgraded(process) as held, process.dial() as idle, process.dial() as other:
+        for sock in (idle, other):
+            assert answer(sock, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
+        process.signal(signal.SIGTERM)
+        assert held.recv(99).startswith(b"\x88\x02\x03\xe9"[:1])
+        assert answer(idle, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 503
+        assert answer(other, request())[0] == 503
+        with pytest.raises(ConnectionRefusedError):
+            process.dial()
+
+
+def test_who_is_in_the_queue_of_the_listening_socket_is_let_in_and_sent_away(serve: Serve) -> None:
+    process = serve()
+    process.line("listening")
+    process.signal(signal.SIGSTOP)
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(process.dial()) for _ in range(100)]
+        for sock in socks:
+            sock.sendall(request())
+        process.signal(signal.SIGTERM)
+        process.signal(signal.SIGCONT)
+        for sock in socks:
+            with sock.makefile("rb") as file:
+                assert b" 101 " in file.readline()
+                assert b"" not in iter(file.readline, b"\r\n")
+                assert read_frame(file) == (FIN | CLOSE, b"\x03\xe9the server is stopping")
+    assert process.exit_code() == 0
+
+
+def test_who_has_connected_and_says_nothing_does_not_keep_it_from_stopping(serve: Serve) -> None:
+    process = serve("--drain-timeout=0.2")
+    with process.dial(), process.dial() as sock:
+        sock.sendall(b"GET / HT")
+        assert process.stop() == 0
+
+
+# ---- Signals under load
+
+
+class Pipeliner:
+    """A client that sends numbers without end; the replies have to be those, in order."""
+
+    def __init__(self) -> None:
+        self.replies = self.code = self.port = 0
+
+    async def run(self, port: int, context: ssl.SSLContext | None = None) -> None:
+        name = "localhost" if context else None
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", port, ssl=context, server_hostname=name
+        )
+        self.port = writer.get_extra_info("sockname")[1]
+        writer.write(request())
+        await reader.readuntil(b"\r\n\r\n")
+        sender = asyncio.create_task(self.send(writer))
+        while not self.code:
+            first, length = await reader.readexactly(2)
+            payload = await reader.readexactly(length)
+            if first == FIN | CLOSE:
+                self.code = int.from_bytes(payload[:2], "big")
+            else:
+                assert payload == b"ECHO:%d" % self.replies
+                self.replies += 1
+        sender.cancel()
+        writer.write(frame(FIN | CLOSE, payload))
+        assert await reader.read() == b""
+        writer.transport.abort()
+
+    async def send(self, writer: asyncio.StreamWriter) -> None:
+        for start in itertools.count(0, 50):
+            while start > self.replies + 500:  # noqa: ASYNC110  # so much is under way
+                await asyncio.sleep(0.001)
+            writer.write(
+                b"".join(frame(FIN | TEXT, b"%d" % number) for number in range(start, start + 50))
+            )
+            await writer.drain()
+
+
+async def pipelining(
+    clients: list[Pipeliner], port: int, then: Callable[[], Awaitable[None]], *tls: Any
+) -> None:
+    """Lets the clients run, and then something happens; ends when they have."""
+    async with asyncio.timeout(2 * PATIENCE), asyncio.TaskGroup() as group:
+        for client in clients:
+            group.create_task(client.run(port, *tls))
+        # There is no event for it.
+        while min(client.replies for client in clients) < 20:  # noqa: ASYNC110  # see above
+            await asyncio.sleep(0.01)
+        await then()
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+def test_at_sigterm_everybody_who_reads_gets_the_replies_and_then_1001(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
+) -> None:
+    server = serve("--drain-timeout=1", *([f"--certfile={certificate}"] if secure else []))
+    context = trust if secure else None
+    clients = [Pipeliner() for _ in range(20)]
+
+    async def stop() -> None:
+        server.signal(signal.SIGTERM)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):  # they never read
+            send_until_refused(
+                stack.enter_context(upgraded(server, trust=context)),
+                frame(FIN | TEXT, b"x" * 100_000),
+            )
+        asyncio.run(pipelining(clients, server.port, stop, context))
+        began = time.monotonic()
+        assert server.exit_code() == 0 and time.monotonic() - began < 2
+    for client in clients:
+        (line,) = server.matching(rf"close\(\) 1001 from 127.0.0.1:{client.port} .* (\d+) messages")
+        assert (client.code, client.replies) == (1001, int(line[1]))
+
+
+def test_at_sigterm_500_clients_that_pipeline_get_1001_and_the_exit_is_in_time(
+    serve: Serve,
+) -> None:
+    server = serve("--drain-timeout=2")
+    clients = [Pipeliner() for _ in range(500)]
+
+    async def stop() -> None:
+        server.signal(signal.SIGTERM)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):  # they never read
+            send_until_refused(
+                stack.enter_context(upgraded(server)), frame(FIN | TEXT, b"x" * 100_000)
+            )
+        asyncio.run(pipelining(clients, server.port, stop))
+        began = time.monotonic()
+        assert server.exit_code() == 0 and time.monotonic() - began < 3
+    assert {client.code for client in clients} == {1001} and min(
+        client.replies for client in clients
+    ) > 0
+
+
+def test_at_sigterm_a_handshake_of_tls_that_does_not_go_on_is_not_waited_for(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    server = serve(f"--certfile={certificate}", "--drain-timeout=0.5")
+    with upgraded(server, trust=trust) as client, server.dial() as sock:
+        sock.sendall(client_hello()[:99])
+        server.signal(signal.SIGTERM)
+        assert close_code(client) == 1001
+        client.sendall(close(1001))
+        assert server.exit_code() == 0
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+def test_sighup_under_load_loses_nothing(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
+) -> None:
+    server = serve(*([f"--certfile={certificate}"] if secure else []))
+    clients = [Pipeliner() for _ in range(10)]
+
+    async def reload_often() -> None:
+        for number in range(1, 11):
+            server.signal(signal.SIGHUP)
+            seen = [client.replies for client in clients]
+
+            def is_served(number: int = number, seen: list[int] = seen) -> bool:
+                reloaded = len(server.matching("reloaded")) >= number
+                return reloaded and all(map(lambda c, n: c.replies > n, clients, seen))
+
+            await eventually(is_served)
+        server.signal(signal.SIGTERM)
+
+    asyncio.run(pipelining(clients, server.port, reload_often, trust if secure else None))
+    assert {client.code for client in clients} == {1001} and server.exit_code() == 0
+
+
+HAPROXY = """
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 10s
+    timeout server 10s
+    timeout tunnel 1m
+    retries 3
+    option redispatch 1
+listen echo
+    bind fd@{}
+    option httpchk GET /healthz
+    default-server check inter 100ms fall 1 rise 1
+    server one 127.0.0.1:{}
+    server two 127.0.0.1:{}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="there is no haproxy")
+def test_behind_haproxy_a_server_that_stops_under_load_refuses_nobody(
+    serve: Serve, listener: socket.socket, tmp_path: Path
+) -> None:
+    one, two = serve(), serve()
+    config = HAPROXY.format(listener.fileno(), one.port, two.port)
+    (tmp_path / "config").write_text(config)
+    statuses: list[object] = []
+    over = threading.Event()
+
+    def come() -> socket.socket:
+        sock = socket.create_connection(listener.getsockname(), PATIENCE)
+        statuses.append(answer(sock, request())[0])
+        return sock
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            try:
+                come().close()
+            except (OSError, http.client.HTTPException) as error:
+                statuses.append(error)
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    command = ["haproxy", "-db", "-f", str(tmp_path / "config")]
+    with contextlib.ExitStack() as stack:
+        haproxy = stack.enter_context(start(*command, pass_fds=[listener.fileno()], stderr=PIPE))
+        stack.callback(haproxy.kill)
+        clients = [stack.enter_context(come()) for _ in range(20)]
+        for thread in threads:
+            stack.callback(thread.join, PATIENCE)
+            thread.start()
+        stack.callback(over.set)
+        until(lambda: len(statuses) > 200)
+        one.signal(signal.SIGTERM)
+        seen = len(statuses)
+        until(lambda: len(statuses) > seen + 200)
+        for client in clients:
+            client.sendall(frame(FIN | TEXT, b"Hello!"))
+        ends = Counter(client.recv(4) for client in clients)
+        assert ends == {b"\x88\x18\x03\xe9": 10, b"\x81\x0bEC": 10}
+    assert one.exit_code() == 0
+    assert Counter(statuses) == {101: len(statuses)}
+
+
+# ---- systemd
+
+
+def test_systemd_is_told_of_start_reload_and_stop(serve: Serve, systemd: socket.socket) -> None:
+    process = serve(env={"NOTIFY_SOCKET": systemd.getsockname()})
+    told(systemd, r"^READY=1")
+    assert re.search(r"(?m)^STATUS=.*0 connections", told(systemd, "STATUS=")[-1])
+    process.signal(signal.SIGHUP)
+    assert re.search(r"(?m)^MONOTONIC_USEC=\d+$", told(systemd, "(?m)^RELOADING=1$")[-1])
+    told(systemd, "^READY=1")
+    process.signal(signal.SIGTERM)
+    told(systemd, "^STOPPING=1")
+    assert process.exit_code() == 0
+
+
+def test_systemd_is_told_ready_only_when_it_can_be_connected_to(
+    serve: Serve, systemd: socket.socket
+) -> None:
+    process = serve(env={"NOTIFY_SOCKET": systemd.getsockname()})
+    assert "READY=1" in told(systemd, "READY=1")[0]
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_the_watchdog_is_fed_before_its_time(serve: Serve, systemd: socket.socket) -> None:
+    serve(env={"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "200000"})
+    told(systemd, "WATCHDOG=1")
+    for _ in range(3):
+        began = time.monotonic()
+        told(systemd, "WATCHDOG=1")
+        assert time.monotonic() - began < 0.2
+
+
+def test_the_notify_socket_may_be_abstract(serve: Serve) -> None:
+    if sys.platform != "linux":
+        pytest.skip("only Linux has abstract sockets")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE)
+        sock.bind("")
+        serve(env={"NOTIFY_SOCKET": "@" + sock.getsockname()[1:].decode()})
+        told(sock, "READY=1")
+
+
+def test_a_notify_socket_that_is_not_there_does_not_matter(serve: Serve, tmp_path: Path) -> None:
+    process = serve(env={"NOTIFY_SOCKET": str(tmp_path / "nothing"), "WATCHDOG_USEC": "200000"})
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+    assert process.stop() == 0
+    assert len(process.matching("error:")) == 1
+
+
+CRASH = """
+import sys, echo_server
+echo_server.Lobby.dismiss_idle = lambda lobby: 1 / 0
+sys.exit(echo_server.main(["--port=0"]))
+"""
+
+
+def test_a_mistake_of_ours_ends_the_server_with_a_code_that_systemd_restarts() -> None:
+    done = ended(sys.executable, "-c", CRASH, cwd=MODULE.parent)
+    assert "ZeroDivisionError" in done.stderr
+    unit = (MODULE.parent / "systemd" / "ws-echo.service").read_text()
+    kept = re.findall(r"(?m)^RestartPreventExitStatus=(.*)", unit)[0].split()
+    assert "Restart=on-failure" in unit and done.returncode not in (0, *map(int, kept))
+
+
+def test_the_socket_that_systemd_has_opened_is_served(
+    serve: Serve, listener: socket.socket
+) -> None:
+    process = inheriting(serve, listener)
+    process.line(r"systemd.*--address")
+    assert process.port == listener.getsockname()[1]
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+def test_sockets_for_another_process_are_left_alone(serve: Serve, listener: socket.socket) -> None:
+    process = inheriting(serve, listener, offset=1)
+    assert process.port != listener.getsockname()[1]
+    with process.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+
+
+OTHER_KINDS: dict[str, tuple[Callable[[socket.socket], Any], str]] = {
+    # The number may be taken by the event loop before it is looked at.
+    "nothing": (lambda _: None, ""),
+    "a file": (lambda _: MODULE.open(), "Socket operation on non-socket"),
+    "UDP": (
+        lambda _: socket.socket(type=socket.SOCK_DGRAM),
+        "is not a TCP or Unix socket: AF_INET, SOCK_DGRAM",
+    ),
+    "Unix packets": (
+        lambda _: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET),
+        "is not a TCP or Unix socket: AF_UNIX, SOCK_SEQPACKET",
+    ),
+    "vsock": (lambda _: socket.socket(socket.AF_VSOCK), "socket: AF_VSOCK, SOCK_STREAM"),
+    "what Python has no name for": (
+        lambda _: socket.socket(socket.AF_INET, 10),
+        "socket: AF_PACKET, 10",
+    ),
+    "connected": (
+        lambda listener: socket.create_connection(listener.getsockname()),
+        "does not listen (Accept=yes?)",
+    ),
+    "not listening": (lambda _: socket.socket(), "does not listen (Accept=yes?)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_an_inherited_descriptor_of_another_kind_is_named(
+    serve: Serve, listener: socket.socket, name: str
+) -> None:
+    make, words = OTHER_KINDS[name]
+    try:
+        given = make(listener)
+    except (AttributeError, OSError) as error:
+        pytest.skip(f"there is none here: {error}")
+    with given or contextlib.nullcontext():
+        process = inheriting(serve, given)
+        assert process.exit_code() == 1
+    (line,) = process.lines
+    assert line.startswith("echo_server: inherited descriptor 3") and words in line
+
+
+def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
+    activate = shutil.which("systemd-socket-activate") or pytest.skip(
+        "there is no systemd-socket-activate"
+    )
+    path = str(tmp_path / "s")
+    with Process(before=[activate, f"--listen={path}"]) as process:
+        until(lambda: os.path.exists(path))
+        with unix_connect(path, "ws://localhost/") as client:
+            assert echoed(client) == "ECHO:Hello!"
+        process.line(r"systemd.*--address")
+        assert process.stop() == 0
+
+
+# ---- Surroundings
+
+READ_ONLY = "mount -o remount,bind,ro / && mount -t tmpfs -o ro none /dev/shm"
+NAMESPACES = ("unshare", "--user", "--map-root-user", "--kill-child", "--mount", "--net")
+
+
+def can_unshare() -> bool:
+    return (
+        bool(shutil.which("unshare")) and ended(*NAMESPACES, "sh", "-c", READ_ONLY).returncode == 0
+    )
+
+
+SURROUNDINGS = {
+    "no environment": ["env", "-i"],
+    "no HOME": ["env", "-u", "HOME"],
+    "a HOME that is not there": ["env", "HOME=/nowhere"],
+    "the locale C": ["env", "LC_ALL=C", "PYTHONCOERCECLOCALE=0", "PYTHONUTF8=0"],
+    "the locale POSIX in ASCII": [
+        "env",
+        "LC_ALL=POSIX",
+        "PYTHONCOERCECLOCALE=0",
+        "PYTHONUTF8=0",
+        "PYTHONIOENCODING=ascii",
+    ],
+    "an unknown locale": ["env", "LC_ALL=xx_YY.nothing", "TZ=Nowhere/Nothing"],
+    "no room for files": ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"],
+    "no input or output": ["sh", "-c", 'exec "$@" <&- >&-', "sh"],
+    "a folder that is gone": [
+        "sh",
+        "-c",
+        'd=$(mktemp -d) && cd "$d" && rmdir "$d" && exec "$@"',
+        "sh",
+    ],
+    "optimised, without files of bytecode": [
+        "env",
+        "PYTHONOPTIMIZE=2",
+        "PYTHONDONTWRITEBYTECODE=1",
+    ],
+}
+
+
+@pytest.mark.parametrize("before", SURROUNDINGS.values(), ids=SURROUNDINGS.keys())
+def test_it_serves_whatever_is_around_it(serve: Serve, before: list[str]) -> None:
+    server = serve("--log-level=debug", before=before)
+    with server.connect("é€") as client:
+        assert echoed(client, "é\ud7ff€") == "ECHO:é\ud7ff€"
+    assert get(server, "/", Accept="text/html")[0] == 200
+    server.line(r"close\(\) 1000")
+    assert server.stop() == 0 and all(line.isascii() for line in server.lines)
+
+
+@pytest.mark.skipif(not can_unshare(), reason="needs namespaces of its own for mounts")
+def test_it_serves_on_a_read_only_file_system_without_shared_memory(serve: Serve) -> None:
+    server = serve(before=["unshare", "-Urm", "sh", "-c", READ_ONLY + ' && exec "$@"', "sh"])
+    with server.connect() as client:
+        assert echoed(client) == "ECHO:Hello!"
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("log", ["/dev/full", "&-", "/dev/null"])
+def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> None:
+    path = str(tmp_path / "socket")
+    before = ["sh", "-c", f'exec "$@" 2>{log}', "sh"]
+    with Process(f"--unix-socket={path}", "--log-level=debug", before=before) as server:
+        until(lambda: listens(path))
+        with unix_connect(path, "ws://localhost/") as client:
+            assert echoed(client) == "ECHO:Hello!"
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("log", ["/dev/full", "&-"])
+def test_the_exit_code_says_what_nobody_can_be_told(tmp_path: Path, log: str) -> None:
+    (tmp_path / "wrong.toml").write_text("port = 'x'")
+    for config, code in ("missing.toml", 1), ("wrong.toml", 2):
+        command = f'exec "$@" --config={tmp_path / config} 2>{log}'
+        result = ended("sh", "-c", command, "sh", sys.executable, str(MODULE))
+        assert (result.returncode, result.stdout) == (code, "")
+
+
+HALF_OPEN = """
+import fcntl, os, socket, struct, subprocess, sys, time
+def set_loopback(flags):
+    fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", flags))  # SIOCSIFFLAGS
+set_loopback(1)
+server = subprocess.Popen(sys.argv[1:], stderr=subprocess.PIPE, text=True)
+port = server.stderr.readline().split("localhost:")[1].split("/")[0]
+descriptors = f"/proc/{server.pid}/fd"
+before = len(os.listdir(descriptors))
+sock = socket.create_connection(("127.0.0.1", int(port)))
+sock.sendall(REQUEST)
+sock.recv(999)
+set_loopback(0)  # from now on packets vanish
+for line in server.stderr:
+    print(line, flush=True)
+    if "close()" in line:
+        break
+while len(os.listdir(descriptors)) > before:
+    time.sleep(0.01)
+print("its socket is closed")
+server.kill()
+"""
+
+
+@pytest.mark.skipif(not can_unshare(), reason="needs a network of its own")
+def test_a_peer_whose_packets_vanish_is_given_up() -> None:
+    script = HALF_OPEN.replace("REQUEST", repr(request()))
+    server = [sys.executable, str(MODULE), "--port=0", "--ping-interval=0.3", "--ping-timeout=0.3"]
+    output = ended(*NAMESPACES, sys.executable, "-c", script, *server).stdout
+    assert re.search(r"close\(\) 1008 from \S+ after [123]\.\d s", output)
+    assert output.endswith("its socket is closed\n")
+
+
+# ------------------------------------------------------------------------------------------- Client
+
+
+def client(url: str, *arguments: str, stdin: str = "") -> tuple[int, list[str], str]:
+    """Exit code, lines of standard output, standard error."""
+    done = run(f"--connect={url}", *arguments, stdin=stdin)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def test_the_client_prints_what_the_original_sample_printed(server: Process) -> None:
+    printed = ["[CLIENT] open()", "[CLIENT] Received: ECHO:Hello!"]
+    assert client(server.url + "test", "--send=Hello!") == (0, printed, "")
+
+
+@pytest.mark.parametrize(
+    "texts", [["a"], ["a", "b", "a"], [""], ["Zoë \U0001f600"], ["\x1b[2J"], ["x" * 100_000]]
+)
+def test_the_client_sends_each_text_and_prints_each_answer(
+    server: Process, texts: list[str]
+) -> None:
+    code, lines, _ = client(server.url, *(f"--send={text}" for text in texts))
+    assert (code, lines[1:]) == (0, [f"[CLIENT] Received: ECHO:{text}" for text in texts])
+
+
+@pytest.mark.parametrize(
+    "texts", [[], ["a"], ["a", "", "b"], [str(number) for number in range(1000)]]
+)
+def test_without_texts_the_client_sends_the_lines_of_its_input(
+    server: Process, texts: list[str]
+) -> None:
+    code, lines, _ = client(server.url, stdin="".join(f"{text}\n" for text in texts))
+    assert (code, lines[1:]) == (0, [f"[CLIENT] Received: ECHO:{text}" for text in texts])
+
+
+def test_the_last_line_of_input_needs_no_end(server: Process) -> None:
+    assert client(server.url, stdin="a\nb")[1][1:] == [
+        "[CLIENT] Received: ECHO:a",
+        "[CLIENT] Received: ECHO:b",
+    ]
+
+
+def test_the_client_answers_line_by_line_as_they_are_typed(server: Process) -> None:
+    with start(
+        sys.executable,
+        str(MODULE),
+        f"--connect={server.url}",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as popen:
+        assert popen.stdin and popen.stdout
+        assert popen.stdout.readline() == "[CLIENT] open()\n"
+        for text in ("one", "two"):
+            print(text, file=popen.stdin, flush=True)
+            assert popen.stdout.readline() == f"[CLIENT] Received: ECHO:{text}\n"
+        popen.stdin.close()
+        assert popen.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("scheme", ["WS", "Ws"])
+def test_the_scheme_may_be_in_capitals(server: Process, scheme: str) -> None:
+    assert client(server.url.replace("ws", scheme, 1), "--send=a")[0] == 0
+
+
+def test_at_a_terminal_control_characters_of_a_server_are_escaped(server: Process) -> None:
+    terminal, far_end = os.openpty()
+    command = [sys.executable, str(MODULE), f"--connect={server.url}", "--send=é\x1b[2J\x9bm\u202e"]
+    with start(*command, stdout=far_end) as popen, open(terminal, "rb", buffering=0) as file:
+        os.close(far_end)
+        assert popen.wait(PATIENCE) == 0
+        printed = file.read(4096).decode().splitlines()
+    assert printed == ["[CLIENT] open()", r"[CLIENT] Received: ECHO:é\x1b[2J\x9bm\u202e"]
+
+
+def test_the_client_leaves_with_1000(serve: Serve) -> None:
+    process = serve()
+    assert client(process.url, "--send=a")[0] == 0
+    assert process.line(r"close\(\) (\d+) from")[1] == "1000"
+
+
+def assert_client_fails(url: str, *arguments: str, word: str = "") -> None:
+    """It ends with 1, after one line."""
+    code, _, said = client(url, *arguments)
+    assert (code, said.count("\n")) == (1, 1)
+    assert said.startswith(f"[CLIENT] error:{url}: ") and word in said
+
+
+def test_the_client_ends_with_1_when_the_handshake_is_refused(serve: Serve) -> None:
+    process = serve("--max-connections=1")
+    with process.connect():
+        assert_client_fails(process.url, "--send=a", word=": HTTP 503: the server is full\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "word"),
+    [
+        ("text/plain; charset=utf-8", "400: a\x1b[2J\n\nb", ": HTTP 400: a\\x1b[2J\n"),
+        ("text/plain", "", ": HTTP 400: Bad Request\n"),
+        ("text/html", "<html>\n<body>", ": HTTP 400: Bad Request\n"),
+    ],
+)
+def test_the_client_says_why_a_server_refuses_it(kind: str, body: str, word: str) -> None:
+    def refuse() -> None:
+        with listener.accept()[0] as sock:
+            assert sock.recv(4096)
+            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+
+    head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: {kind}\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        assert_client_fails(f"ws://127.0.0.1:{listener.getsockname()[1]}/", word=word)
+        thread.join(PATIENCE)
+
+
+def test_the_client_ends_with_1_when_nobody_answers_the_handshake() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        began = time.monotonic()
+        assert_client_fails(
+            f"ws://127.0.0.1:{listener.getsockname()[1]}/", "--send=a", "--timeout=0.2"
+        )
+        assert time.monotonic() - began < 3
+
+
+def test_the_client_ends_with_1_when_fewer_answers_come_than_were_sent(serve: Serve) -> None:
+    assert_client_fails(
+        serve("--max-message-size=125").url, "--send=a", f"--send={'x' * 126}", word="1009"
+    )
+
+
+def test_the_client_ends_with_1_when_an_answer_does_not_come_in_time(serve: Serve) -> None:
+    process = serve()
+    with process.connect():
+        process.signal(signal.SIGSTOP)
+        assert_client_fails(process.url, "--send=a", "--timeout=0.2")
+        process.signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize(("arguments", "stdin"), [(["--send=\udcff"], ""), ([], "\udcff\n")])
+def test_the_client_ends_with_1_at_once_when_it_is_given_what_is_not_utf_8(
+    server: Process, arguments: list[str], stdin: str
+) -> None:
+    command = [sys.executable, str(MODULE), f"--connect={server.url}", *arguments]
+    done = ended(*command, input=stdin, errors="surrogateescape")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_the_client_checks_the_certificate_against_cafile(
+    serve: Serve, authority: trustme.CA, certificate: Path, tmp_path: Path
+) -> None:
+    process, cafile = serve(f"--certfile={certificate}"), tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(cafile))
+    assert client(process.url, f"--cafile={cafile}", "--send=a")[0] == 0
+    assert client(process.url, "--insecure", "--send=a")[0] == 0
+    assert_client_fails(process.url, "--send=a", word="CERTIFICATE")
+    assert_client_fails(
+        process.url.replace("localhost", "127.0.0.1"), f"--cafile={cafile}", "--send=a"
+    )
+
+
+# ------------------------------------------------------------------------------------- Command line
+
+
+# ---- The log
+
+
+def test_a_log_that_nobody_reads_does_not_stop_the_service() -> None:
+    read_end, write_end = os.pipe()
+    with (
+        open(read_end, "rb", buffering=0) as log,
+        open(write_end, "wb", buffering=0) as full,
+        running(full) as popen,
+    ):
+        url = re.search(rb"listening on (\S+)", log.read(4096))
+        os.set_blocking(write_end, False)
+        while full.write(b"x" * 4096):
+            pass
+        os.set_blocking(write_end, True)
+        with connect(url[1].decode() if url else "") as client:
+            assert echoed(client) == "ECHO:Hello!"
+        popen.terminate()
+        assert popen.wait(PATIENCE) == 0
+
+
+@contextlib.contextmanager
+def running(stderr: IO[Any], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A server that logs everything to this file."""
+    command = [sys.executable, str(MODULE), "--port=0", "--log-level=debug"]
+    with start(*command, stderr=stderr, env=os.environ | environment) as popen:
+        try:
+            yield popen
+        finally:
+            popen.kill()
+
+
+def test_lines_of_a_kind_are_limited_and_none_is_left_out_uncounted(serve: Serve) -> None:
+    process = serve()
+    sent = 0
+    with process.dial() as sock:
+        while not process.matching("and [0-9,]+ more"):
+            assert answer(sock, request(Sec_WebSocket_Key="x"))[0] == 400
+            sent += 1
+    assert process.stop() == 0
+    left_out = sum(
+        int(found[1].replace(",", "")) for found in process.matching("and ([0-9,]+) more")
+    )
+    written = len(process.matching(r"error:400 .* 127\.0\.0\.1:\d+"))
+    assert written + left_out == sent
+    assert written < 200
+
+
+def test_messages_are_shown_by_default_and_counted_when_there_are_too_many(serve: Serve) -> None:
+    """Also while a connection with a scenario, whose messages all need a call, is among them."""
+    process, numbers = serve(), itertools.count()
+    with (
+        upgraded(process) as plain,
+        plain.makefile("rb") as replies,
+        upgraded(process, "/?delay=0") as called,
+    ):
+
+        def has_talked_for_two_seconds() -> bool:
+            texts = [b"%d" % next(numbers) for _ in range(500)]
+            plain.sendall(b"".join(frame(FIN | TEXT, sent) for sent in texts))
+            assert [read_frame(replies) for _ in texts] == [
+                (FIN | TEXT, b"ECHO:" + t) for t in texts
+            ]
+            assert raw_echo(called, f"{next(numbers)}").startswith("ECHO:")
+            return len(process.matching(" more: ")) >= 2
+
+        until(has_talked_for_two_seconds)
+    assert process.stop() == 0
+    shown = [found[1] for found in process.matching(r"\[SERVER\] Received:(\d+)$")]
+    more = process.matching(r"… and ([\d,]+) more: \[SERVER\] Received:$")
+    left_out = sum(int(found[1].replace(",", "")) for found in more)
+    assert shown[:50] == [str(number) for number in range(50)]
+    assert len(shown) <= 50 * (len(more) + 1) and len(shown) + left_out == next(numbers)
+
+
+INTRUDERS = r"""
+import asyncio, logging, echo_server
+forged = "\x1b[2J\r\n\x85\x9b31m\u2028\u2029\u202e\u2066\u061c\ud800[SERVER] forged" + "x" * 3000
+
+class Broken:
+    def __str__(self):
+        raise ZeroDivisionError
+    __repr__ = __str__
+
+async def main():
+    logging.basicConfig(handlers=[echo_server.LineHandler(echo_server.Connections.current())])
+    for name in "echo_server", "tornado.general", "asyncio", "somebody":
+        logging.getLogger(name).warning("400 GET %s", forged)
+        logging.getLogger(name).error(forged)
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        logging.exception("a traceback")
+    for message, value in ("%d", "x"), ("%s %s", "x"), ("%s", Broken()), (Broken(), None):
+        logging.error(message, value)
+    asyncio.get_running_loop().call_exception_handler({"message": forged})
+
+asyncio.run(main())
+"""
+
+
+def test_whoever_logs_each_line_is_ours_short_and_printable() -> None:
+    *lines, last = python(INTRUDERS).split("\n")
+    events = [line[len("2000-01-01 00:00:00,000 ") :] for line in lines]
+    assert last == "" and len([event for event in events if event[0] != " "]) == 8 + 1 + 4 + 1
+    assert len([event for event in events if "cannot format" in event]) == 4
+    assert all(line.isprintable() and len(line) <= 2000 for line in lines)
+    assert not [event for event in events if event.startswith("[SERVER]")]
+
+
+def test_in_the_journal_lines_have_a_priority_and_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with path.open("w") as journal:
+        status = os.fstat(journal.fileno())
+        with running(journal, JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}") as popen:
+            until(lambda: "listening" in path.read_text())
+            with socket.create_connection(
+                ("127.0.0.1", int(path.read_text().rsplit(":", 1)[1][:-2]))
+            ) as sock:
+                assert answer(sock, request(without="Sec-WebSocket-Key"))[0] == 400
+                assert answer(sock, request(Sec_WebSocket_Key="x"))[0] == 400
+            popen.terminate()
+            assert popen.wait(PATIENCE) == 0
+    starts = [line[: len("<6>[SERVER] error")] for line in path.read_text().splitlines()]
+    assert starts == ["<6>[SERVER] liste", *["<4>[SERVER] error"] * 2, "<6>[SERVER] stopp"]
+
+
+HOSTILE = "a\x1b[2Jb\x7f\x85\x9b\n\u2028c" + "\xff" * 3000
+RAW = "\x80\x85\x9b\xff" * 700
+
+STRANGE_REQUESTS = [
+    request(f"GET /{RAW}?token=secret HTTP/1.1"),
+    request("GET /?secret HTTP/1.1", Cookie="secret", Authorization="secret", User_Agent=RAW),
+    request(Origin=f"http://{RAW}", Cookie="secret"),
+    request(Origin=RAW),
+    request(Origin="http://[::1"),
+    request(Sec_WebSocket_Key=RAW),
+    request(Sec_WebSocket_Protocol=RAW + "secret"),
+    request(Sec_WebSocket_Extensions=RAW),
+    request(Sec_WebSocket_Version="13" + RAW),
+    request(Host=RAW),
+    request(X_Forwarded_For=RAW),
+    request(Upgrade="websocket, " + RAW, Connection="Upgrade, " + RAW),
+    request(f"{RAW} / HTTP/1.1"),
+    request(f"GET /{RAW}?delay=x&a=secret HTTP/1.1"),
+    request("GET /?%1b%9b=secret HTTP/1.1"),
+    request(add=f"{RAW}: secret"),
+    request(Origin="a\x1b[2J secret"),
+    request(
+        f"GET /{RAW}?token=secret HTTP/1.1",
+        without="Upgrade",
+        Content_Type="multipart/form-data; boundary=x",
+    ),
+]
+
+
+def test_no_header_reaches_the_log_other_than_short_and_in_ascii(serve: Serve) -> None:
+    server = serve("--origins=", "--trusted-proxies=127.0.0.1")
+    with bystander(server):
+        for data in STRANGE_REQUESTS:
+            with server.dial() as sock, contextlib.suppress(ConnectionError):
+                sock.sendall(data)
+                assert re.match(rb"HTTP/1.1 [14]|$", sock.recv(999))
+    assert server.stop() == 0
+    assert all(line.isascii() and line.isprintable() and len(line) < 1000 for line in server.lines)
+    assert not server.matching("secret") and len(server.lines) < 3 * len(STRANGE_REQUESTS)
+
+
+STRANGE_MESSAGES = [
+    (frame(FIN | TEXT, HOSTILE.encode()) + frame(FIN | CLOSE), "a\\x1b[2J"),
+    (frame(FIN | BINARY, HOSTILE.encode("utf-16")) + frame(FIN | CLOSE), "a\\x00"),
+    (close(1000, "secret\x1b\n"), "close"),
+    (frame(FIN | PING, b"\xff") + frame(FIN | TEXT, b"\xff"), "1007"),
+]
+
+
+@pytest.mark.parametrize("level", ["debug", "info"])
+@pytest.mark.parametrize(
+    ("data", "seen"), STRANGE_MESSAGES, ids=["text", "binary", "reason", "not UTF-8"]
+)
+def test_no_message_reaches_the_log_other_than_short_and_in_ascii(
+    serve: Serve, level: str, data: bytes, seen: str
+) -> None:
+    server = serve(f"--log-level={level}")
+    with upgraded(server) as sock:
+        sock.sendall(data)
+        close_code(sock)
+    assert server.stop() == 0
+    assert all(line.isascii() and line.isprintable() and len(line) < 1000 for line in server.lines)
+    assert bool(server.matching(re.escape(seen))) == (level == "debug" or seen in ("close", "1007"))
+
+
+def test_a_reply_to_somebody_who_has_left_is_one_line(serve: Serve) -> None:
+    server = serve()
+    sock = upgraded(server)
+    with bystander(server):
+        send_until_refused(sock, frame(FIN | TEXT, b"x" * 100_000))
+        cut_off(sock)
+        server.line("error:")
+    with bystander(server):  # whose line comes behind what might follow
+        pass
+    assert len(server.matching("error:|WARNING|exception")) == 1
+
+
+# ---- Exit codes
+
+EXITS = [  # the code, the command line, and what the last line of standard error names
+    (2, "--port", "--port"),
+    (2, "--nonsense", "--nonsense"),
+    (2, "4000", "4000"),
+    (2, "--port=0 --certfile", "--certfile"),
+    (2, "--connect= --address=192.0.2.1", "--connect"),
+    (2, "--port=0 --keyfile=FOLDER/key", "--keyfile"),
+    (2, "--port=0 --client-cafile=FOLDER/key", "--client-cafile"),
+    (2, "--config=FOLDER/wrong.toml", "FOLDER/wrong.toml"),
+    (1, "--config=FOLDER/missing.toml", "FOLDER/missing.toml"),
+    (1, "--config=FOLDER/.", "FOLDER/."),
+    (1, "--config=FOLDER/wrong.toml/x", "FOLDER/wrong.toml/x"),
+    (1, "--port=0 --address=192.0.2.1", "192.0.2.1"),
+    (1, "--port=0 --address=2001:db8::1", "2001:db8::1"),
+    (1, "--port=0 --address=...", "..."),
+    (1, "--unix-socket=/nowhere/s", "/nowhere/s"),
+    (1, "--unix-socket=/" + "x" * 200, "/" + "x" * 200),
+    (1, "--unix-socket=" + os.devnull, os.devnull),
+    (1, "--port=0 --certfile=FOLDER/missing", "FOLDER/missing"),
+    (1, "--port=0 --certfile=FOLDER/junk", "FOLDER/junk"),
+    (1, "--port=0 --certfile=FOLDER/empty", "FOLDER/empty"),
+    (1, "--port=0 --certfile=FOLDER/folder", "FOLDER/folder"),
+    (1, "--port=0 --certfile=FOLDER/cert", "FOLDER/cert"),
+    *(
+        (1, f"--port=0 --certfile=FOLDER/cert --keyfile=FOLDER/{name}", f"FOLDER/{name}")
+        for name in ("missing", "junk", "other-key")
+    ),
+    *(
+        (
+            1,
+            f"--port=0 --certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/{name}",
+            f"FOLDER/{name}",
+        )
+        for name in ("missing", "junk", "empty")
+    ),
+    (1, "--connect=ws://127.0.0.1:1/ --send=a", "ws://127.0.0.1:1/: Connection refused"),
+    *(
+        (1, f"--connect={url} --send=a --timeout=3", f"[CLIENT] error:{url}: ")
+        for url in ("ws://", "ws://localhost:99999/", "ws://[::1", "ws://.../")
+    ),
+    (1, "--connect=wss://localhost:1/ --send=a --cafile=/nowhere/ca.pem", "/nowhere/ca.pem"),
+]
+
+
+@pytest.mark.parametrize(("code", "arguments", "named"), EXITS)
+def test_the_last_line_names_what_is_wrong_and_the_exit_code_tells_its_kind(
+    files: Path, code: int, arguments: str, named: str
+) -> None:
+    done = run(*arguments.replace("FOLDER", str(files)).split())
+    usage, last = done.stderr.splitlines()[:-1], done.stderr.splitlines()[-1]
+    assert (done.returncode, done.stdout) == (code, "")
+    assert usage in ([], ["usage: echo_server.py [options]"][: code - 1])
+    assert named.replace("FOLDER", str(files)) in last
+
+
+def test_it_runs_from_any_folder_and_by_any_name(tmp_path: Path) -> None:
+    shutil.copy(MODULE, tmp_path / "other.py")
+    done = ended(sys.executable, "other.py", "--version", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_bare_file_says_what_it_needs() -> None:
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", MODULE.read_text())
+    assert block
+    assert "tornado>=6.6.1,<6.7" in block[1] and 'requires-python = ">=3.11"' in block[1]
+
+
+# --------------------------------------------------------------------------------------------- Page
+
+
+# ---- What it answers
+
+
+@pytest.mark.parametrize("path", ["/", "/test", "/ws/chat?token=x", "/a%20b", "/favicon.ico"])
+@pytest.mark.parametrize("accept", ["text/html", "application/xhtml+xml,text/html;q=0.9,*/*;q=0.8"])
+def test_a_browser_gets_the_page_at_any_path(server: Process, path: str, accept: str) -> None:
+    status, headers, page = get(server, path, Accept=accept)
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
+
+
+def test_the_policy_of_the_page_allows_its_own_script_and_style_and_nothing_else(
+    server: Process,
+) -> None:
+    _, headers, page = get(server, Accept="text/html")
+    policy = dict(
+        part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";")
+    )
+    for tag in ("script", "style"):
+        texts = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+        hashes = [
+            base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts
+        ]
+        assert policy[f"{tag}-src"].split() == [f"'sha256-{digest}'" for digest in hashes]
+    assert {
+        policy[name] for name in ("default-src", "base-uri", "form-action", "frame-ancestors")
+    } == {"'none'"}
+    assert policy["connect-src"] == "'self' ws://localhost wss://localhost"
+    # What makes the clocks of a page exact.
+    isolated = [headers[f"Cross-Origin-{name}-Policy"] for name in ("Opener", "Embedder")]
+    assert isolated == ["same-origin", "require-corp"]
+
+
+@pytest.mark.parametrize("host", ["*", "x'"])
+def test_no_host_widens_the_policy_of_the_page(server: Process, host: str) -> None:
+    page = f"GET / HTTP/1.1\r\nHost: {host}\r\nAccept: text/html\r\n\r\n".encode()
+    assert "connect-src 'self';" in refused(server, page)[1]["Content-Security-Policy"]
+
+
+def test_the_page_needs_nothing_from_elsewhere(server: Process) -> None:
+    page = get(server, Accept="text/html")[2]
+    assert not re.search(r"//\w+\.|@import|url\(|\bsrc=|\bon\w+=\"|\bstyle=\"", page)
+    assert {link for link in re.findall(r'href="([^"]*)"', page) if not link.startswith("#")} <= {
+        "data:,"
+    }
+
+
+SEEN = {
+    "X-Forwarded-For": "203.0.113.7",
+    "X-Forwarded-Proto": "https",
+    "Origin": "https://friend.example",
+    "Sec-WebSocket-Protocol": "soap, wamp",
+    "Connection": "keep-alive, x",
+}
+
+
+@pytest.mark.parametrize("accept", ["text/html", "text/plain"])
+def test_the_page_and_the_text_list_what_the_server_saw(server: Process, accept: str) -> None:
+    headers = {name.replace("-", "_"): value for name, value in SEEN.items()}
+    seen = html.unescape(re.sub("<d[td]>|</d[td]>", ": ", get(server, Accept=accept, **headers)[2]))
+    for name, value in (SEEN | {"Host": "localhost"}).items():
+        assert re.search(rf"{name}[: ]+{re.escape(value)}", seen)
+    assert re.search(r"Peer[: ]+127\.0\.0\.1:\d+", seen)
+
+
+@pytest.mark.parametrize("accept", ["text/html", "text/plain"])
+@pytest.mark.parametrize(
+    "name", ["Cookie", "Authorization", "Proxy-Authorization", "cookie", "User-Agent"]
+)
+def test_credentials_are_not_shown(server: Process, accept: str, name: str) -> None:
+    assert "hunter2" not in get(server, "/?hunter2", Accept=accept, **{name: "hunter2"})[2]
+
+
+@pytest.mark.parametrize(
+    "value", ["<script>alert(1)</script>", "\"'><b>", "<!--handshake-->", "<!--scenarios-->"]
+)
+def test_what_the_page_shows_of_a_header_is_not_html(server: Process, value: str) -> None:
+    page = get(server, Accept="text/html", X_Forwarded_Host=value)[2]
+    assert value not in page.split('id="handshake"')[1]
+    assert html.escape(value) in page
+
+
+def test_what_is_shown_of_a_header_is_not_without_end(server: Process) -> None:
+    assert get(server, Accept="text/plain", X_Forwarded_Host="x" * 9000)[2].count("x") < 1100
+
+
+# ---- The page in a real browser
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
+)
+
+
+# Of each browser: its programs, how it is started, what it says when it can be driven, and what a
+# session asks for. To none of them is plain.test a safe place, as localhost is.
+BROWSERS: dict[str, tuple[list[str], list[str], str, dict[str, Any]]] = {
+    "chromium": (
+        ["chromium", "chromedriver"],
+        ["chromedriver", "--port=0"],
+        r"started successfully on port (\d+)",
+        {
+            "webSocketUrl": True,
+            "goog:chromeOptions": {
+                "binary": shutil.which("chromium"),
+                "args": [*FLAGS.split(), "--host-resolver-rules=MAP plain.test 127.0.0.1"],
+            },
+        },
+    ),
+    "firefox": (
+        ["firefox-esr"],
+        ["firefox-esr", "--headless", "--no-remote", "--remote-debugging-port=0", "--profile"],
+        r"WebDriver BiDi listening on ws://127\.0\.0\.1:(\d+)",
+        {},
+    ),
+}
+
+FIREFOX_PREFERENCES = """
+user_pref("network.dns.localDomains", "plain.test");
+user_pref("network.proxy.type", 0);
+"""
+
+
+# Run before any script of the page: what goes wrong in it is kept.
+WATCH_FAULTS = """() => {
+    window.faults = [];
+    const keep = event => faults.push(`${event.type}: ${event.message || event.reason}`);
+    ["error", "unhandledrejection", "securitypolicyviolation"].forEach(name =>
+        addEventListener(name, keep)); }"""
+
+
+class Browser:
+    """A headless browser, driven by WebDriver BiDi."""
+
+    def __init__(self, connection: ClientConnection, wanted: dict[str, Any]) -> None:
+        self.connection = connection
+        self.call("session.new", capabilities={"alwaysMatch": wanted})
+        self.call("script.addPreloadScript", functionDeclaration=WATCH_FAULTS)
+        self.tab = self.call("browsingContext.create", type="tab")["context"]
+
+    def call(self, method: str, **params: Any) -> Any:
+        self.connection.send(json.dumps({"id": 1, "method": method, "params": params}))
+        while (answer := json.loads(self.connection.recv(3 * PATIENCE))).get("id") != 1:
+            # It tells of events that nobody has asked for.
+            pass
+        assert answer["type"] == "success", answer
+        return answer["result"]
+
+    def open(self, url: str) -> None:
+        self.call("browsingContext.navigate", context=self.tab, url=url, wait="complete")
+
+    def run(self, script: str) -> Any:
+        """The value of an expression of the page."""
+        where = {"target": {"context": self.tab}, "awaitPromise": False}
+        found = self.call("script.evaluate", expression=f"JSON.stringify({script})", **where)
+        assert found["type"] == "success", found
+        return json.loads(found["result"]["value"])
+
+    def perform(self, kind: str, *actions: dict[str, Any]) -> None:
+        all_actions = [{"type": kind, "id": kind, "actions": actions}]
+        self.call("input.performActions", context=self.tab, actions=all_actions)
+
+    def click(self, selector: str) -> None:
+        element = f"document.querySelector('{selector}')"
+        self.run(f"{element}.scrollIntoView({{ block: 'center' }}) ?? 0")
+        left, top, width, height = self.run(
+            f"(box => [box.x, box.y, box.width, box.height])({element}.getBoundingClientRect())"
+        )
+        self.perform(
+            "pointer",
+            {"type": "pointerMove", "x": int(left + width / 2), "y": int(top + height / 2)},
+            {"type": "pointerDown", "button": 0},
+            {"type": "pointerUp", "button": 0},
+        )
+
+    def type(self, selector: str, text: str) -> None:
+        """In place of what is there."""
+        element = f"document.querySelector('{selector}')"
+        self.run(f"({element}.focus(), {element}.select?.() ?? 0)")
+        keys = [{"type": f"key{way}", "value": char} for char in text for way in ("Down", "Up")]
+        self.perform("key", *keys)
+
+    def shows(self, name: str, pattern: str) -> str:
+        """The text of an element, when it has this."""
+        until(
+            lambda: re.search(pattern, self.text(name)),
+            lambda: f"{pattern!r} is not in {self.text(name)!r}",
+        )
+        return self.text(name)
+
+    def text(self, name: str) -> str:
+        """Nothing, while the page gives way to another."""
+        with contextlib.suppress(AssertionError):
+            return str(self.run(f"document.getElementById('{name}').textContent"))
+        return ""
+
+
+@pytest.fixture(scope="module", params=BROWSERS)
+def browser(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Browser]:
+    programs, command, pattern, wanted = BROWSERS[request.param]
+    if missing := [program for program in programs if not shutil.which(program)]:
+        pytest.skip(f"there is no {missing[0]}")
+    profile = tmp_path_factory.mktemp("profile")
+    if command[-1] == "--profile":
+        command = [*command, str(profile)]
+        (profile / "user.js").write_text(FIREFOX_PREFERENCES)
+    said = profile / "said"
+    with (
+        said.open("w") as file,
+        start(*command, stdout=file, stderr=file) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.terminate)
+        until(lambda: re.search(pattern, said.read_text()), said.read_text)
+        (port,) = re.findall(pattern, said.read_text())
+        with connect(f"ws://127.0.0.1:{port}/session", max_size=None) as connection:
+            browser = Browser(connection, wanted)
+            yield browser
+            browser.call("session.end")
+
+
+def page_of(server: Process, host: str = "localhost") -> str:
+    return f"http://{host}:{server.port}/"
+
+
+def test_the_page_talks_to_the_server_in_a_real_browser(server: Process, browser: Browser) -> None:
+    browser.open(page_of(server) + "ws/chat?token=x")
+    browser.shows("state", "Connected")
+    browser.type("#message", "Hello <b>!")
+    browser.click("#send")
+    browser.shows("log", r"received.*ECHO:Hello <b>!")
+    browser.click("#send100")
+    browser.shows("stats", "count 101")
+    browser.click("#disconnect")
+    browser.shows("detail", "1000: normal closure")
+    assert browser.run("faults") == []
+
+
+def test_the_page_sends_bytes_and_connects_again(server: Process, browser: Browser) -> None:
+    browser.open(page_of(server))
+    browser.shows("state", "Connected")
+    browser.click("#disconnect")
+    browser.shows("state", "Closed")
+    browser.click("#connect")
+    browser.shows("state", "Connected")
+    browser.type("#kind", "hex")
+    browser.type("#message", "00 fF")
+    browser.click("#send")
+    browser.shows("log", "received binary, 7 bytes.*45 43 48 4f 3a 00 ff")
+    assert browser.run("faults") == []
+
+
+def test_the_page_makes_the_server_misbehave(server: Process, browser: Browser) -> None:
+    browser.open(page_of(server))
+    browser.click("summary")
+    for name, value in ("close", "4001"), ("reason", "bye"), ("after", "1"):
+        browser.type(f"[name={name}]", value)
+    browser.click("#scenarios button")
+    browser.shows("url", "close=4001&reason=bye&after=1$")
+    browser.shows("state", "Connected")
+    browser.click("#send")
+    browser.shows("detail", "4001: private use. Reason: bye")
+    assert browser.run("faults") == []
+
+
+def test_the_page_says_when_the_server_has_gone(serve: Serve, browser: Browser) -> None:
+    process = serve()
+    browser.open(page_of(process))
+    browser.shows("state", "Connected")
+    assert process.stop() == 0
+    browser.shows("detail", "1001: going away")
+    browser.click("#connect")
+    browser.shows("state", "Could not connect")
+    browser.shows("detail", "1006")
+
+
+@pytest.mark.parametrize(("host", "exact"), [("localhost", True), ("plain.test", False)])
+def test_the_page_shows_no_time_that_the_clock_cannot_tell(
+    server: Process, browser: Browser, host: str, exact: bool
+) -> None:
+    """On localhost, clocks are exact. Elsewhere without TLS, Firefox rounds them to 1 ms."""
+    browser.open(page_of(server, host))
+    browser.shows("state", "Connected")
+    assert browser.run("crossOriginIsolated") == exact
+    browser.click("#send100")
+    stats = browser.shows("stats", "count 100")
+    least = re.match(r"min (< )?(\d+(\.\d+)?) ms", stats)
+    assert least and float(least[2]) > 0 and (not least[1] or not exact)
+    assert "0.00 ms" not in browser.text("log") + browser.text("summary")
+
+
+# ------------------------------------------------------------------------------------------- README
+
+README = (MODULE.parent / "README.md").read_text()
+
+
+def shown(section: str) -> str:
+    """The code that the README has under these words."""
+    block = re.search(
+        rf"\n\*\*{section}\.\*\*(?:(?!\n\n).)*\n```python\n(.*?)```\n", README, re.DOTALL
+    )
+    assert block, f"{section!r} shows nothing"
+    return block[1]
+
+
+def defined(code: str) -> dict[str, Any]:
+    """The names that it defines."""
+    names: dict[str, Any] = {"__name__": "shown"}
+    exec(code, names)  # noqa: S102  # it is ours
+    return names
+
+
+def free_port() -> int:
+    """The kernel gives it to nobody else for a minute: a connection of it is in TIME_WAIT."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+        with socket.create_connection(("127.0.0.1", port), PATIENCE):
+            listener.accept()[0].close()
+    return port
+
+
+def application(folder: Path, code: str, *args: str) -> Process:
+    """A whole application of the README in a folder with our file, as a process of its own."""
+    own = free_port()
+    code, *options = (text.replace("8888", str(own)) for text in (code, *args))
+    (folder / "app.py").write_text(code)
+    shutil.copy(MODULE, folder)
+    return Process(*options, program=Path("app.py"), own=own, cwd=folder)
+
+
+FRIEND = "https://app.example.org"  # in the README
+
+HOST_OF_ITS_OWN = """
+import asyncio, signal
+from tornado.options import define, options, parse_command_line
+from tornado.web import Application
+from echo_server import EchoHandler
+
+define("port", 1)
+
+async def main():
+    parse_command_line()
+    app = Application([("/echo", EchoHandler)])
+    server = app.listen(options.port)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await stop.wait()
+    server.stop()
+    await close_clients(app)
+
+asyncio.run(main())
+"""
+
+
+def own(level: str = "WARNING") -> str:
+    """Somebody's application, as the README says for those with options, log and signals."""
+    code = shown("With options, logging and signals of your own")
+    assert "WARNING" in code
+    return code.replace("WARNING", level) + HOST_OF_ITS_OWN
+
+
+@pytest.mark.gen_test
+class TestReadme:
+    @pytest.mark.parametrize("kind", ["def", "async def"])
+    async def test_as_the_readme_shows_a_subclass_answers_in_json(
+        self, app: Application, ws_url: str, kind: str
+    ) -> None:
+        length = defined(shown("With answers of your own").replace("def", kind))["Length"]
+        app.add_handlers(".*", [("/length", length)])
+        client = await websocket_connect(ws_url + "/length")
+        for text in ("Hello!", "", "Zoë \ud800"):
+            await client.write_message(json.dumps({"id": 7, "text": text}))
+            assert json.loads(await client.read_message() or "") == {"id": 7, "length": len(text)}
+        client.close()
+
+    @pytest.mark.parametrize(
+        "sense",
+        ["Hello!", "", "7", "[]", "{}", '{"id": 7, "text": 7}', "[" * 994 + "]" * 994, b"\xff"],
+    )
+    async def test_as_the_readme_shows_what_makes_no_sense_gets_an_answer_that_says_so(
+        self, app: Application, ws_url: str, sense: str | bytes
+    ) -> None:
+        app.add_handlers(".*", [("/length", defined(shown("With answers of your own"))["Length"])])
+        client = await websocket_connect(ws_url + "/length")
+        for _ in range(2):
+            await client.write_message(sense, binary=isinstance(sense, bytes))
+            assert json.loads(await client.read_message() or "").keys() == {"error"}
+        client.close()
+
+    async def test_as_the_readme_shows_three_lines_are_enough(self) -> None:
+        async with listening(defined(shown("In three lines"))["app"]) as port:
+            client = await websocket_connect(f"ws://localhost:{port}/echo")
+            await client.write_message("Hello!")
+            assert await client.read_message() == "ECHO:Hello!"
+            client.close()
+
+    async def test_as_the_readme_shows_origins_compression_and_size_are_the_hosts_to_decide(
+        self,
+    ) -> None:
+        async with listening(defined(shown("With Tornado's settings"))["app"]) as port:
+            url = f"ws://127.0.0.1:{port}/echo"
+            with pytest.raises(HTTPClientError, match="403"):
+                await websocket_connect(HTTPRequest(url, headers={"Origin": "https://example.org"}))
+            async with websockets_connect_async(
+                url, additional_headers={"Origin": FRIEND}, proxy=None
+            ) as client:
+                assert not client.protocol.extensions
+                for size in (65536, 65537):
+                    await client.send("x" * size)
+                assert await client.recv() == "ECHO:" + "x" * 65536
+                with pytest.raises(ConnectionClosed, match="1009"):
+                    await client.recv()
+
+    async def test_as_the_readme_shows_silence_is_answered_by_a_ping_and_then_by_the_end(
+        self,
+    ) -> None:
+        quick = re.sub(
+            r"(websocket_ping_\w+)=(\d+)", r"\1=\g<2>/200", shown("With Tornado's settings")
+        )
+        async with listening(defined(quick)["app"]) as port:
+            peer = Peer(*await asyncio.open_connection("127.0.0.1", port))
+            peer.send(request("GET /echo HTTP/1.1", Origin=FRIEND))
+            await peer.reader.readuntil(b"\r\n\r\n")
+            assert await peer.frame() == (FIN | PING, b"")
+            assert await peer.goodbye() == 1008
+            peer.leave()
+
+
+def test_as_the_readme_shows_an_application_has_it_beside_other_handlers(tmp_path: Path) -> None:
+    with application(tmp_path, shown("Beside other handlers")) as app:
+        (tmp_path / "docs").mkdir()
+        (tmp_path / "docs" / "echo.txt").write_text("It is at /echo.")
+        assert get(app, "/echo.txt")[2] == "It is at /echo."
+        with app.connect("echo") as client:
+            assert echoed(client) == "> Hello!"
+
+
+def test_as_the_readme_shows_an_application_closes_its_clients_with_1001(tmp_path: Path) -> None:
+    with application(tmp_path, own(), "--port=8888") as app, app.connect("echo") as client:
+        assert echoed(client) == "ECHO:Hello!"
+        app.signal(signal.SIGTERM)
+        with pytest.raises(ConnectionClosed, match="1001"):
+            client.recv(PATIENCE)
+        assert app.exit_code() == 0
+
+
+@pytest.mark.parametrize(("level", "lines"), [("DEBUG", 3), ("INFO", 2), ("WARNING", 0)])
+def test_as_the_readme_shows_our_lines_come_in_the_log_of_the_application(
+    tmp_path: Path, level: str, lines: int
+) -> None:
+    with application(tmp_path, own(level), "--port=8888", "--logging=debug") as app:
+        with app.connect("echo") as client:
+            assert echoed(client) == "ECHO:Hello!"
+        assert app.stop() == 0
+    assert len(app.matching(r"^\[[DI] \d{6} [\d:]{8} echo_server:\d+\] \[SERVER\] ")) == lines
+    assert len(app.matching(r"\[SERVER\]")) == lines
+
+
+def test_as_the_readme_shows_pytest_runs_the_test_of_a_handler(tmp_path: Path) -> None:
+    shutil.copy(MODULE, tmp_path)
+    (tmp_path / "test_app.py").write_text(shown("With a test"))
+    done = ended(sys.executable, "-m", "pytest", "-q", "test_app.py", cwd=tmp_path)
+    assert re.search(r"(?m)^1 passed\b", done.stdout), done.stdout + done.stderr
+
+
+def test_every_test_and_load_that_the_readme_names_is_there() -> None:
+    named = re.findall(r"`(?:(test_\w+)|(?:faults|compare)\.py --\w+ ([\w,-]+))`", README)
+    tests, loads = (
+        {name for names in kind for name in names.split(",") if name}
+        for kind in zip(*named, strict=True)
+    )
+    assert tests <= set(re.findall(r"(?m)^ *(?:async )?def (test_\w+)", Path(__file__).read_text()))
+    benchmarks = "".join(path.read_text() for path in (MODULE.parent / "benchmarks").glob("*.py"))
+    assert loads <= set(re.findall(r'"([\w-]+)"', benchmarks))
+
+
+def test_the_readme_lists_the_options_of_help_and_no_other() -> None:
+    rows = [
+        line
+        for line in (MODULE.parent / "README.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    options = {flag for row in rows for flag in re.findall(r"--[a-z][a-z-]*", row.split("|")[1])}
+    assert options - {"--help"} == set(re.findall(r"--[a-z][a-z-]*", run("--help").stdout)) - {
+        "--help"
+    }
+
+
+def test_server_and_client_say_what_the_readme_shows(serve: Serve) -> None:
+    shown = re.findall(r"^ *(\[(?:SERVER|CLIENT)\] .*?)(?:   .*)?$", README, re.MULTILINE)
+    process = serve()
+    said = run(
+        "--connect", f"ws://localhost:{process.port}/test", "--send", "Hello!"
+    ).stdout.splitlines()
+    process.line(r"close\(\)")
+    said += [line[line.index("[SERVER]") :] for line in process.lines if "[SERVER]" in line]
+    for line in shown:
+        assert re.sub(r"\d", "0", line) in [
+            re.sub(r"\d", "0", text.replace(str(process.port), "4000")) for text in said
+        ]
+    assert len(shown) == 6
