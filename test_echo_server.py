@@ -615,13 +615,19 @@ def python(script: str, *args: str) -> str:
 
 @contextlib.asynccontextmanager
 async def listening(app: Application, **options: Any) -> AsyncIterator[int]:
-    """Its port."""
+    """A server of this application; its port."""
     http, sockets = HTTPServer(app, **options), bind_sockets(0, "127.0.0.1")
     http.add_sockets(sockets)
     yield sockets[0].getsockname()[1]
     http.stop()
     await http.close_all_connections()
     await eventually(lambda: not Connections.current().open)
+
+
+async def peer_at(port: int, trust: ssl.SSLContext | None = None) -> Peer:
+    """A peer of such a server; its handshake is still to come."""
+    name = "localhost" if trust else None
+    return Peer(*await asyncio.open_connection("127.0.0.1", port, ssl=trust, server_hostname=name))
 
 
 def reply_frame(first: int, payload: bytes) -> bytes:
@@ -638,6 +644,13 @@ class Peer:
 
     def send(self, *data: bytes) -> None:
         self.writer.write(b"".join(data))
+
+    async def upgrade(self, *data: bytes) -> None:
+        """Sends a handshake, which is answered by 101."""
+        self.send(*data)
+        async with asyncio.timeout(PATIENCE):
+            self.head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+        assert self.head.startswith("HTTP/1.1 101 ")
 
     async def send_bytewise(self, data: bytes) -> None:
         for i in range(len(data)):
@@ -777,12 +790,8 @@ class Host:
         """A peer behind its handshake; `early` comes in one piece with it."""
         peer = await self.dial(receive_buffer)
         line = f"GET {self.route(handler, **initialize)}{query} HTTP/1.1"
-        peer.send(
-            request(line, add="\r\n".join(f"{name}: {headers[name]}" for name in headers)), early
-        )
-        async with asyncio.timeout(PATIENCE):
-            peer.head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
-        assert peer.head.startswith("HTTP/1.1 101 ")
+        added = "\r\n".join(f"{name}: {headers[name]}" for name in headers)
+        await peer.upgrade(request(line, add=added), early)
         return peer
 
     async def record(
@@ -3015,25 +3024,11 @@ class TestSubclass:
     async def test_all_of_a_record_is_seen_where_a_host_reads_less(
         self, app: Application, ssl_options: ssl.SSLContext, client_context: ssl.SSLContext
     ) -> None:
-        http, sockets = (
-            HTTPServer(app, ssl_options=ssl_options, chunk_size=1024),
-            bind_sockets(0, "127.0.0.1"),
-        )
-        http.add_sockets(sockets)
-        port = sockets[0].getsockname()[1]
-        peer = Peer(
-            *await asyncio.open_connection(
-                "127.0.0.1", port, ssl=client_context, server_hostname="localhost"
-            )
-        )
-        peer.send(request("GET /echo HTTP/1.1"), text("x" * 100) * 100)
-        async with asyncio.timeout(PATIENCE):
-            await peer.reader.readuntil(b"\r\n\r\n")
-        assert await peer.replies(*[b"ECHO:" + b"x" * 100] * 100)
-        peer.leave()
-        http.stop()
-        await http.close_all_connections()
-        await eventually(lambda: not Connections.current().open)
+        async with listening(app, ssl_options=ssl_options, chunk_size=1024) as port:
+            peer = await peer_at(port, client_context)
+            await peer.upgrade(request("GET /echo HTTP/1.1"), text("x" * 100) * 100)
+            assert await peer.replies(*[b"ECHO:" + b"x" * 100] * 100)
+            peer.leave()
 
     async def test_frames_after_our_close_take_no_memory_while_a_reply_waits(
         self, host: Host
@@ -3423,21 +3418,11 @@ class TestAsTornado:
         for context, name in ((ours, "localhost"), (theirs, "client.example")):
             authority.issue_cert(name).configure_cert(context)
             authority.configure_trust(context)
-        http, sockets = (
-            HTTPServer(Application([("/", Certified)]), ssl_options=ours),
-            bind_sockets(0, "127.0.0.1"),
-        )
-        http.add_sockets(sockets)
-        reader, writer = await asyncio.open_connection(
-            *sockets[0].getsockname(), ssl=theirs, server_hostname="localhost"
-        )
-        peer = Peer(reader, writer)
-        peer.send(request())
-        await reader.readuntil(b"\r\n\r\n")
-        assert b"client.example" in (await peer.frame())[1]
-        peer.leave()
-        http.stop()
-        await eventually(lambda: not Connections.current().open)
+        async with listening(Application([("/", Certified)]), ssl_options=ours) as port:
+            peer = await peer_at(port, theirs)
+            await peer.upgrade(request())
+            assert b"client.example" in (await peer.frame())[1]
+            peer.leave()
 
     @pytest.mark.gen_test(timeout=20)
     async def test_both_sides_may_send_24_mb_before_they_read(self, host: Host) -> None:
@@ -3482,21 +3467,17 @@ class TestAsTornado:
         self,
         host: Host,
     ) -> None:
-        http, sockets = HTTPServer(Application([("/", EchoHandler)])), bind_sockets(0, "127.0.0.1")
-        http.add_sockets(sockets)
-        other = Peer(*await asyncio.open_connection(*sockets[0].getsockname()))
-        other.send(request())
-        await other.reader.readuntil(b"\r\n\r\n")
-        peer = await host.connect()
-        leaving = asyncio.create_task(Connections.current().go_away(host.app, 5))
-        assert await peer.goodbye() == 1001
-        await leaving
-        later = await host.connect()
-        for still_here in (other, later):
-            still_here.send(text("a"))
-            assert await still_here.replies(b"ECHO:a")
-        other.leave()
-        http.stop()
+        async with listening(Application([("/", EchoHandler)])) as port:
+            other, peer = await peer_at(port), await host.connect()
+            await other.upgrade(request())
+            leaving = asyncio.create_task(Connections.current().go_away(host.app, 5))
+            assert await peer.goodbye() == 1001
+            await leaving
+            later = await host.connect()
+            for still_here in (other, later):
+                still_here.send(text("a"))
+                assert await still_here.replies(b"ECHO:a")
+                still_here.leave()
 
     async def test_426_has_its_headers_also_where_a_host_has_error_pages(self, host: Host) -> None:
         peer = await host.dial()
@@ -4276,10 +4257,11 @@ def test_an_error_on_our_side_is_one_traceback_and_harms_nobody_else(
 async def fail_often(options: dict[str, Any]) -> list[int]:
     """The codes that ten clients of the handler with a bug get; another echoes in between."""
     app = Application([("/good", EchoHandler), ("/bad", Failing, options)])
-    http, sockets, codes = HTTPServer(app), bind_sockets(0, "127.0.0.1"), []
-    http.add_sockets(sockets)
-    port = sockets[0].getsockname()[1]
-    async with websockets_connect_async(f"ws://127.0.0.1:{port}/good", proxy=None) as good:
+    codes = []
+    async with (
+        listening(app) as port,
+        websockets_connect_async(f"ws://127.0.0.1:{port}/good", proxy=None) as good,
+    ):
         for number in range(10):
             async with websockets_connect_async(f"ws://127.0.0.1:{port}/bad", proxy=None) as bad:
                 with contextlib.suppress(ConnectionClosed):
@@ -4288,9 +4270,6 @@ async def fail_often(options: dict[str, Any]) -> list[int]:
             codes.append(bad.close_code or 0)
             await good.send(str(number))
             assert await good.recv() == f"ECHO:{number}"
-    http.stop()
-    while Connections.current().open:  # noqa: ASYNC110  # there is no event for it
-        await asyncio.sleep(0.001)
     await asyncio.sleep(0.01)
     return codes
 
@@ -7930,9 +7909,8 @@ class TestReadme:
             r"(websocket_ping_\w+)=(\d+)", r"\1=\g<2>/200", shown("With Tornado's settings")
         )
         async with listening(defined(quick)["app"]) as port:
-            peer = Peer(*await asyncio.open_connection("127.0.0.1", port))
-            peer.send(request("GET /echo HTTP/1.1", Origin=FRIEND))
-            await peer.reader.readuntil(b"\r\n\r\n")
+            peer = await peer_at(port)
+            await peer.upgrade(request("GET /echo HTTP/1.1", Origin=FRIEND))
             assert await peer.frame() == (FIN | PING, b"")
             assert await peer.goodbye() == 1008
             peer.leave()
