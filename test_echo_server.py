@@ -253,6 +253,7 @@ def answer(sock: socket.socket, data: bytes) -> tuple[int, Message, str]:
 def get(
     server: Process, path: str = "/", *, method: str = "GET", **headers: str
 ) -> tuple[int, Message, str]:
+    """The answer to a request on a connection of its own."""
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
     with server.dial() as sock:
         return answer(sock, f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
@@ -270,7 +271,7 @@ def upgraded(
     trust: ssl.SSLContext | None = None,
     **changed: str,
 ) -> socket.socket:
-    """A raw socket behind its handshake; over TLS, where that is what the server is trusted by."""
+    """A raw socket after its handshake; over TLS, where `trust` is given."""
     sock = server.dial()
     if trust:
         sock = trust.wrap_socket(sock, server_hostname="localhost")
@@ -435,7 +436,7 @@ NOT_UTF8 = {
     "five bytes": b"\xf8\x88",
     "a lone continuation": b"\x80",
     "a broken sequence": b"\xce\xbaa\xe2\x28",
-}  # each invalid at its last byte, whatever comes behind
+}  # each invalid at its last byte, whatever comes after it
 
 BAD: dict[int, dict[str, bytes]] = {
     1002: {
@@ -787,7 +788,7 @@ class Host:
         query: str = "",
         **initialize: Any,
     ) -> Peer:
-        """A peer behind its handshake; `early` comes in one piece with it."""
+        """A peer after its handshake; `early` comes in one piece with it."""
         peer = await self.dial(receive_buffer)
         line = f"GET {self.route(handler, **initialize)}{query} HTTP/1.1"
         added = "\r\n".join(f"{name}: {headers[name]}" for name in headers)
@@ -1430,7 +1431,7 @@ def test_a_fault_has_its_code_as_soon_as_its_last_byte_has_come(data: bytes, cod
 
 @pytest.mark.parametrize(("data", "code"), FAULTS)
 def test_messages_before_a_fault_are_delivered_and_none_after_it(data: bytes, code: int) -> None:
-    stream = text("before") + data + frame(FIN) * 9 + text("behind") + close()
+    stream = text("before") + data + frame(FIN) * 9 + text("after") + close()
     assert receive(stream) == ([(TEXT, b"before")], code)
     assert receive(bytewise(stream)) == ([(TEXT, b"before")], code)
 
@@ -1547,14 +1548,14 @@ def test_every_other_close_code_is_a_protocol_error() -> None:
 
 def test_a_turn_ends_at_a_close_and_after_it_only_control_frames_count() -> None:
     receiver = Receiver(LIMIT)
-    behind = (
+    after = (
         text("hi")
         + frame(TEXT, b"un")
         + frame(FIN | PING, b"p")
         + header(FIN, 1 << 40)
         + b"finished"
     )
-    assert receiver.feed(frame(FIN | CLOSE) + behind) == [(CLOSE, b"")] and receiver.more
+    assert receiver.feed(frame(FIN | CLOSE) + after) == [(CLOSE, b"")] and receiver.more
     assert receiver.feed() == [(PING, b"p")]
     assert receiver.feed(bytes(1 << 20)) == [] and not receiver.more
     assert receiver.fault is None and receiver.unfinished is None
@@ -1599,7 +1600,7 @@ STILL_TOLD_APART = {  # a fault of the content, and what ends its message
 def test_after_a_fault_in_the_content_the_close_is_still_found(
     code: int, fault: bytes, rest: bytes, size: int
 ) -> None:
-    stream = text("before") + fault + rest + text("behind") + frame(FIN | PING, b"p") + close()
+    stream = text("before") + fault + rest + text("after") + frame(FIN | PING, b"p") + close()
     size = max(size, len(stream) // 5_000)
     events, found = receive(stream[at : at + size] for at in range(0, len(stream), size))
     assert found == code
@@ -2128,7 +2129,7 @@ class Waiting(Recorder):
 
 @contextlib.asynccontextmanager
 async def little_memory(most: int) -> AsyncIterator[None]:
-    """What is done meanwhile leaves not more than so many bytes behind."""
+    """What is done meanwhile leaves at most so many bytes in memory."""
     tracemalloc.start()
     try:
         yield
@@ -3153,11 +3154,11 @@ class TestSubclass:
         peer, calls = await host.record(Recorder, receive_buffer=4096)
         sent = [
             calls.handler.write_message(bytes(16 << 20), binary=True),
-            calls.handler.write_message("behind"),
+            calls.handler.write_message("after"),
         ]
         await asyncio.sleep(0)
         assert not sent[0].done() and not sent[1].done()
-        expected = reply_frame(FIN | BINARY, bytes(16 << 20)) + reply_frame(FIN | TEXT, b"behind")
+        expected = reply_frame(FIN | BINARY, bytes(16 << 20)) + reply_frame(FIN | TEXT, b"after")
         assert await peer.receive(6_000_000) == expected[:6_000_000]
         assert not sent[0].done() and not sent[1].done()
         assert await peer.receive(len(expected) - 6_000_000) == expected[6_000_000:]
@@ -3167,7 +3168,7 @@ class TestSubclass:
         peer, calls = await host.record(Recorder, receive_buffer=4096)
         sent = [
             calls.handler.write_message(bytes(16 << 20), binary=True),
-            calls.handler.write_message("behind"),
+            calls.handler.write_message("after"),
         ]
         peer.reset()
         for future in sent:
@@ -3532,9 +3533,9 @@ class TestOwed:
     async def test_to_peers_that_read_slowly_all_replies_come_and_then_our_close(
         self, host: Host, hurried: None
     ) -> None:
-        async def read(query: str, behind: bytes, code: int) -> None:
+        async def read(query: str, after: bytes, code: int) -> None:
             peer = await host.connect(receive_buffer=4096, query=query, scenarios=True)
-            peer.send(text(WORD) * PILE, behind)
+            peer.send(text(WORD) * PILE, after)
             await reads_slowly(peer)
             assert await peer.close_code() == code
 
@@ -3639,7 +3640,7 @@ class TestClosing:
             1008: frame(TEXT) + frame(CONTINUATION) * 1024 + frame(FIN),
             1009: frame(FIN | BINARY, noise(4 << 20)),
         }
-        peer.send(bad[code], text("behind") * 1000)
+        peer.send(bad[code], text("after") * 1000)
         assert await peer.close_code() == code
         await have_turns(other, 20)
         assert not peer.reader.at_eof()
@@ -3837,7 +3838,7 @@ class TestAmongOthers:
         assert await peer.replies(b"a")
         assert await peer.close_code() in (4001, 1002, 1007)
 
-    @pytest.mark.parametrize("transport", NOT_TLS)  # asyncio's TLS sends nothing behind an EOF
+    @pytest.mark.parametrize("transport", NOT_TLS)  # asyncio's TLS sends nothing after an EOF
     async def test_data_after_a_fault_is_dropped_while_the_event_loop_is_busy(
         self,
         host: Host,
@@ -6090,8 +6091,8 @@ def test_sighup_takes_the_log_level_from_the_file(serve: Serve, tmp_path: Path) 
         config.write_text('log-level = "debug"\n')
         process.signal(signal.SIGHUP)
         process.line("reloaded")
-        assert echoed(client, "behind") == "ECHO:behind"
-    assert process.line(r"\[SERVER\] Received:(.*)")[1] == "behind"
+        assert echoed(client, "after") == "ECHO:after"
+    assert process.line(r"\[SERVER\] Received:(.*)")[1] == "after"
 
 
 @pytest.mark.parametrize(
@@ -6361,14 +6362,14 @@ def test_a_slow_body_is_refused_within_the_deadline(serve: Serve, head: bytes) -
 MOMENTS = {
     "at once": b"",
     "in the request": b"GET / HTTP/1.1\r\nHo",
-    "behind the request": request(),
+    "after the request": request(),
     "in a frame": request() + frame(FIN | TEXT, b"x" * 1000)[:500],
     "in the header of a frame": request() + frame(FIN | TEXT, b"x" * 70_000)[:5],
     "in a message": request() + frame(TEXT, b"x" * 70_000),
     "with replies on their way": request() + frame(FIN | TEXT, b"x" * 70_000) * 9,
-    "behind a fault": request() + b"\xff\xff",
-    "behind a close": request() + frame(FIN | CLOSE),
-    "behind a good request and a bad one": b"GET / HTTP/1.1\r\nHost: x\r\n\r\nbad\r\n\r\n",
+    "after a fault": request() + b"\xff\xff",
+    "after a close": request() + frame(FIN | CLOSE),
+    "after a good request and a bad one": b"GET / HTTP/1.1\r\nHost: x\r\n\r\nbad\r\n\r\n",
     "in the hello of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
 }
 
@@ -7410,7 +7411,7 @@ def test_a_reply_to_somebody_who_has_left_is_one_line(serve: Serve) -> None:
         send_until_refused(sock, frame(FIN | TEXT, b"x" * 100_000))
         cut_off(sock)
         server.line("error:")
-    with bystander(server):  # whose line comes behind what might follow
+    with bystander(server):  # whose line comes after whatever else might come
         pass
     assert len(server.matching("error:|WARNING|exception")) == 1
 
