@@ -2713,7 +2713,7 @@ class Visitor:
     has it in place of Tornado's HTTP connection."""
 
     protocol = "http"
-    __slots__ = "address", "asked", "fd", "lobby", "remote_ip", "since", "socket", "stream"
+    __slots__ = "address", "asked", "fd", "head", "lobby", "remote_ip", "since", "socket", "stream"
 
     def __init__(self, lobby: Lobby, sock: socket.socket, address: Any) -> None:
         self.lobby = lobby
@@ -2726,6 +2726,8 @@ class Visitor:
         # When it connected or last got an answer, in time.monotonic(); and whether it ever got one.
         self.since = time.monotonic()
         self.asked = False
+        # What has been read of its first request, until Tornado's HTTP server takes it.
+        self.head = b""
         # Set when Tornado's HTTP server takes over.
         self.stream: iostream.IOStream | None = None
 
@@ -2738,14 +2740,21 @@ class Visitor:
         awaits nothing."""
 
     def ready(self, events: int) -> None:
-        """Called when the first bytes have arrived, or the visitor has left."""
+        """Called when bytes have arrived, or the visitor has left."""
         try:
-            self.lobby.receive(self, self.socket.recv(HEAD, socket.MSG_PEEK))
+            self.lobby.receive(self)
         except OSError:
             self.lobby.dismiss(self)
         except Exception:
             log.exception("[SERVER] error:unhandled exception, %s", self)
             self.lobby.dismiss(self)
+
+    def give(self, buf: bytearray | memoryview) -> int:
+        """Moves what has been read to `buf`. Returns the number of bytes."""
+        given = self.head[: len(buf)]
+        buf[: len(given)] = given
+        self.head = self.head[len(given) :]
+        return len(given)
 
     def __str__(self) -> str:
         return name_of(self.address)
@@ -2763,10 +2772,11 @@ class Visitor:
 class Lobby:
     """The clients that have connected but have not completed the handshake.
 
-    Their first bytes are only peeked at. A visitor that sends a complete, valid handshake becomes a
-    WebSocket at once. One that speaks another protocol is told so and dismissed. All others are
-    handed over to Tornado's HTTP server, which reads every byte itself. A visitor that sends no
-    request in time is dismissed.
+    The head of a visitor's first request is read here; with TLS, only its first bytes are peeked
+    at. A visitor that sends a valid handshake becomes a WebSocket as soon as that is complete. One
+    that speaks another protocol is told so and dismissed. All others are handed over to Tornado's
+    HTTP server, with every byte that they have sent. A visitor that sends no request in time is
+    dismissed.
     """
 
     def __init__(self, server: Server) -> None:
@@ -2826,15 +2836,25 @@ class Lobby:
             before = self.accepted
             self.accept(listener, IOLoop.READ)
 
-    def receive(self, visitor: Visitor, data: bytes) -> None:
-        """Decides what becomes of a visitor. `data` has its first bytes, which are still in the
-        socket; b"" means that it has left."""
+    def receive(self, visitor: Visitor) -> None:
+        """Reads what has arrived, and decides what becomes of the visitor. With TLS, the bytes stay
+        in the socket, since OpenSSL has to read them."""
         tls = self.server.tls is not None
-        if not tls and self.open(visitor, data):
-            return
+        before = visitor.head
+        data = visitor.socket.recv(HEAD - len(before), socket.MSG_PEEK if tls else 0)
         if not data:
             self.dismiss(visitor)
-        elif not self.turn_away(visitor, data, tls):
+            return
+        # If it arrives byte by byte, this copy still costs less than reading the byte.
+        visitor.head = data = before + data
+        end = None if tls else END_OF_HEAD.search(data, max(0, len(before) - 3))
+        if end and self.open(visitor, end.end()):
+            return
+        # Tornado also gets a head that is too long, and refuses it.
+        ready = tls or end or len(data) == HEAD
+        if (ready or not before) and self.turn_away(visitor, data, tls):
+            return
+        if ready:
             self.hand_over(visitor)
 
     def turn_away(self, visitor: Visitor, data: bytes, tls: bool) -> bool:
@@ -2866,26 +2886,26 @@ class Lobby:
             return "a header of the PROXY protocol", "it is not understood here", b""
         return "no HTTP", f"it begins with {printable(data, 40)}", b""
 
-    def open(self, visitor: Visitor, data: bytes) -> bool:
-        """If `data` has a complete, valid handshake, makes the visitor a WebSocket and returns
-        True."""
-        head = END_OF_HEAD.search(data)
-        if not head or b"websocket" not in data[: head.end()].lower():
+    def open(self, visitor: Visitor, end: int) -> bool:
+        """If the head that ends at `end` is a valid handshake, makes the visitor a WebSocket and
+        returns True."""
+        head, early = visitor.head[:end], visitor.head[end:]
+        if b"websocket" not in head.lower():
             return False
         try:
-            request = read_head(data[: head.end()], visitor)
+            request = read_head(head, visitor)
             if request.method != "GET" or "Expect" in request.headers:
                 return False
             handler = ServedHandler(self.server.application, request, server=self.server)
             connection, answer = handler.shake_hands()
         except (httputil.HTTPInputError, Refusal):
             return False
-        visitor.socket.recv(head.end())
+        visitor.head = b""
         self.visitors.pop(visitor, None)
         wire = Wire(visitor.socket)
         # The answer leaves before the handler's `open` is called, which may drop the connection.
         wire.send(answer)
-        connection.start(wire, b"")
+        connection.start(wire, early)
         return True
 
     def hand_over(self, visitor: Visitor) -> None:
@@ -2896,6 +2916,7 @@ class Lobby:
         if server.tls is None:
             stream = VisitorStream(sock, max_buffer_size=1 << 20)
         else:
+            visitor.head = b""
             sock = server.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             stream = VisitorTlsStream(sock, ssl_options=server.tls, max_buffer_size=1 << 20)
         stream.visitor = visitor
@@ -2965,7 +2986,7 @@ class HeadCheck(iostream.IOStream):
     knows_target = False
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
-        size = super().read_from_fd(buf)
+        size = self.visitor.give(buf) or super().read_from_fd(buf)
         self.knows_target |= b"\n" in bytes(buf[: min(size or 0, self.room)])
         self.room = max(0, self.room - (size or 0))
         return size

@@ -6347,6 +6347,23 @@ def test_a_body_of_100_mb_costs_no_memory(serve: Serve, head: bytes) -> None:
     assert memory(server, "VmHWM") - before < 1_000_000
 
 
+@with_proc
+def test_half_a_request_occupies_at_most_10_kb(serve: Serve) -> None:
+    server = serve()
+    with contextlib.ExitStack() as stack:
+
+        def begin(number: int) -> None:
+            for sock in [stack.enter_context(server.dial()) for _ in range(number)]:
+                sock.sendall(request()[:-2])
+            # By then, the server has looked at what has come.
+            get(server)
+
+        begin(100)
+        before = memory(server)
+        begin(300)
+        assert memory(server) - before < 300 * 10_000
+
+
 @pytest.mark.parametrize("head", BODIES.values(), ids=BODIES.keys())
 def test_a_slow_body_is_refused_within_the_deadline(serve: Serve, head: bytes) -> None:
     server = serve("--handshake-timeout=0.2")
