@@ -2694,6 +2694,8 @@ class ServedHandler(EchoHandler):
     async def _switch_protocols(self, answer: dict[str, str]) -> iostream.IOStream:
         """Does the handshake with Tornado's HTTP server. The same bytes leave."""
         stream = self.detach()
+        # After an earlier request on this connection, Tornado has turned it off.
+        stream.set_nodelay(True)
         with contextlib.suppress(iostream.StreamClosedError):
             await stream.write(switching_protocols(answer))
         # Until the answer has left, the lobby dismisses a peer that reads nothing.
