@@ -104,6 +104,12 @@ class Caller:
                 self._advance(fd, event)
             self._fill(count)
 
+    def go_on(self, count: int) -> None:
+        """Take the steps that are possible now. Start as many connections as `count` lacks."""
+        for fd, event in self._poll.poll(0):
+            self._advance(fd, event)
+        self._fill(count)
+
     def close(self) -> None:
         close_all(call.sock for call in self._calls.values())
         close_all(self.open)
@@ -505,6 +511,7 @@ class Background:
         self._sent: dict[int, deque[float]] = {stream.fd: deque() for stream in self._streams}
         self._by_fd = {stream.fd: stream for stream in self._streams}
         self._buffer = memoryview(bytearray(4096))
+        self.poll = poll
         self._next = time.perf_counter()
         self._number = 0
         self.latencies = array.array("d")
@@ -621,15 +628,47 @@ def idle_memory_deflate(server: Process, settings: Settings) -> Result:
 
 # Connections that come and go
 
+ARRIVALS = 2000
+
+
+def visits(server: Process) -> "contextlib.closing[Caller]":
+    steps = [greeting(server), echo(TEXT, message(1), MASKS[1]), farewell()]
+    return contextlib.closing(Caller(server.address, steps, hang_up=True))
+
 
 def connects(server: Process, settings: Settings) -> Result:
-    steps = [greeting(server), echo(TEXT, message(1), MASKS[1]), farewell()]
-    with contextlib.closing(Caller(server.address, steps, hang_up=True)) as caller:
+    with visits(server) as caller:
         caller.run(until=time.perf_counter() + settings.warm_up)
         meter = Meter(server)
         before = caller.finished
         caller.run(until=time.perf_counter() + settings.seconds)
         return meter.per_message(caller.finished - before)
+
+
+def _arrivals_run(caller: Caller, background: Background, seconds: float) -> float:
+    """Return the connections per second that were finished."""
+    before, began = caller.finished, time.perf_counter()
+    while (spent := time.perf_counter() - began) < seconds:
+        background.send_due()
+        caller.go_on(before + int(spent * ARRIVALS))
+        for fd, _ in background.poll.poll(0):
+            background.handle(fd)
+    return (caller.finished - before) / spent
+
+
+def arrivals(server: Process, settings: Settings) -> Result:
+    with (
+        connections(server, 100) as sockets,
+        visits(server) as caller,
+        contextlib.closing(select.epoll()) as poll,
+    ):
+        background = Background(sockets, poll)
+        _arrivals_run(caller, background, settings.warm_up)
+        background.latencies = array.array("d")
+        meter = Meter(server)
+        rate = _arrivals_run(caller, background, settings.seconds)
+        result = meter.per_message(len(background.latencies)) | percentiles(background.latencies)
+        return result | {"arrivals": rate}
 
 
 @dataclass(frozen=True)
@@ -741,5 +780,12 @@ LOADS = (
             Metric("client", "generator, µs", 1, compared=False),
         ),
         ("rate", "cpu"),
+    ),
+    Load(
+        "arrivals",
+        "100 connections send 32 bytes every 5 ms each, while 2,000 a second do as in connects",
+        arrivals,
+        (P50, P99, Metric("arrivals", "connects/s", 0, more_is_better=True)),
+        ("p99",),
     ),
 )
