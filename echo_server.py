@@ -2146,19 +2146,24 @@ def check_handshake(request: httputil.HTTPServerRequest) -> None:
     if key is None or not KEY.fullmatch(key):
         given = f"it is {printable(key, 40)}" if key else "it is missing"
         raise Refusal(400, "the header Sec-WebSocket-Key must be 16 bytes in base64", given)
-    try:
-        urlsplit(headers.get("Origin") or "")
-    except ValueError:
-        raise Refusal(403, "the header Origin is not a URL") from None
+    if "Origin" in headers:
+        try:
+            urlsplit(headers["Origin"])
+        except ValueError:
+            raise Refusal(403, "the header Origin is not a URL") from None
 
 
 def check_subprotocols(headers: httputil.HTTPHeaders) -> None:
     """RFC 6455 section 4.2.1, item 8: raises Refusal if the header is malformed. The stand-alone
     server alone is so strict: some applications carry other data in the header, as Tornado allows.
     """
-    offered = listed(headers.get("Sec-WebSocket-Protocol", ""))
-    if not all(map(TOKEN.fullmatch, offered)):
+    if not all(map(TOKEN.fullmatch, offered_protocols(headers))):
         raise Refusal(400, "the header Sec-WebSocket-Protocol must be a list of tokens")
+
+
+def offered_protocols(headers: httputil.HTTPHeaders) -> list[str]:
+    name = "Sec-WebSocket-Protocol"
+    return listed(headers[name]) if name in headers else []
 
 
 def refuse_body(headers: httputil.HTTPHeaders) -> None:
@@ -2176,7 +2181,7 @@ def negotiate(handler: EchoHandler) -> tuple[dict[str, str], Deflate | None]:
     headers = handler.request.headers
     answer = {"Upgrade": "websocket", "Connection": "Upgrade"}
     answer["Sec-WebSocket-Accept"] = accept_key(headers["Sec-WebSocket-Key"])
-    subprotocol = handler.select_subprotocol(listed(headers.get("Sec-WebSocket-Protocol", "")))
+    subprotocol = handler.select_subprotocol(offered_protocols(headers))
     if subprotocol:
         answer["Sec-WebSocket-Protocol"] = subprotocol
     options, deflate = handler.get_compression_options(), None
@@ -2280,7 +2285,9 @@ def peer_of(request: httputil.HTTPServerRequest, proxies: Proxies = ()) -> str:
     elif proxies:
         host = parse_address(address[0])
     peer = name_of(address)
-    forwarded = listed(request.headers.get("X-Forwarded-For", "")) if proxies else []
+    if not proxies:
+        return peer
+    forwarded = listed(request.headers.get("X-Forwarded-For", ""))
     with contextlib.suppress(ValueError):
         while forwarded and is_trusted(host, proxies):
             host = parse_address(forwarded.pop())
@@ -3038,9 +3045,9 @@ def read_headers(text: str) -> httputil.HTTPHeaders:
     # The texts between the matches, and after each of them the two groups of a match.
     parts = HEADER.split(text)
     if parts[-1] == "\r\n" and not any(parts[:-1:3]):
-        values = (value.strip(" \t") for value in parts[2::3])
         headers = httputil.HTTPHeaders()
-        headers.update(zip(parts[1::3], values, strict=True))
+        for name, value in zip(parts[1::3], parts[2::3], strict=True):
+            headers[name] = value.strip(" \t")
         if len(headers) == len(parts) // 3:
             return headers
     return httputil.HTTPHeaders.parse(text)
