@@ -2628,10 +2628,10 @@ BACKLOG = 4096
 GRACE = 1.0
 # The seconds without accepting after descriptors have run out.
 PAUSE = 0.5
-# The most bytes in the head of a request (its request line and headers), and what ends it, as in
-# Tornado.
+# The most bytes in the head of a request (its request line and headers), and what ends it. Tornado
+# looks for \r?\n\r?\n, which ends at the same byte, but takes 6 to 100 times as long to find.
 HEAD = 16 * 1024
-END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+END_OF_HEAD = re.compile(rb"\n\r?\n")
 
 
 async def run_server(options: Options, reread: Callable[[], Options]) -> int:
@@ -3065,7 +3065,7 @@ def read_head(head: bytes, visitor: Visitor) -> httputil.HTTPServerRequest:
         )
     except httputil.HTTPInputError as error:
         # Tornado's text goes on with the value, which may be a secret.
-        detail = re.split(":? ['\"]", str(error))[0]
+        detail = re.split(":? ['\"]", str(error), maxsplit=1)[0]
         raise Refusal(400, "the request cannot be read", detail) from None
     return request
 
