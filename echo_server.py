@@ -73,7 +73,7 @@ class EchoHandler(websocket.WebSocketHandler):
     it likes; a route passes options to `initialize`: (r"/mirror", EchoHandler, {"prefix": ""})."""
 
     def open(self, *args: Any, **kwargs: Any) -> Awaitable[None] | None:
-        log.info("[SERVER] connection() from %s %s", self.__peer, printable(path_of(self.request)))
+        self.__say(CAME, self.__peer, printable(path_of(self.request)))
         if self.__scenario and self.__connection:
             self.__scenario.begin(self, self.__connection)
         return None
@@ -97,7 +97,11 @@ class EchoHandler(websocket.WebSocketHandler):
             log.warning("[SERVER] error:%s, %s", sent.exception(), self.__peer)
 
     def on_close(self) -> None:
-        log.info("[SERVER] close() %s", self.__connection)
+        self.__say(LEFT, self.__connection)
+
+    def __say(self, line: str, *args: object) -> None:
+        if self.__connection is None or not self.__connection.omits(line):
+            log.info(line, *args)
 
     # The defaults, in case the `initialize` of a subclass does not call ours. All but the prefix
     # have private names, which cannot clash with those of a subclass.
@@ -246,8 +250,12 @@ def until_open(name: str) -> Any:
 for name in "write", "redirect", "set_header", "set_cookie", "set_status", "flush", "finish":
     setattr(EchoHandler, name, until_open(name))
 
-# The log recognises these lines by this text. When there are too many, they are only counted.
+# The log recognises these lines by their text. When there are too many of a kind, no more of them
+# are made until the next second: they are only counted.
+CAME = "[SERVER] connection() from %s %s"
 RECEIVED = "[SERVER] Received:%s"
+LEFT = "[SERVER] close() %s"
+FREQUENT = {CAME: logging.INFO, RECEIVED: logging.DEBUG, LEFT: logging.INFO}
 
 
 class Scenario:
@@ -1570,7 +1578,7 @@ class Connection(websocket.WebSocketProtocol):
             replies, size = echo_texts(data, self._heads)
             if replies:
                 number = len(replies)
-                self._registry.unshown += number
+                self.omits(RECEIVED, number)
                 self.traffic.count_echoes(number, size - 6 * number, len(self._prefix or b""))
                 if wire.send(b"".join(replies)) and size == len(data) and self._watched == READ:
                     # All is answered, and nothing that `settle` looks at has changed.
@@ -1620,7 +1628,7 @@ class Connection(websocket.WebSocketProtocol):
             self._call(self.handler.on_message, message)
         else:
             # This does what EchoHandler.on_message does, without making a str of the message.
-            self._registry.unshown += 1
+            self.omits(RECEIVED)
             sent = self._write(opcode, payload, self._prefix)
             if not sent.done():
                 sent.add_done_callback(self.handler.on_sent)
@@ -1781,6 +1789,14 @@ class Connection(websocket.WebSocketProtocol):
                 self._registry.remove(self)
             self.settle()
 
+    def omits(self, line: str, number: int = 1) -> bool:
+        """Whether the log has too many of these lines already. Then it only counts this one."""
+        omitted = self._registry.omitted
+        if line not in omitted:
+            return False
+        omitted[line] += number
+        return True
+
     def _warn(self, text: str) -> None:
         log.warning("[SERVER] error:%s %s", text, self.peer)
 
@@ -1866,10 +1882,10 @@ class Connections:
         self.closed: Counter[int] = Counter()
         self.cut: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        # Whether there are too many messages for the log; whether it shows them; how many it omits.
-        self.crowded = False
+        # The lines of which the log has too many, and how many it has omitted; whether it shows
+        # messages.
+        self.omitted: dict[str, int] = {}
         self.shows = log.isEnabledFor(logging.DEBUG)
-        self.unshown = 0
 
         # The connections in line for another turn.
         self._line: OrderedDict[Connection, None] = OrderedDict()
@@ -1997,7 +2013,7 @@ class Connections:
             self._end()
 
     def look_at_log(self) -> None:
-        self.shows = log.isEnabledFor(logging.DEBUG) and not self.crowded
+        self.shows = log.isEnabledFor(logging.DEBUG) and RECEIVED not in self.omitted
 
     def all_traffic(self) -> Traffic:
         """The traffic of all connections, also of those that have not ended."""
@@ -3505,18 +3521,17 @@ class LineHandler(logging.Handler):
         self.counts[kind] += 1
         if self.counts[kind] <= LINES_A_SECOND:
             self.write(record)
-        elif text == RECEIVED and not self.connections.crowded:
-            # Until the next flush, connections count their messages instead of logging them.
-            self.connections.crowded = True
+        elif text in FREQUENT and text not in self.connections.omitted:
+            # Until the next flush, connections only count such lines instead of logging them.
+            self.connections.omitted[text] = 0
             self.connections.look_at_log()
-            self.connections.unshown = 0
 
     def flush(self) -> None:
         """Says how many lines of each kind were left out. Called each second, and at exit."""
-        if self.connections.crowded:
-            self.counts[RECEIVED, logging.DEBUG] += self.connections.unshown
-            self.connections.crowded = False
-            self.connections.look_at_log()
+        omitted, self.connections.omitted = self.connections.omitted, {}
+        for line, number in omitted.items():
+            self.counts[line, FREQUENT[line]] += number
+        self.connections.look_at_log()
         counts, self.counts = self.counts, Counter()
         for (kind, level), number in counts.items():
             if number > LINES_A_SECOND:

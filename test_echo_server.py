@@ -7288,6 +7288,25 @@ def test_lines_of_a_kind_are_limited_and_none_is_left_out_uncounted(serve: Serve
     assert written < 200
 
 
+def test_connections_are_shown_or_counted_when_there_are_too_many(serve: Serve) -> None:
+    process, numbers = serve(), itertools.count()
+
+    def has_been_busy_for_two_seconds() -> bool:
+        for _ in range(100):
+            with upgraded(process):
+                next(numbers)
+        return len(process.matching(r" more: \[SERVER\] close")) >= 2
+
+    until(has_been_busy_for_two_seconds)
+    assert process.stop() == 0
+    opened = next(numbers)
+    for line in r"\[SERVER\] connection\(\)", r"\[SERVER\] close\(\)":
+        shown = len(process.matching(f"{line} .*127"))
+        more = process.matching(rf"… and ([\d,]+) more: {line}")
+        left_out = sum(int(found[1].replace(",", "")) for found in more)
+        assert shown <= 50 * (len(more) + 1) and shown + left_out == opened
+
+
 def test_messages_are_shown_by_default_and_counted_when_there_are_too_many(serve: Serve) -> None:
     """Also while a connection with a scenario, whose messages all need a call, is among them."""
     process, numbers = serve(), itertools.count()
