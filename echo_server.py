@@ -1580,7 +1580,7 @@ class Connection(websocket.WebSocketProtocol):
             replies, size = echo_texts(data, self._heads)
             if replies:
                 number = len(replies)
-                self.omits(RECEIVED, number)
+                self._registry.omitted[RECEIVED] += number
                 self.traffic.count_echoes(number, size - 6 * number, len(self._prefix or b""))
                 if wire.send(b"".join(replies)) and size == len(data) and self._watched == READ:
                     # All is answered, and nothing that `settle` looks at has changed.
@@ -1630,7 +1630,7 @@ class Connection(websocket.WebSocketProtocol):
             self._call(self.handler.on_message, message)
         else:
             # This does what EchoHandler.on_message does, without making a str of the message.
-            self.omits(RECEIVED)
+            self._registry.omitted[RECEIVED] += 1
             sent = self._write(opcode, payload, self._prefix)
             if not sent.done():
                 sent.add_done_callback(self.handler.on_sent)
@@ -1791,13 +1791,11 @@ class Connection(websocket.WebSocketProtocol):
                 self._registry.remove(self)
             self.settle()
 
-    def omits(self, line: str, number: int = 1) -> bool:
+    def omits(self, line: str) -> bool:
         """Whether the log has too many of these lines already. Then it only counts this one."""
-        omitted = self._registry.omitted
-        if line not in omitted:
-            return False
-        omitted[line] += number
-        return True
+        omits = line in self._registry.too_many
+        self._registry.omitted[line] += omits
+        return omits
 
     def _warn(self, text: str) -> None:
         log.warning("[SERVER] error:%s %s", text, self.peer)
@@ -1884,9 +1882,10 @@ class Connections:
         self.closed: Counter[int] = Counter()
         self.cut: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        # The lines of which the log has too many, and how many it has omitted; whether it shows
-        # messages.
-        self.omitted: dict[str, int] = {}
+        # The kinds of lines of which the log has too many, and how many of each kind it has
+        # omitted; whether it shows messages.
+        self.too_many: set[str] = set()
+        self.omitted = dict.fromkeys(FREQUENT, 0)
         self.shows = log.isEnabledFor(logging.DEBUG)
 
         # The connections in line for another turn.
@@ -2015,7 +2014,7 @@ class Connections:
             self._end()
 
     def look_at_log(self) -> None:
-        self.shows = log.isEnabledFor(logging.DEBUG) and RECEIVED not in self.omitted
+        self.shows = log.isEnabledFor(logging.DEBUG) and RECEIVED not in self.too_many
 
     def all_traffic(self) -> Traffic:
         """The traffic of all connections, also of those that have not ended."""
@@ -3523,16 +3522,17 @@ class LineHandler(logging.Handler):
         self.counts[kind] += 1
         if self.counts[kind] <= LINES_A_SECOND:
             self.write(record)
-        elif text in FREQUENT and text not in self.connections.omitted:
+        elif text in FREQUENT and text not in self.connections.too_many:
             # Until the next flush, connections only count such lines instead of logging them.
+            self.connections.too_many.add(text)
             self.connections.omitted[text] = 0
             self.connections.look_at_log()
 
     def flush(self) -> None:
         """Says how many lines of each kind were left out. Called each second, and at exit."""
-        omitted, self.connections.omitted = self.connections.omitted, {}
-        for line, number in omitted.items():
-            self.counts[line, FREQUENT[line]] += number
+        for line in self.connections.too_many:
+            self.counts[line, FREQUENT[line]] += self.connections.omitted[line]
+        self.connections.too_many.clear()
         self.connections.look_at_log()
         counts, self.counts = self.counts, Counter()
         for (kind, level), number in counts.items():
