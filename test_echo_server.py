@@ -1242,6 +1242,7 @@ GOOD: dict[str, tuple[bytes, list[Event]]] = {
         close(4999, "é" * 61 + "!"),
         [(CLOSE, close_body(4999, "é" * 61 + "!"))],
     ),
+    "a second close": (close(1000) + close(1001), [(CLOSE, close_body(1000))]),
     # RFC 7692 section 7.2.3, in its order; for 7.2.3.2 see context takeover below.
     "one block": (frame(PACKED, HELLO), HELLO_TEXT),
     "one block in two fragments": (fragments(RSV1 | TEXT, HELLO[:3], HELLO[3:]), HELLO_TEXT),
@@ -1415,6 +1416,17 @@ def test_a_turn_ends_at_a_close_and_after_it_only_control_frames_count() -> None
     assert receiver.more and receiver.feed() == [(PING, b"p")]
     assert receiver.feed(bytes(1 << 20)) == [] and not receiver.more
     assert receiver.fault is None and receiver.unfinished is None
+
+
+def test_unfinished_changes_with_each_byte_of_a_message_and_is_none_after_it() -> None:
+    receiver, seen = Receiver(LIMIT), []
+    assert receiver.unfinished is None
+    for byte in bytewise(frame(TEXT) + frame(CONTINUATION) + frame(CONTINUATION, b"ab") + b"\x80"):
+        receiver.feed(byte)
+        seen.append(receiver.unfinished)
+    assert None not in seen and len(set(seen)) == len(seen)
+    receiver.feed(frame(FIN)[1:])
+    assert receiver.unfinished is None
 
 
 # ---- permessage-deflate
