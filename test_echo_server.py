@@ -1663,22 +1663,20 @@ def test_what_websockets_sends_is_read(deflate: Deflate | None) -> None:
 
 HEADS = echo_heads(b"ECHO:", LIMIT)
 
+OTHER_FRAMES = {
+    "nothing": b"",
+    "the start of a text": text("ab")[:-1],
+    "text that is not ASCII": text("é"),
+    "a text of 126 bytes": text("a" * 126),
+    "binary": frame(FIN | BINARY, b"a"),
+    "a fragment": frame(TEXT, b"a"),
+    "compressed text": frame(PACKED, HELLO),
+    "a ping": frame(FIN | PING),
+    "unmasked text": b"\x81\x01a" + KEY,
+}
 
-@pytest.mark.parametrize(
-    "rest",
-    [
-        b"",
-        text("ab")[:-1],
-        text("é"),
-        text("a" * 126),
-        frame(FIN | BINARY, b"a"),
-        frame(TEXT, b"a"),
-        frame(PACKED, HELLO),
-        frame(FIN | PING),
-        b"\x81\x01a" + KEY,
-    ],
-    ids=repr,
-)
+
+@pytest.mark.parametrize("rest", OTHER_FRAMES.values(), ids=OTHER_FRAMES.keys())
 def test_echo_texts_answers_short_ascii_texts_up_to_the_first_other_frame(rest: bytes) -> None:
     words = "", "Hello!", "x" * 125
     short = b"".join(map(text, words))
