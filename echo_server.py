@@ -125,7 +125,7 @@ class EchoHandler(websocket.WebSocketHandler):
         """`prefix` goes before each message. `compression`: permessage-deflate (RFC 7692) is
         accepted if offered. `origins`: pages of these may connect in addition to our own; "*"
         means any. `stall_timeout`: for how many seconds a message, in or out, may make no progress;
-        0 means for ever. `scenarios`: the URL may ask for misbehaviour, see Scenario."""
+        0 means forever. `scenarios`: the URL may ask for misbehaviour, see Scenario."""
         self.prefix = prefix
         self.__compression = compression
         self.__origins = parse_origins(origins if isinstance(origins, str) else ",".join(origins))
@@ -2167,7 +2167,8 @@ def check_handshake(request: httputil.HTTPServerRequest) -> None:
         try:
             urlsplit(headers["Origin"])
         except ValueError:
-            raise Refusal(403, "the header Origin is not a URL") from None
+            given = printable(headers["Origin"])
+            raise Refusal(403, "the header Origin is not a URL", given) from None
 
 
 def check_subprotocols(headers: httputil.HTTPHeaders) -> None:
