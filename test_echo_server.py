@@ -86,9 +86,11 @@ from echo_server import (
     echo_texts,
     frame_header,
     inherited_socket,
+    listening_sockets,
     main,
     metrics,
     parse_args,
+    tls_context,
 )
 
 # -------------------------------------------------------------------------------------------- Tools
@@ -6504,7 +6506,10 @@ OTHER_KINDS: dict[str, tuple[Callable[[socket.socket], int], str]] = {
 
 
 # A process that cannot serve ends, and so do its sockets.
-@pytest.mark.filterwarnings("ignore:unclosed <socket")
+ends_with_the_process = pytest.mark.filterwarnings("ignore:unclosed <socket")
+
+
+@ends_with_the_process
 @pytest.mark.parametrize(("make", "words"), OTHER_KINDS.values(), ids=OTHER_KINDS)
 def test_an_inherited_descriptor_of_another_kind_is_named(
     listener: socket.socket, make: Callable[[socket.socket], int], words: str
@@ -6658,65 +6663,41 @@ def test_a_peer_whose_packets_vanish_is_given_up() -> None:
 # ------------------------------------------------------------------------------------------- Client
 
 
-def client(url: str, *arguments: str, stdin: str = "") -> tuple[int, list[str], str]:
-    """Exit code, lines of standard output, standard error."""
-    done = run(f"--connect={url}", *arguments, stdin=stdin)
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout.splitlines(), done.stderr
+def received(*texts: str) -> list[str]:
+    """What the client prints."""
+    return ["[CLIENT] open()", *(f"[CLIENT] Received: ECHO:{text}" for text in texts)]
 
 
-def test_the_client_prints_what_the_original_sample_printed(server: Process) -> None:
-    printed = ["[CLIENT] open()", "[CLIENT] Received: ECHO:Hello!"]
-    assert client(server.url + "test", "--send=Hello!") == (0, printed, "")
-
-
-@pytest.mark.parametrize(
-    "texts", [["a"], ["a", "b", "a"], [""], ["Zoë \U0001f600"], ["\x1b[2J"], ["x" * 100_000]]
-)
-def test_the_client_sends_each_text_and_prints_each_answer(
-    server: Process, texts: list[str]
+def test_the_client_sends_each_text_and_prints_what_the_original_sample_printed(
+    server: Process,
 ) -> None:
-    code, lines, _ = client(server.url, *(f"--send={text}" for text in texts))
-    assert (code, lines[1:]) == (0, [f"[CLIENT] Received: ECHO:{text}" for text in texts])
+    """The scheme may be in capitals."""
+    texts = ["Hello!", "a", "b", "", "a", "Zoë \U0001f600", "\x1b[2J", "x" * 100_000]
+    url = server.url.replace("ws", "Ws", 1)
+    done = run(f"--connect={url}test", *(f"--send={text}" for text in texts))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == received(*texts)
+    server.line(rf"close\(\) 1000 from .* {len(texts)} messages")
 
 
-@pytest.mark.parametrize(
-    "texts", [[], ["a"], ["a", "", "b"], [str(number) for number in range(1000)]]
-)
+@pytest.mark.parametrize("texts", [[], [*map(str, range(1000)), "", "no end of the line"]])
 def test_without_texts_the_client_sends_the_lines_of_its_input(
     server: Process, texts: list[str]
 ) -> None:
-    code, lines, _ = client(server.url, stdin="".join(f"{text}\n" for text in texts))
-    assert (code, lines[1:]) == (0, [f"[CLIENT] Received: ECHO:{text}" for text in texts])
-
-
-def test_the_last_line_of_input_needs_no_end(server: Process) -> None:
-    assert client(server.url, stdin="a\nb")[1][1:] == [
-        "[CLIENT] Received: ECHO:a",
-        "[CLIENT] Received: ECHO:b",
-    ]
+    done = run(f"--connect={server.url}", stdin="\n".join(texts))
+    assert (done.returncode, done.stdout.splitlines()) == (0, received(*texts))
 
 
 def test_the_client_answers_line_by_line_as_they_are_typed(server: Process) -> None:
-    with start(
-        sys.executable,
-        str(MODULE),
-        f"--connect={server.url}",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as popen:
+    command = [sys.executable, str(MODULE), f"--connect={server.url}"]
+    with start(*command, stdin=PIPE, stdout=PIPE) as popen:
         assert popen.stdin and popen.stdout
         assert popen.stdout.readline() == "[CLIENT] open()\n"
-        for text in ("one", "two"):
-            print(text, file=popen.stdin, flush=True)
-            assert popen.stdout.readline() == f"[CLIENT] Received: ECHO:{text}\n"
+        for typed in ("one", "two"):
+            print(typed, file=popen.stdin, flush=True)
+            assert popen.stdout.readline() == f"[CLIENT] Received: ECHO:{typed}\n"
         popen.stdin.close()
         assert popen.wait(PATIENCE) == 0
-
-
-@pytest.mark.parametrize("scheme", ["WS", "Ws"])
-def test_the_scheme_may_be_in_capitals(server: Process, scheme: str) -> None:
-    assert client(server.url.replace("ws", scheme, 1), "--send=a")[0] == 0
 
 
 def test_at_a_terminal_control_characters_of_a_server_are_escaped(server: Process) -> None:
@@ -6725,95 +6706,73 @@ def test_at_a_terminal_control_characters_of_a_server_are_escaped(server: Proces
     with start(*command, stdout=far_end) as popen, open(terminal, "rb", buffering=0) as file:
         os.close(far_end)
         assert popen.wait(PATIENCE) == 0
-        printed = file.read(4096).decode().splitlines()
-    assert printed == ["[CLIENT] open()", r"[CLIENT] Received: ECHO:é\x1b[2J\x9bm\u202e"]
-
-
-def test_the_client_leaves_with_1000(serve: Serve) -> None:
-    process = serve()
-    assert client(process.url, "--send=a")[0] == 0
-    assert process.line(r"close\(\) (\d+) from")[1] == "1000"
-
-
-def assert_client_fails(url: str, *arguments: str, word: str = "") -> None:
-    """It ends with 1, after one line."""
-    code, _, said = client(url, *arguments)
-    assert (code, said.count("\n")) == (1, 1)
-    assert said.startswith(f"[CLIENT] error:{url}: ") and word in said
-
-
-def test_the_client_ends_with_1_when_the_handshake_is_refused(serve: Serve) -> None:
-    process = serve("--max-connections=1")
-    with process.connect():
-        assert_client_fails(process.url, "--send=a", word=": HTTP 503: the server is full\n")
+        assert file.read(4096).decode().splitlines() == received(r"é\x1b[2J\x9bm\u202e")
 
 
 @pytest.mark.parametrize(
-    ("kind", "body", "word"),
+    ("kind", "body", "reason"),
     [
-        ("text/plain; charset=utf-8", "400: a\x1b[2J\n\nb", ": HTTP 400: a\\x1b[2J\n"),
-        ("text/plain", "", ": HTTP 400: Bad Request\n"),
-        ("text/html", "<html>\n<body>", ": HTTP 400: Bad Request\n"),
+        ("text/plain; charset=utf-8", "400: a\x1b[2J\n\nb", "a\\x1b[2J"),
+        ("text/plain", "", "Bad Request"),
+        ("text/html", "<html>\n<body>", "Bad Request"),
     ],
 )
-def test_the_client_says_why_a_server_refuses_it(kind: str, body: str, word: str) -> None:
+def test_the_client_says_why_a_server_refuses_it(
+    listener: socket.socket,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    body: str,
+    reason: str,
+) -> None:
     def refuse() -> None:
         with listener.accept()[0] as sock:
             assert sock.recv(4096)
+            head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: {kind}\r\n"
             sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
 
-    head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: {kind}\r\n"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(PATIENCE)
-        thread = threading.Thread(target=refuse)
-        thread.start()
-        assert_client_fails(f"ws://127.0.0.1:{listener.getsockname()[1]}/", word=word)
-        thread.join(PATIENCE)
-
-
-def test_the_client_ends_with_1_when_nobody_answers_the_handshake() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        began = time.monotonic()
-        assert_client_fails(
-            f"ws://127.0.0.1:{listener.getsockname()[1]}/", "--send=a", "--timeout=0.2"
-        )
-        assert time.monotonic() - began < 3
-
-
-def test_the_client_ends_with_1_when_fewer_answers_come_than_were_sent(serve: Serve) -> None:
-    assert_client_fails(
-        serve("--max-message-size=125").url, "--send=a", f"--send={'x' * 126}", word="1009"
-    )
-
-
-def test_the_client_ends_with_1_when_an_answer_does_not_come_in_time(serve: Serve) -> None:
-    process = serve()
-    with process.connect():
-        process.signal(signal.SIGSTOP)
-        assert_client_fails(process.url, "--send=a", "--timeout=0.2")
-        process.signal(signal.SIGCONT)
-
-
-@pytest.mark.parametrize(("arguments", "stdin"), [(["--send=\udcff"], ""), ([], "\udcff\n")])
-def test_the_client_ends_with_1_at_once_when_it_is_given_what_is_not_utf_8(
-    server: Process, arguments: list[str], stdin: str
-) -> None:
-    command = [sys.executable, str(MODULE), f"--connect={server.url}", *arguments]
-    done = ended(*command, input=stdin, errors="surrogateescape")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    url = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
+    thread = threading.Thread(target=refuse)
+    thread.start()
+    assert main([f"--connect={url}"]) == 1
+    assert capsys.readouterr() == ("", f"[CLIENT] error:{url}: HTTP 400: {reason}\n")
+    thread.join(PATIENCE)
 
 
 def test_the_client_checks_the_certificate_against_cafile(
-    serve: Serve, authority: trustme.CA, certificate: Path, tmp_path: Path
+    tls: Process, authority: trustme.CA, tmp_path: Path
 ) -> None:
-    process, cafile = serve(f"--certfile={certificate}"), tmp_path / "ca.pem"
+    cafile = tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(str(cafile))
-    assert client(process.url, f"--cafile={cafile}", "--send=a")[0] == 0
-    assert client(process.url, "--insecure", "--send=a")[0] == 0
-    assert_client_fails(process.url, "--send=a", word="CERTIFICATE")
-    assert_client_fails(
-        process.url.replace("localhost", "127.0.0.1"), f"--cafile={cafile}", "--send=a"
-    )
+    for url, option, code in (
+        (tls.url, f"--cafile={cafile}", 0),
+        (tls.url, "--insecure", 0),
+        (tls.url, "--timeout=5", 1),
+        (tls.url.replace("localhost", "127.0.0.1"), f"--cafile={cafile}", 1),
+    ):
+        done = run(f"--connect={url}", option, "--send=a")
+        said = rf"\[CLIENT\] error:{url}: .*CERTIFICATE.*\n" if code else ""
+        assert done.returncode == code and re.fullmatch(said, done.stderr)
+
+
+# What the URL and the command line add, the input, and what the client says.
+FAILURES = {
+    "refused": ("?delay=x", "", "", "HTTP 400: the query has a bad value: delay=x is not a number"),
+    "too late": ("?delay=60", "--send=a --timeout=0.2", "", "no reply within 0.2 s"),
+    "too large": ("", "", f"a\n{'x' * (1 << 21)}", "closed with 1009, replies missing: 1"),
+    "an option that is not UTF-8": ("", "--send=\udcff", "", "'utf-8' codec can't encode"),
+    "input that is not UTF-8": ("", "", "\udcff\n", "'utf-8' codec can't encode"),
+}
+
+
+@pytest.mark.parametrize(("query", "arguments", "stdin", "said"), FAILURES.values(), ids=FAILURES)
+def test_the_client_ends_with_1_and_one_line_when_a_reply_is_missing(
+    server: Process, query: str, arguments: str, stdin: str, said: str
+) -> None:
+    url = server.url + query
+    command = [sys.executable, str(MODULE), f"--connect={url}", *arguments.split()]
+    done = ended(*command, input=stdin, errors="surrogateescape")
+    assert done.returncode == 1
+    assert re.fullmatch(rf"{re.escape(f'[CLIENT] error:{url}: {said}')}.*\n", done.stderr)
 
 
 # ------------------------------------------------------------------------------------- Command line
@@ -7044,7 +7003,8 @@ def test_a_reply_to_somebody_who_has_left_is_one_line(serve: Serve) -> None:
 
 # ---- Exit codes
 
-EXITS = [  # the code, the command line, and what the last line of standard error names
+# What a command line that serves nothing ends with, and what its last line of standard error has.
+EXITS = [
     (2, "--port", "--port"),
     (2, "--nonsense", "--nonsense"),
     (2, "4000", "4000"),
@@ -7056,47 +7016,70 @@ EXITS = [  # the code, the command line, and what the last line of standard erro
     (1, "--config=FOLDER/missing.toml", "FOLDER/missing.toml"),
     (1, "--config=FOLDER/.", "FOLDER/."),
     (1, "--config=FOLDER/wrong.toml/x", "FOLDER/wrong.toml/x"),
-    (1, "--port=0 --address=192.0.2.1", "192.0.2.1"),
-    (1, "--port=0 --address=2001:db8::1", "2001:db8::1"),
-    (1, "--port=0 --address=...", "..."),
-    (1, "--unix-socket=/nowhere/s", "/nowhere/s"),
-    (1, "--unix-socket=/" + "x" * 200, "/" + "x" * 200),
-    (1, "--unix-socket=" + os.devnull, os.devnull),
-    (1, "--port=0 --certfile=FOLDER/missing", "FOLDER/missing"),
-    (1, "--port=0 --certfile=FOLDER/junk", "FOLDER/junk"),
-    (1, "--port=0 --certfile=FOLDER/empty", "FOLDER/empty"),
-    (1, "--port=0 --certfile=FOLDER/folder", "FOLDER/folder"),
-    (1, "--port=0 --certfile=FOLDER/cert", "FOLDER/cert"),
+    (1, "--connect=ws://127.0.0.1:1/", "error:ws://127.0.0.1:1/: Connection refused"),
+    (1, "--connect=ws://", "[CLIENT] error:ws://: "),
+    (1, "--connect=ws://localhost:99999/", "[CLIENT] error:ws://localhost:99999/: "),
+    (1, "--connect=ws://[::1", "[CLIENT] error:ws://[::1: "),
+    (1, "--connect=ws://.../", "[CLIENT] error:ws://.../: "),
+    (1, "--connect=wss://localhost:1/ --cafile=/nowhere/ca.pem", ": cannot read /nowhere/ca.pem: "),
+    (1, "--connect=SILENT --timeout=0.2", "[CLIENT] error:SILENT: "),
+]
+
+
+@pytest.mark.parametrize(("code", "arguments", "said"), EXITS)
+def test_the_last_line_names_what_is_wrong_and_the_exit_code_tells_its_kind(
+    files: Path,
+    listener: socket.socket,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    arguments: str,
+    said: str,
+) -> None:
+    silent = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
+    arguments, said = (
+        text.replace("FOLDER", str(files)).replace("SILENT", silent) for text in (arguments, said)
+    )
+    try:
+        ends_with: object = main(arguments.split())
+    except SystemExit as end:
+        ends_with = end.code
+    *usage, last = capsys.readouterr().err.splitlines()
+    assert ends_with == code and said in last
+    assert usage in ([], ["usage: echo_server.py [options]"][: code - 1])
+
+
+# What keeps it from serving.
+OBSTACLES = [
+    ("--certfile=FOLDER/missing", "FOLDER/missing"),
+    ("--certfile=FOLDER/junk", "FOLDER/junk"),
+    ("--certfile=FOLDER/empty", "FOLDER/empty"),
+    ("--certfile=FOLDER/folder", "FOLDER/folder"),
+    ("--certfile=FOLDER/cert", "FOLDER/cert"),
     *(
-        (1, f"--port=0 --certfile=FOLDER/cert --keyfile=FOLDER/{name}", f"FOLDER/{name}")
+        (f"--certfile=FOLDER/cert --keyfile=FOLDER/{name}", f"FOLDER/{name}")
         for name in ("missing", "junk", "other-key")
     ),
     *(
         (
-            1,
-            f"--port=0 --certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/{name}",
+            f"--certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/{name}",
             f"FOLDER/{name}",
         )
         for name in ("missing", "junk", "empty")
     ),
-    (1, "--connect=ws://127.0.0.1:1/ --send=a", "ws://127.0.0.1:1/: Connection refused"),
-    *(
-        (1, f"--connect={url} --send=a --timeout=3", f"[CLIENT] error:{url}: ")
-        for url in ("ws://", "ws://localhost:99999/", "ws://[::1", "ws://.../")
-    ),
-    (1, "--connect=wss://localhost:1/ --send=a --cafile=/nowhere/ca.pem", "/nowhere/ca.pem"),
+    ("--address=192.0.2.1", "192.0.2.1"),
+    ("--address=2001:db8::1", "2001:db8::1"),
+    ("--address=...", "..."),
+    ("--unix-socket=/nowhere/s", "/nowhere/s"),
+    ("--unix-socket=/" + "x" * 200, "/" + "x" * 200),
 ]
 
 
-@pytest.mark.parametrize(("code", "arguments", "named"), EXITS)
-def test_the_last_line_names_what_is_wrong_and_the_exit_code_tells_its_kind(
-    files: Path, code: int, arguments: str, named: str
-) -> None:
-    done = run(*arguments.replace("FOLDER", str(files)).split())
-    usage, last = done.stderr.splitlines()[:-1], done.stderr.splitlines()[-1]
-    assert (done.returncode, done.stdout) == (code, "")
-    assert usage in ([], ["usage: echo_server.py [options]"][: code - 1])
-    assert named.replace("FOLDER", str(files)) in last
+@ends_with_the_process
+@pytest.mark.parametrize(("arguments", "named"), OBSTACLES)
+def test_what_keeps_it_from_serving_is_named(files: Path, arguments: str, named: str) -> None:
+    options = parse_args(arguments.replace("FOLDER", str(files)).split())
+    with pytest.raises(CannotServe, match=re.escape(named.replace("FOLDER", str(files)))):
+        assert tls_context(options) or listening_sockets(options)
 
 
 def test_it_runs_from_any_folder_and_by_any_name(tmp_path: Path) -> None:
