@@ -6475,52 +6475,36 @@ def test_sockets_that_systemd_has_opened_for_this_process_and_no_other_are_serve
         assert echoed(client) == "ECHO:Hello!"
 
 
-# The numbers of descriptors, and what is said of them.
-OTHER_KINDS: dict[str, tuple[Callable[[socket.socket], int], str]] = {
-    "nothing": (lambda _: 1 << 20, ": Bad file descriptor"),
-    "a file": (lambda _: os.open(MODULE, os.O_RDONLY), ": Socket operation on non-socket"),
-    "UDP": (
-        lambda _: socket.socket(type=socket.SOCK_DGRAM).detach(),
-        " is not a TCP or Unix socket: AF_INET, SOCK_DGRAM",
-    ),
-    "Unix packets": (
-        lambda _: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).detach(),
-        " is not a TCP or Unix socket: AF_UNIX, SOCK_SEQPACKET",
-    ),
-    "vsock": (
-        lambda _: socket.socket(socket.AF_VSOCK).detach(),
-        " is not a TCP or Unix socket: AF_VSOCK, SOCK_STREAM",
-    ),
-    "what Python has no name for": (
-        lambda _: socket.socket(socket.AF_INET, 10).detach(),
-        " is not a TCP or Unix socket: AF_PACKET, 10",
-    ),
-    "connected": (
-        lambda listener: socket.create_connection(listener.getsockname()).detach(),
-        " does not listen (Accept=yes?): AF_INET, SOCK_STREAM",
-    ),
-    "not listening": (
-        lambda _: socket.socket().detach(),
-        " does not listen (Accept=yes?): AF_INET, SOCK_STREAM",
-    ),
-}
-
-
 # A process that cannot serve ends, and so do its sockets.
 ends_with_the_process = pytest.mark.filterwarnings("ignore:unclosed <socket")
 
 
 @ends_with_the_process
-@pytest.mark.parametrize(("make", "words"), OTHER_KINDS.values(), ids=OTHER_KINDS)
-def test_an_inherited_descriptor_of_another_kind_is_named(
-    listener: socket.socket, make: Callable[[socket.socket], int], words: str
-) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind", "words"),
+    [
+        ("AF_INET", socket.SOCK_DGRAM, "is not a TCP or Unix socket: AF_INET, SOCK_DGRAM"),
+        ("AF_UNIX", socket.SOCK_SEQPACKET, "is not a TCP or Unix socket: AF_UNIX, SOCK_SEQPACKET"),
+        ("AF_VSOCK", socket.SOCK_STREAM, "is not a TCP or Unix socket: AF_VSOCK, SOCK_STREAM"),
+        # Python has no name for this one.
+        ("AF_INET", 10, "is not a TCP or Unix socket: AF_PACKET, 10"),
+        ("AF_INET", socket.SOCK_STREAM, "does not listen (Accept=yes?): AF_INET, SOCK_STREAM"),
+    ],
+)
+def test_an_inherited_socket_of_another_kind_is_named(family: str, kind: int, words: str) -> None:
     try:
-        number = make(listener)
+        number = socket.socket(getattr(socket, family), kind).detach()
     except (AttributeError, OSError) as error:
         pytest.skip(f"there is none here: {error}")
-    with pytest.raises(CannotServe, match=f"^inherited descriptor {number}{re.escape(words)}$"):
+    with pytest.raises(CannotServe, match=f"^inherited descriptor {number} {re.escape(words)}$"):
         inherited_socket(number)
+
+
+def test_an_inherited_descriptor_that_is_no_socket_is_named() -> None:
+    with MODULE.open() as file, pytest.raises(CannotServe, match=r"\d: Socket operation on non-so"):
+        inherited_socket(file.fileno())
+    with pytest.raises(CannotServe, match=r"^inherited descriptor \d+: Bad file"):
+        inherited_socket(1 << 20)
 
 
 def test_what_keeps_it_from_serving_is_one_line_and_exit_code_1(serve: Serve) -> None:
@@ -6560,20 +6544,12 @@ with_namespaces = pytest.mark.skipif(not can_unshare(), reason="needs namespaces
 # Scripts that start the server.
 SURROUNDINGS = {
     "no environment": 'exec env -i "$@"',
-    "no home, locale or time zone of that name": (
-        'exec env HOME=/nowhere LC_ALL=xx_YY.nothing TZ=Nowhere/Nothing "$@"'
-    ),
-    "ASCII": (
-        'exec env LC_ALL=POSIX PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 PYTHONIOENCODING=ascii "$@"'
-    ),
-    "no room for files, and a folder that is gone": (
-        'd=$(mktemp -d) && cd "$d" && rmdir "$d" && ulimit -f 0 && exec "$@"'
-    ),
+    "no such home, locale and time zone": 'exec env HOME=/no LC_ALL=xx_YY.no TZ=No/No "$@"',
+    "ASCII": 'exec env LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 PYTHONIOENCODING=ascii "$@"',
+    "no folder and no room": 'd=$(mktemp -d) && cd "$d" && rmdir "$d" && ulimit -f 0 && exec "$@"',
     "no input or output": 'exec "$@" <&- >&-',
     "optimised": 'exec env PYTHONOPTIMIZE=2 PYTHONDONTWRITEBYTECODE=1 "$@"',
-    "everything read-only, no shared memory": (
-        f'exec unshare -Urm sh -c \'{READ_ONLY} && exec "$@"\' sh "$@"'
-    ),
+    "all files read-only": f'exec unshare -Urm sh -c \'{READ_ONLY} && exec "$@"\' sh "$@"',
 }
 
 
@@ -7036,37 +7012,33 @@ def test_the_last_line_names_what_is_wrong_and_the_exit_code_tells_its_kind(
     assert usage in ([], ["usage: echo_server.py [options]"][: code - 1])
 
 
-# What keeps it from serving.
+# What keeps it from serving, which is the last value.
 OBSTACLES = [
-    ("--certfile=FOLDER/missing", "FOLDER/missing"),
-    ("--certfile=FOLDER/junk", "FOLDER/junk"),
-    ("--certfile=FOLDER/empty", "FOLDER/empty"),
-    ("--certfile=FOLDER/folder", "FOLDER/folder"),
-    ("--certfile=FOLDER/cert", "FOLDER/cert"),
-    *(
-        (f"--certfile=FOLDER/cert --keyfile=FOLDER/{name}", f"FOLDER/{name}")
-        for name in ("missing", "junk", "other-key")
-    ),
-    *(
-        (
-            f"--certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/{name}",
-            f"FOLDER/{name}",
-        )
-        for name in ("missing", "junk", "empty")
-    ),
-    ("--address=192.0.2.1", "192.0.2.1"),
-    ("--address=2001:db8::1", "2001:db8::1"),
-    ("--address=...", "..."),
-    ("--unix-socket=/nowhere/s", "/nowhere/s"),
-    ("--unix-socket=/" + "x" * 200, "/" + "x" * 200),
+    "--certfile=FOLDER/missing",
+    "--certfile=FOLDER/junk",
+    "--certfile=FOLDER/empty",
+    "--certfile=FOLDER/folder",
+    "--certfile=FOLDER/cert",
+    "--certfile=FOLDER/cert --keyfile=FOLDER/missing",
+    "--certfile=FOLDER/cert --keyfile=FOLDER/junk",
+    "--certfile=FOLDER/cert --keyfile=FOLDER/other-key",
+    "--certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/missing",
+    "--certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/junk",
+    "--certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/empty",
+    "--address=192.0.2.1",
+    "--address=2001:db8::1",
+    "--address=...",
+    "--unix-socket=/nowhere/s",
+    "--unix-socket=/" + "x" * 200,
 ]
 
 
 @ends_with_the_process
-@pytest.mark.parametrize(("arguments", "named"), OBSTACLES)
-def test_what_keeps_it_from_serving_is_named(files: Path, arguments: str, named: str) -> None:
-    options = parse_args(arguments.replace("FOLDER", str(files)).split())
-    with pytest.raises(CannotServe, match=re.escape(named.replace("FOLDER", str(files)))):
+@pytest.mark.parametrize("arguments", OBSTACLES)
+def test_what_keeps_it_from_serving_is_named(files: Path, arguments: str) -> None:
+    arguments = arguments.replace("FOLDER", str(files))
+    options = parse_args(arguments.split())
+    with pytest.raises(CannotServe, match=re.escape(arguments.rpartition("=")[2])):
         assert tls_context(options) or listening_sockets(options)
 
 
@@ -7089,9 +7061,8 @@ def test_the_bare_file_says_what_it_needs() -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/test", "/ws/chat?token=x", "/a%20b", "/favicon.ico"])
-@pytest.mark.parametrize("accept", ["text/html", "application/xhtml+xml,text/html;q=0.9,*/*;q=0.8"])
-def test_a_browser_gets_the_page_at_any_path(server: Process, path: str, accept: str) -> None:
-    status, headers, page = get(server, path, Accept=accept)
+def test_a_browser_gets_the_page_at_any_path(server: Process, path: str) -> None:
+    status, headers, page = get(server, path, Accept="application/xhtml+xml,text/html;q=0.9,*/*")
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
 
@@ -7100,22 +7071,20 @@ def test_the_policy_of_the_page_allows_its_own_script_and_style_and_nothing_else
     server: Process,
 ) -> None:
     _, headers, page = get(server, Accept="text/html")
-    policy = dict(
-        part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";")
-    )
-    for tag in ("script", "style"):
-        texts = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", page, re.DOTALL)
-        hashes = [
-            base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts
-        ]
-        assert policy[f"{tag}-src"].split() == [f"'sha256-{digest}'" for digest in hashes]
-    assert {
-        policy[name] for name in ("default-src", "base-uri", "form-action", "frame-ancestors")
-    } == {"'none'"}
-    assert policy["connect-src"] == "'self' ws://localhost wss://localhost"
+    own = re.findall(r"<(script|style)[^>]*>(.*?)</\1>", page, re.DOTALL)
+    digests = {tag: hashlib.sha256(code.encode()).digest() for tag, code in own}
+    assert set(headers["Content-Security-Policy"].split("; ")) == {
+        "default-src 'none'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "connect-src 'self' ws://localhost wss://localhost",
+        *(f"{tag}-src 'sha256-{base64.b64encode(digests[tag]).decode()}'" for tag in digests),
+    }
     # What makes the clocks of a page exact.
     isolated = [headers[f"Cross-Origin-{name}-Policy"] for name in ("Opener", "Embedder")]
-    assert isolated == ["same-origin", "require-corp"]
+    assert len(own) == 2 and isolated == ["same-origin", "require-corp"]
 
 
 @pytest.mark.parametrize("host", ["*", "x'"])
@@ -7127,9 +7096,7 @@ def test_no_host_widens_the_policy_of_the_page(server: Process, host: str) -> No
 def test_the_page_needs_nothing_from_elsewhere(server: Process) -> None:
     page = get(server, Accept="text/html")[2]
     assert not re.search(r"//\w+\.|@import|url\(|\bsrc=|\bon\w+=\"|\bstyle=\"", page)
-    assert {link for link in re.findall(r'href="([^"]*)"', page) if not link.startswith("#")} <= {
-        "data:,"
-    }
+    assert not re.search(r'href="(?!#|data:,")', page)
 
 
 SEEN = {
@@ -7322,14 +7289,6 @@ def test_the_page_talks_to_the_server_in_a_real_browser(server: Process, browser
     browser.shows("stats", "count 101")
     browser.click("#disconnect")
     browser.shows("detail", "1000: normal closure")
-    assert browser.run("faults") == []
-
-
-def test_the_page_sends_bytes_and_connects_again(server: Process, browser: Browser) -> None:
-    browser.open(page_of(server))
-    browser.shows("state", "Connected")
-    browser.click("#disconnect")
-    browser.shows("state", "Closed")
     browser.click("#connect")
     browser.shows("state", "Connected")
     browser.type("#kind", "hex")
