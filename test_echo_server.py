@@ -6309,17 +6309,21 @@ async def pipelining(
         yield clients
 
 
-@pytest.mark.gen_test(timeout=3 * PATIENCE)
 @pytest.mark.parametrize(
     ("secure", "number"), [(False, signal.SIGTERM), (True, signal.SIGINT)], ids=["tcp", "tls"]
 )
-async def test_a_signal_to_stop_closes_everybody_with_1001_and_ends_with_0(
+def test_a_signal_to_stop_closes_everybody_with_1001_and_ends_with_0(
     serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool, number: int
 ) -> None:
     """The replies come first."""
     server = serve(*([f"--certfile={certificate}"] * secure))
-    async with pipelining(60, server, trust if secure else None) as clients:
-        server.signal(number)
+
+    async def stop() -> list[Pipeliner]:
+        async with pipelining(60, server, trust if secure else None) as clients:
+            server.signal(number)
+        return clients
+
+    clients = asyncio.run(stop())
     assert server.exit_code() == 0
     assert {client.code for client in clients} == {1001}
     # One line of the log for each, but only for 50 of them in a second.
@@ -6328,23 +6332,26 @@ async def test_a_signal_to_stop_closes_everybody_with_1001_and_ends_with_0(
     assert len(logged) >= 50 and logged <= {(client.port, client.replies) for client in clients}
 
 
-@pytest.mark.gen_test(timeout=3 * PATIENCE)
-async def test_sighup_under_load_loses_nothing(
+def test_sighup_under_load_loses_nothing(
     serve: Serve, certificate: Path, trust: ssl.SSLContext
 ) -> None:
     server = serve(f"--certfile={certificate}")
 
-    async def reload(number: int) -> None:
+    async def reload(number: int, clients: list[Pipeliner]) -> None:
         server.signal(signal.SIGHUP)
         await eventually(lambda: len(server.matching("reloaded")) == number)
         seen = [client.replies for client in clients]
         await eventually(lambda: all(map(lambda c, n: c.replies > n, clients, seen)))
 
-    async with pipelining(10, server, trust) as clients:
-        for number in range(1, 6):
-            await reload(number)
-        server.signal(signal.SIGTERM)
-    assert {client.code for client in clients} == {1001} and server.exit_code() == 0
+    async def reload_and_stop() -> list[Pipeliner]:
+        async with pipelining(10, server, trust) as clients:
+            for number in range(1, 6):
+                await reload(number, clients)
+            server.signal(signal.SIGTERM)
+        return clients
+
+    assert {client.code for client in asyncio.run(reload_and_stop())} == {1001}
+    assert server.exit_code() == 0
 
 
 HAPROXY = """
