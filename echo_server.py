@@ -3244,7 +3244,7 @@ def listening_sockets(options: Options) -> list[socket.socket]:
         return [netutil.bind_unix_socket(path, mode=0o660, backlog=BACKLOG)]
     except (OSError, ValueError) as error:
         where = path or f"{address or 'all addresses'}, port {options.port}"
-        text = getattr(error, "strerror", None) or error
+        text = getattr(error, "strerror", None) or str(error)
         raise CannotServe(f"cannot listen on {where}: {text}") from None
 
 
