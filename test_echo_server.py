@@ -1789,8 +1789,8 @@ def test_any_bytes_have_the_same_events_and_fault_however_they_are_split(
 
 DEFLATE = {"Sec-WebSocket-Extensions": "permessage-deflate"}
 
-# Where a test says nothing, it runs over everything that may be between peer and handler. What
-# depends on none of it runs over TCP alone.
+# A test without a mark runs over everything that may be between peer and handler; what does not
+# depend on it runs over TCP alone.
 EVERYTHING = [*NOT_TLS, "tls"]
 over_tcp = pytest.mark.parametrize("transport", ["tcp"])
 over_tcp_and_tls = pytest.mark.parametrize("transport", ["tcp", "tls"])
@@ -1880,7 +1880,7 @@ class TestFaults:
     async def test_a_fault_is_answered_by_its_code_and_the_end(
         self, host: Host, transport: str, code: int
     ) -> None:
-        """All of them over TCP, one over TLS; what is a fault is proven of Receiver."""
+        """All of them over TCP, one of each code over TLS: what is a fault, Receiver decides."""
         host.app.settings["websocket_max_message_size"] = LIMIT
 
         async def code_of(data: bytes) -> int | None:
@@ -1965,7 +1965,7 @@ class WritesAndWaits(Recorder):
 
 
 class Listening(Recorder):
-    """Says goodbye, and takes down what the peer says before it does the same."""
+    """Sends a Close at once, and writes down what comes until the peer does the same."""
 
     def on_message(self, message: str | bytes) -> None:
         self.calls.append(("message", message))
@@ -2442,7 +2442,7 @@ class TestLeaving:
         peer.send(leave.sent)
         for _ in range(leave.reads):
             await peer.frame()
-        # Perhaps the server's turn.
+        # The server may have its turn now, or see all at once.
         await asyncio.sleep(0)
         leave.end(peer)
         await eventually(lambda: calls.closes and not Connections.current().open)
@@ -2475,7 +2475,7 @@ class TestLeaving:
         await eventually(lambda: calls.closes)
         assert len(calls.closes) == 1 and not Connections.current().open
 
-    async def test_a_coroutine_that_writes_to_a_lost_peer_gets_an_exception_worth_one_line(
+    async def test_a_coroutine_that_writes_to_a_lost_peer_gets_an_exception_logged_in_one_line(
         self, host: Host, caplog: pytest.LogCaptureFixture
     ) -> None:
         peer, calls = await host.record(Waiting, shut=True)
@@ -2847,7 +2847,7 @@ class TestAsTornado:
         ],
         ids=["_abort", "on_connection_close", "stream"],
     )
-    async def test_a_host_can_be_rid_of_a_connection_at_once(
+    async def test_a_host_can_get_rid_of_a_connection_at_once(
         self, host: Host, end: Callable[[Any], None]
     ) -> None:
         peer, calls = await host.record(Recorder)
@@ -2856,7 +2856,7 @@ class TestAsTornado:
         assert await peer.rest() == b""
 
     @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-    async def test_a_get_of_the_hosts_own_goes_on_when_the_connection_has_ended(
+    async def test_the_get_of_a_host_goes_on_when_the_connection_has_ended(
         self, host: Host, end: Callable[[Peer], None]
     ) -> None:
         peer, calls = await host.record(WithDatabase)
@@ -2872,7 +2872,7 @@ class TestAsTornado:
             ("database", "closed"),
         ]
 
-    async def test_a_get_of_the_hosts_own_goes_on_when_the_handshake_is_refused(
+    async def test_the_get_of_a_host_goes_on_when_the_handshake_is_refused(
         self, host: Host
     ) -> None:
         calls = Calls()
@@ -2934,8 +2934,18 @@ class TestAsTornadoInEitherLoop:
 
 @pytest.mark.parametrize("transport", NOT_TLS)
 @pytest.mark.gen_test
-async def test_each_connection_has_the_context_of_its_handler(host: Host, hurried: None) -> None:
-    """Also in turns that others have put off, and where the sweep finds that nobody answers."""
+async def test_each_connection_has_the_context_of_its_handler(
+    host: Host, hurried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in turns that others have put off, and where the sweep finds that nobody answers, whose
+    lines in the log belong to nobody."""
+    logged: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        logged.append(user.get())
+        return True
+
+    monkeypatch.setattr(logging.getLogger("echo_server"), "filters", [note])
     host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.3)
     calls = [Calls() for _ in range(5)]
     peers = [
@@ -2953,10 +2963,11 @@ async def test_each_connection_has_the_context_of_its_handler(host: Host, hurrie
         assert methods[0] == "open" and methods[-1] == "close"
         assert methods.count("later") == (7 if n == 0 else 6)
         assert ("log_exception" in methods) == (n == 0)
+    assert set(logged) == {"nobody"}
 
 
 @pytest.mark.gen_test
-async def test_the_certificate_of_a_client_can_be_had(authority: trustme.CA) -> None:
+async def test_a_handler_can_see_the_certificate_of_its_client(authority: trustme.CA) -> None:
     ours, theirs = (
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH),
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
@@ -2973,7 +2984,7 @@ async def test_the_certificate_of_a_client_can_be_had(authority: trustme.CA) -> 
 
 
 @pytest.mark.gen_test
-async def test_all_of_a_record_is_seen_where_a_host_reads_less(
+async def test_all_of_a_tls_record_is_read_where_a_host_reads_smaller_pieces(
     app: Application, ssl_options: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     async with listening(app, ssl_options=ssl_options, chunk_size=1024) as port:
