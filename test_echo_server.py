@@ -540,7 +540,6 @@ FAULTS = [
     for code, frames in BAD.items()
     for name, data in frames.items()
 ]
-SHORT_FAULTS = [case for case in FAULTS if len(cast(bytes, case.values[0])) <= 200]
 
 
 @pytest.fixture
@@ -627,13 +626,6 @@ class Peer:
         async with asyncio.timeout(PATIENCE):
             self.head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
         assert self.head.startswith("HTTP/1.1 101 ")
-
-    async def send_bytewise(self, data: bytes) -> None:
-        for i in range(len(data)):
-            self.send(data[i : i + 1])
-            # The server has a turn, in which it reads just this.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
 
     async def receive(self, size: int) -> bytes:
         async with asyncio.timeout(PATIENCE):
