@@ -2793,10 +2793,21 @@ del socket.AF_UNIX
 import echo_server
 socket.AF_UNIX = unix  # the event loop itself needs it here
 
+class Pinging(echo_server.EchoHandler):
+    ping_interval = 0.1
+
+    def on_pong(self, data):
+        self.write_message("pong")
+
 async def main():
-    server = Application([("/", echo_server.EchoHandler)]).listen(0, "127.0.0.1")
+    app = Application([("/", echo_server.EchoHandler), ("/ping", Pinging)])
+    server = app.listen(0, "127.0.0.1")
     (sock,) = server._sockets.values()
-    client = await websocket_connect(f"ws://127.0.0.1:{sock.getsockname()[1]}/")
+    url = f"ws://127.0.0.1:{sock.getsockname()[1]}/"
+    client = await websocket_connect(url + "ping")
+    for _ in range(3):
+        assert await client.read_message() == "pong"
+    client = await websocket_connect(url)
     for message in ("Hello!", "x" * 1_000_000, "y" * 3_000_000):
         client.write_message(message)
         assert await client.read_message() == "ECHO:" + message
