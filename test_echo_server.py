@@ -47,6 +47,7 @@ from email.message import Message
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any, BinaryIO, ClassVar, NamedTuple, cast
+from urllib.parse import urlsplit
 
 import pytest
 import trustme
@@ -5198,25 +5199,33 @@ def client_hello() -> bytes:
 # ---- Where it listens
 
 
+@contextlib.contextmanager
+def listening_at(**options: Any) -> Iterator[str]:
+    """Sockets of a server with these options, which accepts nobody, and the URL of them."""
+    sockets = echo_server.listening_sockets(Options(**options))
+    with contextlib.ExitStack() as stack:
+        for sock in sockets:
+            stack.enter_context(sock)
+        (url,) = echo_server.urls_of(sockets, tls=False)
+        yield url
+
+
 @pytest.mark.parametrize(
-    ("arguments", "pattern"),
+    ("address", "url"),
     [
-        ([], r"ws://localhost:\d+/"),
-        (["--address=127.0.0.1"], r"ws://127\.0\.0\.1:\d+/"),
-        (["--address=0.0.0.0"], r"ws://127\.0\.0\.1:\d+/"),
-        (["--address=127.0.0.2"], r"ws://127\.0\.0\.2:\d+/"),
-        (["--address=::1"], r"ws://\[::1\]:\d+/"),
-        (["--address=::"], r"ws://\[::1\]:\d+/"),
-        (["--reuse-port"], r"ws://localhost:\d+/"),
+        ("", "ws://localhost:PORT/"),
+        ("127.0.0.1", "ws://127.0.0.1:PORT/"),
+        ("0.0.0.0", "ws://127.0.0.1:PORT/"),  # noqa: S104  # only for a moment
+        ("127.0.0.2", "ws://127.0.0.2:PORT/"),
+        ("::1", "ws://[::1]:PORT/"),
+        ("::", "ws://[::1]:PORT/"),
     ],
 )
-def test_it_says_in_clickable_form_where_it_listens(
-    serve: Serve, arguments: list[str], pattern: str
-) -> None:
-    process = serve(*arguments)
-    assert re.fullmatch(r".*\[SERVER\] listening on " + pattern, process.line("listening").string)
-    with connect(process.url) as client:
-        assert echoed(client) == "ECHO:Hello!"
+def test_the_url_of_each_address_can_be_connected_to(address: str, url: str) -> None:
+    with listening_at(address=address, port=0) as found:
+        host, port = urlsplit(found).hostname, urlsplit(found).port
+        assert found == url.replace("PORT", str(port))
+        socket.create_connection((host, port), PATIENCE).close()
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
@@ -5229,22 +5238,27 @@ def test_without_an_address_it_listens_on_ipv4_and_ipv6(
         assert answer(sock, request())[0] == 101
 
 
-def test_the_peer_of_ipv6_is_logged_in_brackets(serve: Serve) -> None:
+def test_the_address_is_said_and_a_peer_of_ipv6_is_logged_in_brackets(serve: Serve) -> None:
     process = serve("--address=::1")
-    with connect(f"ws://[::1]:{process.port}/"):
-        assert process.line(r"connection\(\) from (\S+):\d+ /$")[1] == "[::1]"
+    url = process.line(r"\[SERVER\] listening on (ws://\[::1\]:\d+/)$")[1]
+    with connect(url) as client:
+        assert echoed(client) == "ECHO:Hello!"
+        process.line(r"connection\(\) from \[::1\]:\d+ /$")
 
 
-def test_two_servers_share_a_port_when_both_ask_for_it(serve: Serve) -> None:
-    port = serve("--reuse-port").port
-    with Process(f"--port={port}", "--reuse-port") as second:
-        assert second.port == port
+def test_a_port_is_shared_with_a_server_that_asks_for_it_as_well(serve: Serve) -> None:
+    with listening_at(port=0, reuse_port=True) as url:
+        port = urlsplit(url).port
+        assert serve(f"--port={port}", "--reuse-port").port == port
 
 
 def test_a_unix_socket_is_for_the_group_and_goes_with_the_server(
     serve: Serve, tmp_path: Path
 ) -> None:
+    """A stale one of before is replaced."""
     path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
     process = serve(f"--unix-socket={path}")
     assert process.line(r"listening on (\S+)")[1].endswith(str(path))
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
@@ -5255,23 +5269,6 @@ def test_a_unix_socket_is_for_the_group_and_goes_with_the_server(
     assert not path.exists()
 
 
-def test_a_stale_unix_socket_is_replaced(serve: Serve, tmp_path: Path) -> None:
-    path = str(tmp_path / "s")
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(path)
-    serve(f"--unix-socket={path}").line("listening")
-    with unix_connect(path, "ws://localhost/") as client:
-        assert echoed(client) == "ECHO:Hello!"
-
-
-def test_a_live_unix_socket_is_in_use_and_stays(serve: Serve, tmp_path: Path) -> None:
-    path = str(tmp_path / "s")
-    serve(f"--unix-socket={path}").line("listening")
-    assert_cannot_serve([f"--unix-socket={path}"], path, "in use")
-    with unix_connect(path, "ws://localhost/") as client:
-        assert echoed(client) == "ECHO:Hello!"
-
-
 def test_a_unix_socket_that_another_server_has_taken_over_stays(
     serve: Serve, tmp_path: Path
 ) -> None:
@@ -5279,30 +5276,33 @@ def test_a_unix_socket_that_another_server_has_taken_over_stays(
     first = serve(f"--unix-socket={path}")
     first.line("listening")
     path.unlink()
-    serve(f"--unix-socket={path}").line("listening")
-    assert first.stop() == 0
-    with unix_connect(str(path), "ws://localhost/") as client:
-        assert echoed(client) == "ECHO:Hello!"
+    with listening_at(unix_socket=str(path)):
+        assert first.stop() == 0
+        assert listens(str(path))
 
 
-def test_a_unix_socket_whose_queue_is_full_is_in_use(tmp_path: Path) -> None:
+def test_a_port_in_use_is_named(listener: socket.socket) -> None:
+    port = str(listener.getsockname()[1])
+    assert_cannot_serve([f"--port={port}"], port, "in use")
+
+
+@pytest.mark.parametrize("backlog", [0, 8], ids=["its queue is full", "it has room"])
+def test_a_unix_socket_in_use_is_named_and_stays(tmp_path: Path, backlog: int) -> None:
     path = str(tmp_path / "s")
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
-        listener.bind(path)
-        listener.listen(0)
-        first.connect(path)
+    with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as client:
+        other.bind(path)
+        other.listen(backlog)
+        client.connect(path)
         assert_cannot_serve([f"--unix-socket={path}"], path, "in use")
+        other.listen(8)
+        assert listens(path)
 
 
-def test_a_port_in_use_is_named(serve: Serve) -> None:
-    port = serve().port
-    assert_cannot_serve([f"--port={port}"], str(port), "in use")
-
-
-def test_a_file_that_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "s").write_text("precious")
-    assert_cannot_serve([f"--unix-socket={tmp_path / 's'}"], str(tmp_path / "s"))
-    assert (tmp_path / "s").read_text() == "precious"
+def test_a_file_that_is_no_socket_is_named_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.write_text("precious")
+    assert_cannot_serve([f"--unix-socket={path}"], str(path))
+    assert path.read_text() == "precious"
 
 
 def test_without_epoll_it_serves_as_well(serve: Serve) -> None:
