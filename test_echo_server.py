@@ -5306,45 +5306,25 @@ def test_of_protocols_above_tls_http_1_1_is_selected(
         assert cast(ssl.SSLSocket, sock).selected_alpn_protocol() == selected
 
 
-@pytest.fixture(scope="module")
-def guarded(
-    authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Process, trustme.CA]]:
-    """A server that asks for certificates of an authority; its key is in a file of its own."""
-    folder, clients = tmp_path_factory.mktemp("guarded"), trustme.CA()
-    issued = authority.issue_cert("localhost")
-    issued.cert_chain_pems[0].write_to_path(str(folder / "cert"))
-    issued.private_key_pem.write_to_path(str(folder / "key"))
-    clients.cert_pem.write_to_path(str(folder / "ca"))
-    arguments = [
-        f"--{name}={folder / file}"
-        for name, file in (("certfile", "cert"), ("keyfile", "key"), ("client-cafile", "ca"))
-    ]
-    with Process("--port=0", *arguments) as process:
-        yield process, clients
-
-
-def test_a_client_with_a_certificate_that_is_asked_for_is_let_in(
-    guarded: tuple[Process, trustme.CA], trust: ssl.SSLContext
+def test_only_a_client_with_a_certificate_of_the_authority_asked_for_is_let_in(
+    serve: Serve, files: Path, trust: ssl.SSLContext
 ) -> None:
-    process, clients = guarded
-    clients.issue_cert("me@example.com").configure_cert(trust)
-    with upgraded(process, trust=trust) as client:
-        assert raw_echo(client) == "ECHO:Hello!"
-
-
-@pytest.mark.parametrize("has_one", [False, True])
-def test_a_client_without_a_certificate_of_that_authority_is_not_let_in(
-    guarded: tuple[Process, trustme.CA], trust: ssl.SSLContext, has_one: bool
-) -> None:
-    if has_one:
-        trustme.CA().issue_cert("me@example.com").configure_cert(trust)
-    with (
-        guarded[0].dial() as plain,
-        pytest.raises((ssl.SSLError, ConnectionError)),
-        trust.wrap_socket(plain, server_hostname="localhost") as sock,
-    ):
-        answer(sock, request())
+    """The key of the server is in a file of its own."""
+    clients = trustme.CA()
+    clients.cert_pem.write_to_path(str(files / "ca"))
+    process = serve(
+        f"--certfile={files}/cert", f"--keyfile={files}/key", f"--client-cafile={files}/ca"
+    )
+    for issuer in None, trustme.CA(), clients:
+        if issuer:
+            issuer.issue_cert("me@example.com").configure_cert(trust)
+        refusal = pytest.raises((ssl.SSLError, ConnectionError))
+        with (
+            process.dial() as plain,
+            contextlib.nullcontext() if issuer is clients else refusal,
+            trust.wrap_socket(plain, server_hostname="localhost") as sock,
+        ):
+            assert answer(sock, request())[0] == 101
 
 
 @pytest.mark.parametrize("last", [close(), b"\x00\x00"], ids=["close", "fault"])
@@ -5619,23 +5599,15 @@ HASTE = 0.4
 Trusted = tuple[Process, ssl.SSLContext | None]
 
 
-@pytest.fixture(scope="module", params=["tcp", "tls"])
-def hasty_server(
-    request: pytest.FixtureRequest,
-    authority: trustme.CA,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Process]:
+@pytest.fixture(params=["tcp", "tls"])
+def hasty(
+    request: pytest.FixtureRequest, serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> Trusted:
     """It waits only for so long for a handshake."""
-    path = str(tmp_path_factory.mktemp("hasty") / "server.pem")
-    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(path)
-    tls = [f"--certfile={path}"] if request.param == "tls" else []
-    with Process("--port=0", f"--handshake-timeout={HASTE}", *tls) as process:
-        yield process
-
-
-@pytest.fixture
-def hasty(hasty_server: Process, trust: ssl.SSLContext) -> Trusted:
-    return hasty_server, trust if hasty_server.url.startswith("wss:") else None
+    limit = f"--handshake-timeout={HASTE}"
+    if request.param == "tls":
+        return serve(limit, f"--certfile={certificate}"), trust
+    return serve(limit), None
 
 
 # Nothing, half a line, half a header, half of TLS.
