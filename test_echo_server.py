@@ -5181,7 +5181,7 @@ def client_hello() -> bytes:
 @contextlib.contextmanager
 def listening_at(**options: Any) -> Iterator[str]:
     """Sockets of a server with these options, which accepts nobody, and the URL of them."""
-    sockets = echo_server.listening_sockets(Options(**options))
+    sockets = listening_sockets(Options(**options))
     with contextlib.ExitStack() as stack:
         for sock in sockets:
             stack.enter_context(sock)
@@ -5423,8 +5423,8 @@ def test_a_key_that_may_not_be_read_is_named(files: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(files)
     os.seteuid(os.getuid() or 65534)
     try:
-        with pytest.raises(echo_server.CannotServe, match="cannot read key: Permission denied"):
-            echo_server.tls_context(Options(certfile="cert", keyfile="key"))
+        with pytest.raises(CannotServe, match="cannot read key: Permission denied"):
+            tls_context(Options(certfile="cert", keyfile="key"))
     finally:
         os.seteuid(os.getuid())
 
