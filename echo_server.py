@@ -169,10 +169,11 @@ class EchoHandler(websocket.WebSocketHandler):
         site, origin = headers.get("Sec-Fetch-Site") if modern else None, headers.get("Origin")
         if site in ("same-origin", "none"):
             return
-        if site is None and (origin is None or (modern and is_host(origin, headers))):
+        if site is None and (origin is None or (modern and is_same_host(origin, headers))):
             return
         if origin is None or not self.check_origin(origin):
-            raise Refusal(403, "this page may not connect", printable(origin or f"it is {site}"))
+            given = printable(origin) if origin else f"it is {site}" if site else "it is empty"
+            raise Refusal(403, "this page may not connect", given)
 
     def check_origin(self, origin: str) -> bool:
         with contextlib.suppress(ValueError):
@@ -1354,6 +1355,8 @@ class Connection(websocket.WebSocketProtocol):
             # During the handshake, the peer has left, or the connection was closed.
             stream.close()
             return
+        # Tornado's HTTP server turns it off. A Close after a reply would then take 40 ms more.
+        stream.set_nodelay(True)
         self.stream, early = stream, take_over(stream, self.on_connection_close)
         self.start(make_wire(stream), early)
         if type(handler).get is not EchoHandler.get and not self._told:
@@ -2252,7 +2255,7 @@ def parse_origins(origins: str) -> frozenset[str]:
     return frozenset(map(normal_origin, listed(origins)))
 
 
-def is_host(origin: str, headers: httputil.HTTPHeaders) -> bool:
+def is_same_host(origin: str, headers: httputil.HTTPHeaders) -> bool:
     return urlsplit(origin).netloc.lower() == headers.get("Host", "").lower()
 
 
@@ -2719,8 +2722,6 @@ class ServedHandler(EchoHandler):
     async def _switch_protocols(self, answer: dict[str, str]) -> iostream.IOStream:
         """Does the handshake with Tornado's HTTP server. The same bytes leave."""
         stream = self.detach()
-        # After an earlier request on this connection, Tornado has turned it off.
-        stream.set_nodelay(True)
         with contextlib.suppress(iostream.StreamClosedError):
             await stream.write(switching_protocols(answer))
         # Until the answer has left, the lobby dismisses a peer that reads nothing.
@@ -2843,7 +2844,7 @@ class Lobby:
                 if self.make_room():
                     continue
                 if not number:
-                    log.error("[SERVER] error:cannot accept: %s", error.strerror)
+                    log.error("[SERVER] error:cannot accept connections: %s", error.strerror)
                 IOLoop.current().remove_handler(listener)
                 pause = PAUSE / 50 if number else PAUSE
                 IOLoop.current().call_later(pause, self.watch, listener)
@@ -2908,10 +2909,10 @@ class Lobby:
         if is_tls or (http and not tls):
             return None
         if data.startswith(b"PRI * HTTP/2.0"):
-            return "HTTP/2", "only HTTP/1.1 is spoken here", b""
+            return "HTTP/2", "only HTTP/1.1 is supported", b""
         if data.startswith((b"PROXY ", b"\r\n\r\n\x00\r\nQUIT\n")):
-            return "a header of the PROXY protocol", "it is not understood here", b""
-        return "no HTTP", f"it begins with {printable(data, 40)}", b""
+            return "the PROXY protocol", "it is not supported", b""
+        return "not HTTP", f"it begins with {printable(data, 40)}", b""
 
     def open(self, visitor: Visitor, end: int) -> bool:
         """If the head that ends at `end` is a valid handshake, makes the visitor a WebSocket and
@@ -2988,7 +2989,7 @@ class Lobby:
             return False
         if time.monotonic() >= self.said + 1:
             self.said = time.monotonic()
-            log.warning("[SERVER] error:descriptors have run out, closing the idlest: %s", oldest)
+            log.warning("[SERVER] error:descriptors have run out, closing the longest idle: %s", oldest)
         self.dismiss(oldest)
         return True
 

@@ -5551,7 +5551,7 @@ def test_when_descriptors_run_out_the_connection_that_has_been_idle_longest_is_c
         assert ask(second) == ask(first) == (200, None)
         while not process.matching("run out"):
             stack.enter_context(process.dial())
-        idlest = process.line("error:descriptors have run out, closing the idlest: (.*)")[1]
+        idlest = process.line("error:descriptors have run out, closing the longest idle: (.*)")[1]
         assert idlest == f"127.0.0.1:{second.getsockname()[1]}"
         assert second.recv(1) == b""
 
@@ -5719,9 +5719,9 @@ def test_a_reset_leaves_no_connection_and_no_descriptor(plain_or_tls: Trusted, d
 
 TLS_HERE = "TLS on a plain port, from {}: use ws:// or --certfile"
 HTTP_HERE = "plain HTTP on a TLS port, from {}: use wss:// or https://"
-PROXY_HERE = "a header of the PROXY protocol, from {}: it is not understood here"
-HTTP_2_HERE = "HTTP/2, from {}: only HTTP/1.1 is spoken here"
-NO_HTTP = "no HTTP, from {}: it begins with "
+PROXY_HERE = "the PROXY protocol, from {}: it is not supported"
+HTTP_2_HERE = "HTTP/2, from {}: only HTTP/1.1 is supported"
+NO_HTTP = "not HTTP, from {}: it begins with "
 
 STRANGERS = [
     (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", HTTP_2_HERE),
