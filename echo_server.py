@@ -2989,7 +2989,7 @@ class Lobby:
             return False
         if time.monotonic() >= self.said + 1:
             self.said = time.monotonic()
-            log.warning("[SERVER] error:descriptors have run out, closing the longest idle: %s", oldest)
+            log.warning("[SERVER] error:out of descriptors, closing the longest idle: %s", oldest)
         self.dismiss(oldest)
         return True
 

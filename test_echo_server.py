@@ -5535,7 +5535,7 @@ def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_
     with process.connect() as client, contextlib.ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(process.dial())
-        process.line(r"error:descriptors have run out")
+        process.line(r"error:out of descriptors")
         assert get(process, "/healthz")[0] == 200
         assert echoed(client) == "ECHO:Hello!"
         stack.close()
@@ -5549,9 +5549,9 @@ def test_when_descriptors_run_out_the_connection_that_has_been_idle_longest_is_c
     process = serve(before=limited(64))
     with process.dial() as first, process.dial() as second, contextlib.ExitStack() as stack:
         assert ask(second) == ask(first) == (200, None)
-        while not process.matching("run out"):
+        while not process.matching("out of descriptors"):
             stack.enter_context(process.dial())
-        idlest = process.line("error:descriptors have run out, closing the longest idle: (.*)")[1]
+        idlest = process.line("error:out of descriptors, closing the longest idle: (.*)")[1]
         assert idlest == f"127.0.0.1:{second.getsockname()[1]}"
         assert second.recv(1) == b""
 
