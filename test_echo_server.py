@@ -3039,7 +3039,7 @@ ENDS = [
 class TestOwed:
     # In a Unix socket, our kernel holds what the peer has not read.
     @pytest.mark.parametrize("transport", [*NOT_TLS, "tls", "unix"])
-    async def test_to_peers_that_read_slowly_all_replies_come_and_then_our_close(
+    async def test_a_peer_that_reads_slowly_gets_all_replies_and_then_our_close(
         self, host: Host, hurried: None
     ) -> None:
         async def read(end: End) -> None:
@@ -3163,7 +3163,7 @@ class TestClosing:
 
     @over_tcp_and_tls
     @pytest.mark.parametrize("sent", [b"", frame(FIN | TEXT, b"\xff")], ids=["nothing", "fault"])
-    async def test_after_the_fin_of_the_peer_ours_waits_for_no_time_limit(
+    async def test_after_the_fin_of_the_peer_ours_does_not_wait_for_a_timeout(
         self, host: Host, monkeypatch: pytest.MonkeyPatch, sent: bytes
     ) -> None:
         monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
@@ -3330,7 +3330,7 @@ class TestAmongOthers:
         assert Connections.current().closed.total() == 6 * 8
 
     @pytest.mark.parametrize("transport", ["tcp", "tcp without epoll"])
-    async def test_an_exception_of_one_connection_does_not_harm_others(self, host: Host) -> None:
+    async def test_an_exception_in_one_connection_does_not_harm_others(self, host: Host) -> None:
         calls = Calls()
         other = await host.connect()
         host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
@@ -3370,7 +3370,7 @@ class TestAmongOthers:
         await eventually(lambda: len(calls.closes) == 5)
 
     @over_tcp
-    async def test_a_write_to_somebody_else_that_waits_for_the_next_round_gets_it(
+    async def test_on_message_may_return_the_future_of_a_write_to_another_client(
         self, host: Host
     ) -> None:
         first, second = [await host.connect(Relay, calls=Calls()) for _ in range(2)]
@@ -3382,7 +3382,7 @@ class TestAmongOthers:
         assert await second.replies(*[b"b"] * 500, b"c")
 
     @over_tcp
-    async def test_a_handler_of_the_log_may_write_to_the_connection_that_is_logged(
+    async def test_a_log_handler_may_write_to_the_connection_that_is_logged(
         self, host: Host
     ) -> None:
         peer, calls = await host.record(Recorder)
@@ -3474,7 +3474,7 @@ class TestAmongOthers:
             assert inflated((await bomber.frame())[1]) == b"ECHO:" + bytes(1 << 20)
 
     @over_tcp
-    async def test_turns_that_are_put_off_lose_nothing(self, host: Host) -> None:
+    async def test_nothing_is_lost_when_turns_are_put_off(self, host: Host) -> None:
         words = [f"{number} {noise(10_000).hex()}".encode() for number in range(20)]
         sent = b"".join(frame(FIN | RSV1 | TEXT, packed(word)) for word in words)
 
@@ -3599,7 +3599,7 @@ class TestDeadlines:
         )
 
     @over_tcp
-    async def test_a_message_that_stalls_costs_a_coroutine_before_it_no_reply(
+    async def test_a_message_that_stalls_does_not_cost_the_reply_to_the_one_before_it(
         self, host: Host
     ) -> None:
         peer, calls = await host.record(Waiting, stall_timeout=0.2, shut=True)
@@ -3623,7 +3623,7 @@ class TestDeadlines:
             await peer.rest()
 
     @over_tcp
-    async def test_a_peer_that_was_failed_and_stays_is_dropped(
+    async def test_a_peer_that_stays_after_its_fault_is_dropped(
         self, host: Host, hurried: None
     ) -> None:
         peer, calls = await host.record(Recorder)
@@ -3635,7 +3635,7 @@ class TestDeadlines:
         assert len(calls.closes) == 1
 
     @pytest.mark.parametrize("transport", ["unix"])  # whose kernel takes the least
-    async def test_a_peer_that_reads_nothing_is_owed_a_pong_for_its_latest_ping_alone(
+    async def test_only_the_latest_ping_of_a_peer_that_does_not_read_is_answered(
         self, host: Host
     ) -> None:
         """Once more waits than is good for anybody (RFC 6455 section 5.5.3), all are read."""
@@ -3655,7 +3655,7 @@ class TestDeadlines:
         assert await peer.replies(b"ECHO:and on")
 
     @over_tcp_and_tls
-    async def test_after_more_replies_than_may_wait_the_latest_ping_of_a_turn_is_answered(
+    async def test_the_latest_ping_of_a_turn_is_answered_even_above_the_high_water_mark(
         self, host: Host
     ) -> None:
         peer = await host.connect()
