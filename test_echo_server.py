@@ -3698,8 +3698,8 @@ def read_on(*socks: socket.socket) -> None:
 def test_no_flood_keeps_others_waiting_or_takes_memory(serve: Serve) -> None:
     server = serve()
     with bystander(server):
-        before = forget_peak(server)
         for (name, (start, more)), reads in itertools.product(FLOODS.items(), (True, False)):
+            before = forget_peak(server)
             with upgraded(server, "/", None, **DEFLATE) as sock:
                 reader = threading.Thread(target=read_on, args=[sock] if reads else [])
                 reader.start()
