@@ -3329,6 +3329,20 @@ class TestAmongOthers:
             await eventually(lambda: not Connections.current().open)
         assert Connections.current().closed.total() == 6 * 8
 
+    @pytest.mark.parametrize("transport", ["tcp", "tcp without epoll", "tls"])
+    async def test_a_reset_is_noticed_while_nothing_is_read(self, host: Host) -> None:
+        host.app.settings["websocket_max_message_size"] = 100_000
+        peer, calls = await host.record(Waiting, shut=True)
+        connection = calls.handler.ws_connection
+        # More than is kept while the handler has not finished.
+        peer.send(text(WORD) * 5)
+        await have_turns(await host.connect(), 20)
+        peer.reset()
+        await eventually(lambda: connection and connection.is_closing())
+        assert not calls.closes
+        calls.gate.set()
+        await eventually(lambda: calls.closes)
+
     @pytest.mark.parametrize("transport", ["tcp", "tcp without epoll"])
     async def test_an_exception_in_one_connection_does_not_harm_others(self, host: Host) -> None:
         calls = Calls()
