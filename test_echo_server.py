@@ -2215,6 +2215,20 @@ SCRIPTS = {
     "a fault after our close does not cause a second close": Script(
         text("a"), [], 4000, handler=doing("on_message", close_twice), calls=LEFT, last=b"\xff\xff"
     ),
+    "after on_close no method is called": Script(
+        close(4001) + frame(FIN | PING, b"a"),
+        [],
+        4001,
+        handler=Recorder,
+        calls=[("close", 4001, "")],
+    ),
+    "a ping after a close is answered while our close waits": Script(
+        text("a") + close(4000) + frame(FIN | PING, b"p"),
+        [*said(*[WORD] * 10), pong(b"p")],
+        4000,
+        handler=doing("on_message", write_ten),
+        narrow=True,
+    ),
     "writes that nobody awaits leave in order": Script(
         text("a") + frame(FIN | PING) + close(4000),
         [*said(*[WORD] * 10), pong()],
@@ -2995,9 +3009,6 @@ def test_without_what_windows_lacks_it_can_be_embedded_and_says_what_the_server_
 
 # ---- Everything that is owed arrives
 
-over_tcp = pytest.mark.parametrize("transport", ["tcp"])
-over_tcp_and_tls = pytest.mark.parametrize("transport", ["tcp", "tls"])
-
 # More than the kernels take at once, and than is read in the limits of time below.
 PILE = 30
 
@@ -3226,19 +3237,8 @@ class Hopeless(Recorder):
         raise RuntimeError
 
 
-class HopelessToOpen(Hopeless):
-    def open(self, *args: str, **kwargs: str) -> None:
-        super().open()
-        raise ZeroDivisionError
-
-
-class BrokenCloseCoroutine(Recorder):
-    def on_close(self) -> Any:
-        super().on_close()
-        return self.fail()
-
-    async def fail(self) -> None:
-        raise ZeroDivisionError
+async def fail_later(*_: object) -> None:
+    raise ZeroDivisionError
 
 
 class Broadcasting(Recorder):
@@ -3348,7 +3348,7 @@ class TestAmongOthers:
         calls = Calls()
         other = await host.connect()
         host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
-        peers = [await host.connect(HopelessToOpen, calls=calls)]
+        peers = [await host.connect(doing("open", fail, Hopeless), calls=calls)]
         for sent in (text("a"), frame(FIN | PING), close(), b"\xff\xff"):
             peers.append(await host.connect(Hopeless, calls=calls))
             peers[-1].send(sent)
@@ -3363,7 +3363,7 @@ class TestAmongOthers:
     async def test_an_error_in_a_coroutine_on_close_is_one_traceback(
         self, host: Host, caplog: pytest.LogCaptureFixture
     ) -> None:
-        peer, _ = await host.record(BrokenCloseCoroutine)
+        peer = await host.connect(doing("on_close", fail_later), calls=Calls())
         peer.send(close())
         await eventually(lambda: "ZeroDivisionError" in caplog.text)
         assert host.errors() == ["tornado.application"]
