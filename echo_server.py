@@ -81,8 +81,8 @@ class EchoHandler(websocket.WebSocketHandler):
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
         """Returns a future if the reply cannot leave yet; later messages wait until it is done."""
         log.debug(RECEIVED, printable(message))
-        if self.__scenario:
-            return self.__scenario.reply(self, message)
+        if self.__scenario and self.__connection:
+            return self.__scenario.reply(self, self.__connection, message)
         if isinstance(message, str):
             sent = self.write_message(self.prefix + message)
         else:
@@ -305,34 +305,36 @@ class Scenario:
         raise Refusal(400, "the query has a bad value", f"{name}={given} is not {words}")
 
     def begin(self, handler: EchoHandler, connection: Connection) -> None:
-        self._connection = connection
         if self.push:
-            self._pushing = asyncio.create_task(self._push(handler))
+            self._pushing = asyncio.create_task(self._push(handler, connection))
         if self.after == 0:
-            self._strike(handler)
+            self._strike(handler, connection)
 
-    async def _push(self, handler: EchoHandler) -> None:
+    async def _push(self, handler: EchoHandler, connection: Connection) -> None:
         with contextlib.suppress(WebSocketClosedError):
             for number in itertools.count(1):
-                await self._connection.sleep(1)
+                await connection.sleep(1)
                 await handler.write_message(f"PUSH:{number}")
 
-    def reply(self, handler: EchoHandler, message: str | bytes) -> Awaitable[None]:
+    def reply(
+        self, handler: EchoHandler, connection: Connection, message: str | bytes
+    ) -> Awaitable[None]:
         """Encodes the reply before the delay, since a str may occupy four bytes per character."""
-        return self._reply(
-            handler, utf8(handler.prefix) + utf8(message), isinstance(message, bytes)
-        )
+        payload = utf8(handler.prefix) + utf8(message)
+        return self._reply(handler, connection, payload, isinstance(message, bytes))
 
-    async def _reply(self, handler: EchoHandler, payload: bytes, binary: bool) -> None:
-        await self._connection.sleep(self.delay)
+    async def _reply(
+        self, handler: EchoHandler, connection: Connection, payload: bytes, binary: bool
+    ) -> None:
+        await connection.sleep(self.delay)
         with contextlib.suppress(WebSocketClosedError):
             await handler.write_message(payload, binary)
-            if self._connection.traffic.received()[0] >= self.after:
-                self._strike(handler)
+            if connection.traffic.received()[0] >= self.after:
+                self._strike(handler, connection)
 
-    def _strike(self, handler: EchoHandler) -> None:
+    def _strike(self, handler: EchoHandler, connection: Connection) -> None:
         if self.drop:
-            self._connection.drop()
+            connection.drop()
         elif self.code:
             handler.close(self.code, self.reason)
 

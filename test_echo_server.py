@@ -1992,6 +1992,13 @@ class Plainly(EchoHandler):
         self.write_message(f"{self.prefix}{self.database}")
 
 
+class OpensAlone(EchoHandler):
+    """Its `open` does not call ours."""
+
+    def open(self) -> None:
+        pass
+
+
 class Mixin:
     """Somebody's class with names that are usual in applications."""
 
@@ -2325,6 +2332,19 @@ SCRIPTS = {
     # ---- What hosts are used to
     "a host may have an initialize of its own": Script(
         text("a"), said("ECHO:tables"), handler=Plainly, options={"database": "tables"}
+    ),
+    "no initialize of ours, no scenarios": Script(
+        text("a"),
+        said("ECHO:tables"),
+        handler=Plainly,
+        options={"database": "tables", "query": "?close=4000"},
+    ),
+    "a scenario needs no open of ours": Script(
+        text("a"),
+        said("ECHO:a"),
+        4000,
+        handler=OpensAlone,
+        options={"scenarios": True, "query": "?close=4000&after=1"},
     ),
     "a host may have names of its own": Script(
         text("a") + close(),
