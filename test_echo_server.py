@@ -1261,7 +1261,7 @@ GOOD: dict[str, tuple[bytes, list[Event]]] = {
 
 
 @pytest.mark.parametrize(("stream", "events"), GOOD.values(), ids=GOOD.keys())
-def test_what_is_allowed_has_its_events(stream: bytes, events: list[Event]) -> None:
+def test_valid_frames_become_the_events_that_they_carry(stream: bytes, events: list[Event]) -> None:
     assert receive_split(stream) == (events, None)
 
 
@@ -1399,7 +1399,7 @@ def test_a_turn_ends_after_a_long_message_or_some_hundred_frames(
     assert sum(events) == count + 1 and max(events) <= most
 
 
-def test_what_is_fed_before_the_rest_is_taken_comes_after_it() -> None:
+def test_bytes_fed_while_others_wait_come_after_them() -> None:
     receiver = Receiver(LIMIT)
     events = receiver.feed(text("a") * 2000)
     assert receiver.more
@@ -2474,7 +2474,7 @@ class TestLeaving:
             calls.handler.ping(b"too late")
 
     @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-    async def test_a_peer_that_leaves_within_the_handshake_leaves_nothing(
+    async def test_a_peer_that_leaves_during_the_handshake_leaves_nothing_behind(
         self, host: Host, end: Callable[[Peer], None]
     ) -> None:
         calls = Calls()
@@ -2579,7 +2579,7 @@ class TestSubclass:
         with pytest.raises(WebSocketClosedError):
             calls.handler.write_message("too late")
 
-    async def test_a_message_that_stalls_is_1008_also_where_a_ping_was_not_answered(
+    async def test_a_message_that_stalls_is_1008_even_if_a_ping_is_unanswered(
         self, host: Host, caplog: pytest.LogCaptureFixture
     ) -> None:
         host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
@@ -3162,7 +3162,7 @@ class DropsItself(Recorder):
 @pytest.mark.gen_test
 class TestClosing:
     @over_tcp
-    async def test_a_ping_after_a_close_that_waits_is_answered(self, host: Host) -> None:
+    async def test_a_ping_is_answered_while_our_close_waits_to_leave(self, host: Host) -> None:
         peer, calls = await host.record(Waiting, shut=True)
         peer.send(text("a"), close(4001), frame(FIN | PING, b"p"))
         assert await peer.frame() == (FIN | PONG, b"p")
@@ -3213,9 +3213,7 @@ class TestClosing:
         assert await peer.close_code() == (1007 if sent else 4001) and await peer.rest() == b""
 
     @over_tcp_and_tls
-    async def test_what_was_written_before_a_connection_is_dropped_still_leaves(
-        self, host: Host
-    ) -> None:
+    async def test_a_message_written_before_a_drop_still_leaves(self, host: Host) -> None:
         peer, calls = await host.record(DropsItself)
         peer.send(text("a") * 3)
         assert await peer.replies(b"last words") and await peer.rest() == b""
@@ -3588,7 +3586,7 @@ class TestDeadlines:
         assert calls == [("open",), *[("pong", b"")] * 3, ("close", None, None)]
 
     @over_tcp
-    async def test_the_time_in_which_the_process_stood_still_is_not_held_against_a_peer(
+    async def test_time_in_which_the_process_was_stopped_does_not_count_against_a_peer(
         self, host: Host
     ) -> None:
         async def sweep() -> None:
@@ -3615,9 +3613,7 @@ class TestDeadlines:
         assert await peer.replies(b"ECHO:slow")
 
     @over_tcp
-    async def test_a_message_that_does_not_go_on_is_1008_even_if_pings_come(
-        self, host: Host
-    ) -> None:
+    async def test_a_message_that_stalls_is_1008_even_if_pings_come(self, host: Host) -> None:
         async def stall(start: bytes, ping: bytes = b"") -> None:
             peer = await host.connect(stall_timeout=0.2)
             peer.send(text("before"), start, ping)
@@ -5006,7 +5002,7 @@ def listening_at(**options: Any) -> Iterator[str]:
         ("::", "ws://[::1]:PORT/"),
     ],
 )
-def test_the_url_of_each_address_can_be_connected_to_and_localhost_is_both_families(
+def test_each_printed_url_can_be_connected_to_and_localhost_means_both_families(
     address: str, url: str
 ) -> None:
     with listening_at(address=address, port=0) as found:
@@ -5104,7 +5100,7 @@ def test_tls_below_1_2_is_refused(tls: Process, trust: ssl.SSLContext) -> None:
 @pytest.mark.parametrize(
     ("offered", "selected"), [(["h2", "http/1.1"], "http/1.1"), (["h2"], None)]
 )
-def test_of_protocols_above_tls_http_1_1_is_selected(
+def test_alpn_selects_http_1_1(
     tls: Process, trust: ssl.SSLContext, offered: list[str], selected: str | None
 ) -> None:
     trust.set_alpn_protocols(offered)
@@ -5194,7 +5190,7 @@ def test_a_key_update_harms_no_replies_that_wait(
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
-def test_what_has_come_before_sigterm_is_answered(
+def test_messages_that_came_before_sigterm_are_answered(
     serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
 ) -> None:
     process = serve(*[f"--certfile={certificate}"] if secure else [])
@@ -5334,7 +5330,7 @@ def ask(sock: socket.socket) -> tuple[int, str | None]:
     return status, headers["Connection"]
 
 
-def test_when_descriptors_run_out_connections_live_on_and_accepting_is_taken_up_again(
+def test_when_descriptors_run_out_connections_live_on_and_accepting_resumes(
     serve: Serve,
 ) -> None:
     process = serve(before=limited(64))
@@ -5420,7 +5416,7 @@ def hasty(
 SLOW = [b"", b"GET / HT", request()[:-2], b"\x16\x03\x01\x02"]
 
 
-def test_a_handshake_that_does_not_go_on_is_given_up(hasty: Trusted) -> None:
+def test_a_handshake_that_stalls_is_dropped(hasty: Trusted) -> None:
     """Before the handshake of TLS as after it. A WebSocket that was open before goes on."""
     process, trust = hasty
     with bystander(process, trust), contextlib.ExitStack() as stack:
@@ -5437,7 +5433,7 @@ def test_a_handshake_that_does_not_go_on_is_given_up(hasty: Trusted) -> None:
         assert HASTE / 2 < time.monotonic() - began < 5
 
 
-def test_a_handshake_byte_by_byte_is_given_up_as_well(hasty: Trusted) -> None:
+def test_a_handshake_that_comes_byte_by_byte_has_the_same_deadline(hasty: Trusted) -> None:
     process, trust = hasty
     sock = process.dial()
     with trust.wrap_socket(sock, server_hostname="localhost") if trust else sock as sock:
@@ -5602,7 +5598,7 @@ def test_a_second_signal_ends_it_at_once_with_128_and_its_number(serve: Serve, s
     [(False, b"GET / HT", 0), (False, b"GET / HT", 0.3), (True, b"\x16\x03\x01", 0.3)],
     ids=["tcp at once", "tcp", "tls"],
 )
-def test_clients_that_never_close_are_waited_for_no_longer_than_drain_timeout(
+def test_clients_that_never_close_are_dropped_after_drain_timeout(
     serve: Serve,
     certificate: Path,
     trust: ssl.SSLContext,
@@ -5873,7 +5869,7 @@ sys.exit(echo_server.main(["--port=0", "--handshake-timeout=0.1"]))
 """
 
 
-def test_a_mistake_of_ours_ends_the_server_with_a_code_that_systemd_restarts() -> None:
+def test_a_crash_ends_the_server_with_a_code_that_systemd_restarts() -> None:
     done = ended(sys.executable, "-c", CRASH, cwd=MODULE.parent)
     assert "ZeroDivisionError" in done.stderr
     unit = (MODULE.parent / "systemd" / "ws-echo.service").read_text()
@@ -5924,7 +5920,7 @@ def test_an_inherited_descriptor_that_is_no_socket_is_named() -> None:
         inherited_socket(1 << 20)
 
 
-def test_what_keeps_it_from_serving_is_one_line_and_exit_code_1(serve: Serve) -> None:
+def test_an_obstacle_to_serving_is_one_line_and_exit_code_1(serve: Serve) -> None:
     with socket.socket(type=socket.SOCK_DGRAM) as given:
         server = inheriting(serve, given)
         assert server.exit_code() == 1
@@ -5977,7 +5973,7 @@ SURROUNDINGS = {
         for name, script in SURROUNDINGS.items()
     ],
 )
-def test_it_serves_whatever_is_around_it(serve: Serve, script: str) -> None:
+def test_it_serves_in_unusual_surroundings(serve: Serve, script: str) -> None:
     server = serve(before=["sh", "-c", script, "sh"])
     with server.connect("é€") as client:
         assert echoed(client, "é\ud7ff€") == "ECHO:é\ud7ff€"
@@ -6006,7 +6002,7 @@ def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> N
 @pytest.mark.parametrize(
     ("log", "config", "code"), [("/dev/full", "missing.toml", 1), ("&-", "wrong.toml", 2)]
 )
-def test_the_exit_code_says_what_nobody_can_be_told(
+def test_a_log_that_cannot_be_written_leaves_the_exit_code_right(
     tmp_path: Path, log: str, config: str, code: int
 ) -> None:
     (tmp_path / "wrong.toml").write_text("port = 'x'")
@@ -6046,7 +6042,7 @@ sys.exit(echo_server.main(["--port=0", "--ping-interval=0.3", "--ping-timeout=0.
 
 
 @with_namespaces
-def test_a_peer_whose_packets_vanish_is_given_up() -> None:
+def test_a_peer_that_vanishes_without_a_reset_is_dropped() -> None:
     script = HALF_OPEN.replace("REQUEST", repr(request()))
     server = [sys.executable, "-c", QUICK_TO_GIVE_UP]
     done = ended(*NAMESPACES, sys.executable, "-c", script, *server, cwd=MODULE.parent)
@@ -6187,7 +6183,7 @@ def left_out(server: Process, kind: str) -> int:
     return sum(int(line[1].replace(",", "")) for line in found)
 
 
-def test_lines_of_a_kind_are_limited_and_none_is_left_out_uncounted(serve: Serve) -> None:
+def test_lines_of_a_kind_are_limited_and_each_omitted_line_is_counted(serve: Serve) -> None:
     server, sent = serve(), itertools.count()
     kinds = ["error:", r"connection\(\)", r"close\(\)"]
 
@@ -6259,7 +6255,7 @@ asyncio.run(main())
 """
 
 
-def test_whoever_logs_each_line_is_ours_short_and_printable() -> None:
+def test_every_line_of_the_log_is_escaped_and_short_whoever_logged_it() -> None:
     *lines, last = python(INTRUDERS).split("\n")
     events = [line[len("2000-01-01 00:00:00,000 ") :] for line in lines]
     assert last == "" and len([event for event in events if event[0] != " "]) == 8 + 1 + 4 + 1
@@ -6332,7 +6328,7 @@ def assert_lines_are_short_and_printable(server: Process) -> None:
     assert all(line.isascii() and line.isprintable() and len(line) < 1000 for line in server.lines)
 
 
-def test_no_header_reaches_the_log_other_than_short_and_in_ascii(serve: Serve) -> None:
+def test_headers_reach_the_log_only_short_and_in_ascii(serve: Serve) -> None:
     server = serve("--origins=", "--trusted-proxies=127.0.0.1")
     for data in STRANGE_REQUESTS:
         with server.dial() as sock, contextlib.suppress(ConnectionError):
@@ -6346,7 +6342,7 @@ HOSTILE = "a\x1b[2Jb\x7f\x85\x9b\n\u2028c" + "\xff" * 3000
 
 
 @pytest.mark.parametrize(("level", "shown"), [("debug", 2), ("info", 0)])
-def test_no_message_reaches_the_log_other_than_short_and_in_ascii(
+def test_messages_reach_the_log_only_short_and_in_ascii(
     serve: Serve, level: str, shown: int
 ) -> None:
     server = serve(f"--log-level={level}")
@@ -6364,7 +6360,7 @@ def test_no_message_reaches_the_log_other_than_short_and_in_ascii(
     assert len(server.matching("close")) == 4 and len(server.matching("1007")) == 2
 
 
-def test_a_reply_to_somebody_who_has_left_is_one_line(serve: Serve) -> None:
+def test_a_reply_to_a_client_that_has_left_is_one_line(serve: Serve) -> None:
     server = serve()
     sock = upgraded(server)
     send_until_refused(sock, frame(FIN | TEXT, b"x" * 100_000))
@@ -6446,7 +6442,7 @@ OBSTACLES = [
 
 @ends_with_the_process
 @pytest.mark.parametrize("arguments", OBSTACLES)
-def test_what_keeps_it_from_serving_is_named(files: Path, arguments: str) -> None:
+def test_each_obstacle_to_serving_is_named(files: Path, arguments: str) -> None:
     arguments = arguments.replace("FOLDER", str(files))
     options = parse_args(arguments.split())
     with pytest.raises(CannotServe, match=re.escape(arguments.rpartition("=")[2])):
@@ -6539,13 +6535,13 @@ def test_credentials_are_not_shown(server: Process, accept: str, name: str) -> N
 @pytest.mark.parametrize(
     "value", ["<script>alert(1)</script>", "\"'><b>", "<!--handshake-->", "<!--scenarios-->"]
 )
-def test_what_the_page_shows_of_a_header_is_not_html(server: Process, value: str) -> None:
+def test_the_page_escapes_the_headers_that_it_shows(server: Process, value: str) -> None:
     page = get(server, Accept="text/html", X_Forwarded_Host=value)[2]
     assert value not in page.split('id="handshake"')[1]
     assert html.escape(value) in page
 
 
-def test_what_is_shown_of_a_header_is_not_without_end(server: Process) -> None:
+def test_a_long_header_is_cut_where_it_is_shown(server: Process) -> None:
     assert get(server, Accept="text/plain", X_Forwarded_Host="x" * 9000)[2].count("x") < 1100
 
 
@@ -6838,7 +6834,7 @@ class TestReadme:
         "sense",
         ["Hello!", "", "7", "[]", "{}", '{"id": 7, "text": 7}', "[" * 994 + "]" * 994, b"\xff"],
     )
-    async def test_as_the_readme_shows_what_makes_no_sense_gets_an_answer_that_says_so(
+    async def test_as_the_readme_shows_nonsense_gets_an_answer_that_says_so(
         self, app: Application, ws_url: str, sense: str | bytes
     ) -> None:
         app.add_handlers(".*", [("/length", defined(shown("With answers of your own"))["Length"])])
