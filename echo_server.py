@@ -26,6 +26,7 @@ import codecs
 import contextlib
 import contextvars
 import dataclasses
+import errno
 import functools
 import ipaddress
 import itertools
@@ -230,8 +231,10 @@ class EchoHandler(websocket.WebSocketHandler):
                 # It is the host that has called this method.
                 connection.drop(reset=False)
             connection.run(self.on_close)
-        # Both are parts of reference cycles, which only the garbage collector would free.
-        self.__connection = None
+        # Both are parts of reference cycles, which only the garbage collector would free. But an
+        # `async def on_close` may still call ours.
+        if connection and not connection.is_busy():
+            self.__connection = None
         self.ui = None  # type: ignore[assignment]  # as Tornado does it
 
     def _has_opened(self) -> bool:
@@ -908,8 +911,9 @@ class Wire:
         self.received = 0
         self.total = 0
         self.waiting = 0
-        # The `total` when everything was last acknowledged.
-        self._acknowledged = 0
+        # The `total` when everything was last acknowledged; and for `acknowledged`.
+        self._all_acknowledged = 0
+        self._progress = self._level = 0
         # How many bytes to ask for in the next read.
         self._ask = SHORT_READ
         # The peer has shut its side; we have shut ours.
@@ -938,12 +942,15 @@ class Wire:
 
     def send(self, piece: bytes) -> bool:
         """Like `put` and `flush`, for a wire where nothing waits. Returns whether all has left."""
-        size = len(piece)
+        size, taken = len(piece), 0
         self.total += size
         try:
             taken = self.socket.send(piece)
         except BlockingIOError:
-            taken = 0
+            pass
+        except OSError:
+            self.waiting = size
+            raise
         if taken == size:
             return True
         self.waiting = size - taken
@@ -995,12 +1002,24 @@ class Wire:
     def held(self) -> int:
         """Bytes that the peer's kernel has not acknowledged: those that wait, and those in our
         kernel, if it tells their number."""
-        if self._acknowledged == self.total:
+        if self._all_acknowledged == self.total:
             return 0
         held = self.waiting + unacknowledged(self.fd)
         if not held:
-            self._acknowledged = self.total
+            self._all_acknowledged = self.total
         return held
+
+    def acknowledged(self, held: int) -> tuple[int, bool]:
+        """Returns a number that grows when the peer's kernel acknowledges bytes, and whether it has
+        not acknowledged them all. TCP itself counts them. Elsewhere, what we have put less what is
+        held has grown since the last call; but it shrinks when we write, since the kernel also
+        holds what TLS or a Unix socket adds to each piece."""
+        if held and (count := bytes_acknowledged(self.socket)):
+            self._progress = count
+        elif self.total - held > self._level:
+            self._progress += 1
+        self._level = self.total - held
+        return self._progress, held > 0
 
     def half_close(self) -> None:
         """Sends a FIN after everything else (section 7.1.1)."""
@@ -1100,6 +1119,18 @@ def unacknowledged(fd: int) -> int:
     except (ImportError, OSError):
         return 0
     return int(size)
+
+
+def bytes_acknowledged(sock: socket.socket) -> int:
+    """Bytes that the peer's kernel has acknowledged so far: tcpi_bytes_acked in <linux/tcp.h>. 0 if
+    it is unknown, as on Unix sockets and on macOS."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        return int(struct.unpack_from("=Q", info, 120)[0])
+    except (OSError, struct.error):
+        return 0
 
 
 def has_room(sock: socket.socket) -> bool:
@@ -1217,7 +1248,7 @@ class Deadlines:
     def passed(self, now: float, state: int, wire: Wire, unfinished: object, reads: bool) -> str:
         """What has taken too long, or "". While we do not read, it is not the peer who is late."""
         held = wire.held()
-        progress = self.progress.seconds((wire.total - held, held > 0), now)
+        progress = self.progress.seconds(wire.acknowledged(held), now)
         standing = self.state.seconds(state, now)
         if state != OPEN:
             limit = LINGER_TIMEOUT if state == LINGERING else CLOSE_TIMEOUT
@@ -1548,7 +1579,8 @@ class Connection(websocket.WebSocketProtocol):
         self._put_last()
         wire.flush()
         idle = self._inbox.is_empty() and not receiver.more
-        over = self.client_terminated or not receiver.in_sync or (wire.eof and idle)
+        over = receiver.closed or self.client_terminated or not receiver.in_sync
+        over = over or (wire.eof and idle)
         if self._state == CLOSING and self._sender.goodbye is None and over:
             self._state = ENDING
 
@@ -1657,6 +1689,10 @@ class Connection(websocket.WebSocketProtocol):
                 self._wait_for(gen.convert_yielded(result))
         except (Exception, asyncio.CancelledError):
             self._report()
+
+    def is_busy(self) -> bool:
+        """Whether a coroutine of the handler runs."""
+        return self._inbox.running > 0
 
     def _wait_for(self, future: asyncio.Future[Any]) -> None:
         outside(IOLoop.current().add_future, future, functools.partial(self.enter, self._resume))
@@ -1834,6 +1870,7 @@ class Connection(websocket.WebSocketProtocol):
         elif late == "closing" and self._state == CLOSING and self._sender.goodbye is None:
             # The peer's Close does not come. All that is left to send is a FIN.
             self._state = ENDING
+            receiver.take_rest()
         elif late == "closing":
             self.drop(reset=self._wire.held() > 0)
         if late:
@@ -1897,8 +1934,9 @@ class Connections:
         self._line: OrderedDict[Connection, None] = OrderedDict()
         # When the time of this round is over, in time.monotonic(); 0 until it is asked for.
         self._round_ends = 0.0
-        # Done when the next round begins; and always done.
-        self._next_round: asyncio.Future[None] | None = None
+        # Those that wait for the next round; each has a future of its own, which may be cancelled.
+        self._waiting: list[asyncio.Future[None]] = []
+        # A future that is always done.
         self.done: asyncio.Future[None] = asyncio.Future()
         self.done.set_result(None)
 
@@ -2031,11 +2069,12 @@ class Connections:
     async def go_away(self, application: web.Application, seconds: float = 10.0) -> None:
         """Closes the clients of an application with 1001, after the replies that they are owed, and
         those that connect meanwhile, too. Drops whoever is left after these seconds."""
+        # It may be a handler that calls this, and its context cannot be entered a second time.
         for connection in self._clients(application):
-            connection.enter(connection.read_rest)
+            outside(connection.enter, connection.read_rest)
         self.leaving.add(application)
         for connection in self._clients(application):
-            connection.enter(connection.settle)
+            outside(connection.enter, connection.settle)
         try:
             await until(lambda: not self._clients(application), time.monotonic() + seconds)
         finally:
@@ -2061,34 +2100,37 @@ class Connections:
         return not self._line and time.monotonic() < self._round_ends
 
     def next_round(self) -> asyncio.Future[None]:
-        self._next_round = self._next_round or asyncio.Future()
-        return self._next_round
+        future: asyncio.Future[None] = asyncio.Future()
+        self._waiting.append(future)
+        return future
 
     def _begin_round(self) -> None:
         self._round_ends = time.monotonic() + ROUND
-        if self._next_round:
-            future_set_result_unless_cancelled(self._next_round, None)
-            self._next_round = None
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            future_set_result_unless_cancelled(future, None)
         while self._line:
             connection = self._line.popitem(last=False)[0]
             connection.enter(connection.turn)
             if time.monotonic() >= self._round_ends:
                 break
         self._round_ends = 0.0
-        if self._line or self._next_round:
+        if self._line or self._waiting:
             self.has_time()
 
     # ---- The sweep
 
     async def _sweep(self) -> None:
         """Looks at all deadlines, over and over. If the event loop ends, ends all connections."""
+        before = time.monotonic()
         try:
             while True:
-                before = time.monotonic()
                 await asyncio.sleep(self._period)
-                # Of a pause, at most two periods count against the peers: the process was stopped,
-                # or the event loop was busy.
-                self.now += min(time.monotonic() - before, 2 * self._period)
+                now = time.monotonic()
+                # If the process was stopped or the event loop was busy, at most two periods of that
+                # count against the peers.
+                self.now += min(now - before, 2 * self._period)
+                before = now
                 self.look_at_log()
                 await self._check_all()
         except asyncio.CancelledError:
@@ -2649,8 +2691,10 @@ RESERVE = 64
 BACKLOG = 4096
 # The seconds after the signal to stop in which the clients in the lobby can still send a request.
 GRACE = 1.0
-# The seconds without accepting after descriptors have run out.
+# The seconds without accepting after descriptors have run out, and the errors of accept(2) that
+# say so.
 PAUSE = 0.5
+NO_ROOM = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 # The most bytes in the head of a request (its request line and headers), and what ends it. Tornado
 # looks for \r?\n\r?\n, which ends at the same byte, but takes 6 to 100 times as long to find.
 HEAD = 16 * 1024
@@ -2773,6 +2817,9 @@ class Visitor:
         """Called when bytes have arrived, or the visitor has left."""
         try:
             self.lobby.receive(self)
+        except BlockingIOError:
+            # The poller was wrong: nothing has arrived.
+            pass
         except OSError:
             self.lobby.dismiss(self)
         except Exception:
@@ -2841,9 +2888,8 @@ class Lobby:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
-                # Usually EMFILE. The connection stays in the queue, so trying again at once would
-                # be a busy loop.
-                if self.make_room():
+                # The connection stays in the queue, so trying again at once would be a busy loop.
+                if error.errno in NO_ROOM and self.make_room():
                     continue
                 if not number:
                     log.error("[SERVER] error:cannot accept connections: %s", error.strerror)
@@ -3202,11 +3248,14 @@ class Server:
         if self.file and socket_file(self.file[0]) == self.file:
             os.unlink(self.file[0])
         seconds = self.options.drain_timeout
+        latest = time.monotonic() + seconds
         leaving = asyncio.create_task(self.connections.go_away(self.application, seconds))
         await until(self.lobby.is_quiet, time.monotonic() + min(GRACE, seconds))
         # From now on, handshakes on connections from before are refused, too.
         self.max_connections = 0
         await leaving
+        # This is for clients that have completed the handshake since the others were gone.
+        await self.connections.go_away(self.application, latest - time.monotonic())
 
     def reload(self) -> None:
         """Called for SIGHUP: reads the certificate and the log level again. If one of them is

@@ -3565,6 +3565,68 @@ def test_the_end_of_an_event_loop_is_the_end_of_its_connections(library: str) ->
     assert counts[-1] <= counts[1]
 
 
+class ClosesLater(EchoHandler):
+    async def on_close(self) -> None:  # type: ignore[override]  # Tornado runs coroutines, too
+        await asyncio.sleep(0)
+        super().on_close()
+
+
+@over_tcp
+@pytest.mark.gen_test
+async def test_a_coroutine_on_close_may_call_ours(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "echo_server")
+    peer = await host.connect(ClosesLater)
+    peer.send(close(4000))
+    await eventually(lambda: "[SERVER] close() 4000 from 127.0.0.1" in caplog.text)
+
+
+@over_tcp
+@pytest.mark.gen_test
+async def test_a_write_that_is_cancelled_cancels_no_other(host: Host) -> None:
+    tasks: list[asyncio.Task[None]] = []
+
+    async def write_on(handler: EchoHandler, _: str | bytes) -> None:
+        tasks.append(cast("asyncio.Task[None]", asyncio.current_task()))
+        while True:
+            await handler.write_message("more")
+
+    writing = doing("on_message", write_on)
+    peers = [await host.connect(writing, calls=Calls()) for _ in range(3)]
+    for peer in peers:
+        peer.send(text("start"))
+    for peer in peers:
+        await peer.frame()
+    tasks[0].cancel()
+    for peer in peers[1:]:
+        for _ in range(1000):
+            assert await peer.frame() == (FIN | TEXT, b"more")
+    assert host.errors() == ["tornado.application"]
+
+
+@over_tcp
+@pytest.mark.gen_test
+async def test_the_closing_handshake_does_not_wait_for_a_coroutine(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 60.0)
+
+    async def close_and_wait(handler: EchoHandler, _: str | bytes) -> None:
+        handler.close(4000)
+        await cast(Recorder, handler).calls.gate.wait()
+
+    calls = Calls()
+    calls.gate.clear()
+    peer = await host.connect(doing("on_message", close_and_wait), calls=calls)
+    peer.send(text("start"))
+    assert await peer.close_code() == 4000
+    peer.send(close(4000))
+    assert await peer.rest() == b"" and not calls.closes
+    calls.gate.set()
+    await eventually(lambda: calls.closes)
+
+
 # ---- Deadlines and flow control
 
 
@@ -3651,6 +3713,25 @@ class TestDeadlines:
         assert Connections.current().closed[1008] == len(calls.closes) == 1
         with pytest.raises(ConnectionResetError):
             await peer.rest()
+
+    @pytest.mark.parametrize(("transport", "words"), [("tcp", 5), ("tls", 5), ("unix", 1)])
+    async def test_writing_on_is_no_progress_of_a_peer_that_takes_nothing(
+        self, host: Host, words: int
+    ) -> None:
+        """What the kernel holds also grows by what TLS or a Unix socket adds to each piece."""
+
+        async def write_on(handler: EchoHandler, _: str | bytes) -> None:
+            await handler.write_message(WORD * words)
+            while True:
+                await handler.write_message("more")
+                await asyncio.sleep(0.02)
+
+        writing = doing("on_message", write_on)
+        calls = Calls()
+        peer = await host.connect(writing, calls=calls, receive_buffer=4096, stall_timeout=0.5)
+        peer.send(text("start"))
+        await eventually(lambda: calls.closes)
+        assert Connections.current().closed[1008] == 1
 
     @over_tcp
     async def test_a_peer_that_stays_after_its_fault_is_dropped(
@@ -5677,6 +5758,19 @@ def test_clients_in_the_queue_of_the_listening_socket_are_let_in_and_sent_away(
                 assert b" 101 " in file.readline()
                 assert b"" not in iter(file.readline, b"\r\n")
                 assert read_frame(file) == (FIN | CLOSE, close_body(1001, "the server is stopping"))
+    assert server.exit_code() == 0
+
+
+def test_a_handshake_that_comes_after_sigterm_is_followed_by_1001(serve: Serve) -> None:
+    server = serve()
+    with server.dial() as sock:
+        server.signal(signal.SIGTERM)
+        until(lambda: not listens(("127.0.0.1", server.port)))
+        sock.sendall(request())
+        with sock.makefile("rb") as file:
+            assert b" 101 " in file.readline()
+            assert b"" not in iter(file.readline, b"\r\n")
+            assert read_frame(file) == (FIN | CLOSE, close_body(1001, "the server is stopping"))
     assert server.exit_code() == 0
 
 
