@@ -553,7 +553,7 @@ class Receiver:
         return rest
 
     def _parse(self, data: bytes, events: list[Event]) -> None:
-        """Passes each piece before it is checked, so that parsing can go on after a fault in it."""
+        """Moves past each piece before checking it, so that parsing can go on after a fault."""
         pos, end, budget = 0, len(data), TURN
         try:
             while pos < end and budget > 0:
@@ -598,8 +598,8 @@ class Receiver:
         return start, length
 
     def _take(self, opcode: int, payload: bytes, events: list[Event]) -> int:
-        """Handles a whole message or control frame. Returns its cost besides EVENT. A Close uses up
-        the turn, since later pings are answered only if our own Close has not left by then."""
+        """Handles a whole message or control frame. Returns its cost besides EVENT. A Close ends
+        the turn, so that our own can leave; only until then are later pings answered."""
         if opcode == CLOSE:
             again, self.closed = self.closed, True
             check_close(payload)
@@ -702,9 +702,9 @@ class Receiver:
         return cost
 
     def _end_inflating(self) -> None:
-        """The sender has cut off 00 00 FF FF (RFC 7692 section 7.2.1), so it is put back. zlib
-        accepts most truncated streams, so an empty final block (03 00) must then end this one,
-        unless BFINAL has."""
+        """The sender has cut off 00 00 FF FF (RFC 7692 section 7.2.1), so it is put back. Unless a
+        block with BFINAL has ended the stream, an empty final block (03 00) is added and must end
+        it, since zlib accepts most truncated streams."""
         if not cast("zlib._Decompress", self._inflater).eof:
             content = bytearray()
             with contextlib.suppress(Fault):
@@ -740,8 +740,8 @@ def close_frame(code: int | None, reason: str = "") -> bytes:
 
 
 class Sender:
-    """Makes the frames for one peer. Two of them may have to wait: a Pong while the peer does not
-    read, and our Close until everything else has left."""
+    """Makes messages, Pongs and our Close for one peer. Two of them may have to wait: a Pong while
+    the peer does not read, and our Close until everything else has left."""
 
     def __init__(self, deflate: Deflate | None = None) -> None:
         self._deflate = deflate
@@ -761,8 +761,8 @@ class Sender:
         return frame_header(first, size) + prefix, payload
 
     def answer(self, ping: bytes, congested: bool) -> bytes:
-        """Section 5.5.3: returns a Pong, or b"" if it has to wait. Then only the latest Ping
-        counts."""
+        """Section 5.5.3: returns a Pong, or b"" if it has to wait. Of the Pings that wait, only the
+        latest is answered."""
         self.late_ping = ping if congested else None
         return b"" if congested else control_frame(PONG, ping)
 
@@ -867,7 +867,8 @@ def accept_deflate(offers: str, options: Mapping[str, int]) -> Deflate | None:
 HIGH_WATER = 64 * 1024
 # Bytes to ask for in a read, so that a message of 64 KiB arrives in one piece.
 READ_SIZE = 256 * 1024
-# Bytes to ask for after little has arrived: Python's own allocator provides them, 0.2 us faster.
+# Bytes to ask for after a short read: so small a buffer comes from Python's own allocator, 0.2 us
+# faster.
 SHORT_READ = 470
 # If pieces contain this many bytes in total, they are written as they are rather than joined.
 SCATTER = 16 * 1024
@@ -903,11 +904,12 @@ class Wire:
         self._owner = stream or sock
         self._gathered: list[bytes | bytearray] = []
         self.backlog: bytes | bytearray = b""
-        # Each future is done when the kernel has taken this many bytes in all.
+        # Each future is done when the kernel has taken the number of bytes beside it.
         self._writes: deque[tuple[int, asyncio.Future[None]]] | None = None
+        # Done when the socket is closed.
         self._closed: asyncio.Future[None] | None = None
 
-        # All bytes received; all bytes put; and those of them that the kernel has not taken yet.
+        # The numbers of bytes received, of bytes put, and of those that the kernel has not taken.
         self.received = 0
         self.total = 0
         self.waiting = 0
@@ -980,7 +982,7 @@ class Wire:
             return 0
 
     def written(self) -> asyncio.Future[None]:
-        """The future is done when the kernel has taken all that waits now, or fails in `close`."""
+        """The future is done when the kernel has taken all that waits now. `close` makes it fail."""
         future: asyncio.Future[None] = asyncio.Future()
         self._writes = self._writes or deque()
         self._writes.append((self.total, future))
@@ -1253,6 +1255,7 @@ class Deadlines:
         if state != OPEN:
             limit = LINGER_TIMEOUT if state == LINGERING else CLOSE_TIMEOUT
             return "closing" if min(progress, standing) >= limit else ""
+        # A value that is always new keeps the clock at 0.
         stalled = self.message.seconds((reads and unfinished) or now, now)
         silent = self.arrival.seconds(wire.received if reads else now, now)
         if now - silent > self.pinged:
@@ -1278,7 +1281,7 @@ class Inbox:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        # The connection has failed: only the peer's Close still counts (section 7.1.7).
+        # Messages no longer count, only the peer's Close (section 7.1.7).
         self.is_shut = False
         # The number of coroutines that run, and the bytes of the message that they work on.
         self.running = 0
@@ -1307,7 +1310,7 @@ class Inbox:
         return event
 
     def shut(self) -> None:
-        """Throws the messages away, those that come later, too, but not the peer's Close."""
+        """Throws away all messages, queued and later ones, but not the peer's Close."""
         self.is_shut = True
         waiting, self._waiting, self._waiting_size = self._waiting, None, 0
         for event in waiting or ():
@@ -1326,16 +1329,21 @@ class Inbox:
 
 # The states of a connection, and what ends each of them:
 #
-# OPEN       Messages go both ways, until we decide to send a Close, or the peer shuts its side.
+# OPEN       Messages go both ways, until we decide to send a Close, or the peer has shut its side
+#            and everything before that is handled.
 # CLOSING    We have decided to send a Close. It leaves when nothing waits before it; until then,
 #            pings are answered. Then we wait for the peer's, unless it has come or no longer can.
 # ENDING     Both sides have sent their last frame, or we have given up on the peer's. When the
 #            kernel has taken the last of ours, we shut our side.
-# LINGERING  Our side is shut; `on_close` is called as soon as no coroutine runs. What arrives is
-#            thrown away until the peer has shut its side, too: a byte that arrives after close()
-#            would make the kernel throw away what is still on its way to the peer.
+# LINGERING  Our side is shut; `on_close` is called as soon as the handler has got all messages and
+#            no coroutine runs. What arrives is thrown away until the peer has shut its side, too: a
+#            byte that arrives after close() would make the kernel throw away what is still on its
+#            way to the peer.
 # CLOSED     The socket is closed. If `on_close` has not been called, it is called when the handler
 #            has got all messages.
+#
+# CLOSING and ENDING last for at most CLOSE_TIMEOUT without progress, LINGERING for LINGER_TIMEOUT. A
+# reset, an error of ours, or `drop` leads from any state to CLOSED.
 OPEN, CLOSING, ENDING, LINGERING, CLOSED = range(5)
 
 
@@ -1371,8 +1379,8 @@ class Connection(websocket.WebSocketProtocol):
         # A turn is going on: what is put leaves at its end.
         self._corked = False
         self._inbox = Inbox(handler.max_message_size)
-        # The prefix of replies, while they need no call of the handler; and the heads for
-        # `echo_texts`, while that may answer what arrives next.
+        # The prefix, if replies need no call of the handler; and the heads, if `echo_texts` may
+        # answer what arrives next.
         self._prefix: bytes | None = None
         self._heads: list[bytes] | None = None
         # `on_close` has been called. The future, for a host's own `get`, is done then.
@@ -1388,7 +1396,8 @@ class Connection(websocket.WebSocketProtocol):
             # During the handshake, the peer has left, or the connection was closed.
             stream.close()
             return
-        # Tornado's HTTP server turns it off. A Close after a reply would then take 40 ms more.
+        # Tornado's HTTP server turns TCP_NODELAY off. A Close right after a reply could then take
+        # 40 ms more.
         stream.set_nodelay(True)
         self.stream, early = stream, take_over(stream, self.on_connection_close)
         self.start(make_wire(stream), early)
@@ -1435,7 +1444,7 @@ class Connection(websocket.WebSocketProtocol):
             self._break()
 
     def _break(self) -> None:
-        # All of these methods log last, since a host's log handler may write to this connection.
+        # This logs last, like all that log, since a host's log handler may write to the connection.
         self.drop()
         log.exception("[SERVER] error:unhandled exception, %s", self.peer)
 
@@ -1467,8 +1476,9 @@ class Connection(websocket.WebSocketProtocol):
     def write_message(
         self, message: str | bytes | dict[str, Any], binary: bool = False
     ) -> asyncio.Future[None]:
-        """Returns a future that is done when the kernel has taken the message, or at once if at
-        most HIGH_WATER bytes wait. It fails with WebSocketClosedError if this is impossible."""
+        """Returns a future that is done when the kernel has taken the message; if at most
+        HIGH_WATER bytes wait, at once or, if the round is over, in the next one. It fails with
+        WebSocketClosedError if the connection is closing."""
         if self._state != OPEN:
             return failed_write()
         payload = utf8(json_encode(message) if isinstance(message, dict) else message)
@@ -1531,8 +1541,8 @@ class Connection(websocket.WebSocketProtocol):
         wire, receiver = self._wire, self._receiver
         try:
             wire.flush()
-            last = receiver.fault or wire.eof or self._registry.leaving
-            calm = self._inbox.is_empty() and not (self._state or wire.backlog or last)
+            ending = receiver.fault or wire.eof or self._registry.leaving or self._state != OPEN
+            calm = self._inbox.is_empty() and not (wire.backlog or ending)
             calm = calm and self._sender.late_ping is None
             quick = calm and not receiver.opcode and self._prefix is not None
             self._heads = echo_heads(self._prefix or b"", receiver.limit) if quick else None
@@ -1585,7 +1595,8 @@ class Connection(websocket.WebSocketProtocol):
             self._state = ENDING
 
     def _hand_over(self) -> None:
-        """Arranges that the handler gets what has arrived, in turns, and `on_close` in the end."""
+        """Puts the connection in line if the handler has not got everything that has arrived;
+        otherwise, in the end, has `on_close` called."""
         inbox, more = self._inbox, self._receiver.more and not self._discards()
         if (more and inbox.has_place()) or inbox.has_next():
             self._registry.again(self)
@@ -1775,7 +1786,7 @@ class Connection(websocket.WebSocketProtocol):
             self._wire.put(self._sender.answer(ping, self._is_congested()))
 
     def _is_congested(self) -> bool:
-        """Whether Pongs have to wait. In CLOSING, they must not delay our Close."""
+        """Whether Pongs have to wait. Once we are closing, they must not delay our Close."""
         return self._wire.waiting > (HIGH_WATER if self._state == OPEN else 0)
 
     # ---- The closing handshake, section 7
@@ -1790,6 +1801,7 @@ class Connection(websocket.WebSocketProtocol):
             self._state = CLOSING
             self.server_terminated = True
             self.outcome = code or 1005
+            # Put now, it leaves in the same write as the replies of this turn.
             self._put_last()
 
     def _put_last(self) -> None:
@@ -2219,9 +2231,9 @@ def check_handshake(request: httputil.HTTPServerRequest) -> None:
 
 
 def check_subprotocols(headers: httputil.HTTPHeaders) -> None:
-    """RFC 6455 section 4.2.1, item 8: raises Refusal if the header is malformed. The stand-alone
-    server alone is so strict: some applications carry other data in the header, as Tornado allows.
-    """
+    """RFC 6455 section 4.2.1, item 8: raises Refusal if the header is malformed. Only the
+    stand-alone server is so strict: some applications carry other data in the header, as Tornado
+    allows."""
     if not all(map(TOKEN.fullmatch, offered_protocols(headers))):
         raise Refusal(400, "the header Sec-WebSocket-Protocol must be a list of tokens")
 
@@ -2268,7 +2280,7 @@ def has_token(headers: httputil.HTTPHeaders, name: str, token: str) -> bool:
 
 
 def listed(text: str) -> list[str]:
-    """RFC 9110 section 5.6.1: returns the items of a comma-separated list, less the empty ones."""
+    """RFC 9110 section 5.6.1: returns the items of a comma-separated list, except empty ones."""
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
@@ -2770,7 +2782,7 @@ class ServedHandler(EchoHandler):
         stream = self.detach()
         with contextlib.suppress(iostream.StreamClosedError):
             await stream.write(switching_protocols(answer))
-        # Until the answer has left, the lobby dismisses a peer that reads nothing.
+        # Only now: until the answer has left, the lobby dismisses a peer that does not read it.
         self._server.lobby.leave(stream)
         return stream
 
@@ -2783,8 +2795,8 @@ class ServedHandler(EchoHandler):
 
 
 class Visitor:
-    """A client that has connected but has not completed the handshake. The request of the handshake
-    has it in place of Tornado's HTTP connection."""
+    """A client that has connected but has not completed the handshake. For the request of the
+    handshake, it stands in for Tornado's HTTP connection."""
 
     protocol = "http"
     __slots__ = "address", "asked", "fd", "head", "lobby", "remote_ip", "since", "socket", "stream"
@@ -2921,7 +2933,7 @@ class Lobby:
         if not data:
             self.dismiss(visitor)
             return
-        # If it arrives byte by byte, this copy still costs less than reading the byte.
+        # Even if the head arrives byte by byte, this copy costs less than the system call.
         visitor.head = data = before + data
         end = None if tls else END_OF_HEAD.search(data, max(0, len(before) - 3))
         if end and self.open(visitor, end.end()):
@@ -3131,7 +3143,7 @@ def read_head(head: bytes, visitor: Visitor) -> httputil.HTTPServerRequest:
             start_line=start_line, headers=headers, connection=connection
         )
     except httputil.HTTPInputError as error:
-        # Tornado's text goes on with the value, which may be a secret.
+        # Tornado's text then quotes the value, which may be a secret.
         detail = re.split(":? ['\"]", str(error), maxsplit=1)[0]
         raise Refusal(400, "the request cannot be read", detail) from None
     return request
