@@ -982,7 +982,7 @@ class Wire:
             return 0
 
     def written(self) -> asyncio.Future[None]:
-        """The future is done when the kernel has taken all that waits now. `close` makes it fail."""
+        """The future is done when the kernel has taken all that waits now. `close` fails it."""
         future: asyncio.Future[None] = asyncio.Future()
         self._writes = self._writes or deque()
         self._writes.append((self.total, future))
@@ -1342,8 +1342,8 @@ class Inbox:
 # CLOSED     The socket is closed. If `on_close` has not been called, it is called when the handler
 #            has got all messages.
 #
-# CLOSING and ENDING last for at most CLOSE_TIMEOUT without progress, LINGERING for LINGER_TIMEOUT. A
-# reset, an error of ours, or `drop` leads from any state to CLOSED.
+# CLOSING and ENDING last for at most CLOSE_TIMEOUT without progress, and LINGERING for
+# LINGER_TIMEOUT. A reset, an error of ours, or `drop` leads from any state to CLOSED.
 OPEN, CLOSING, ENDING, LINGERING, CLOSED = range(5)
 
 
@@ -3000,13 +3000,13 @@ class Lobby:
         """Hands the visitor over to Tornado's HTTP server."""
         server, sock = self.server, visitor.socket
         server.connections.forget(visitor.fd, visitor)
-        stream: VisitorStream | VisitorTlsStream
+        stream: HeadCheck
         if server.tls is None:
-            stream = VisitorStream(sock, max_buffer_size=1 << 20)
+            stream = HeadCheck(sock, max_buffer_size=1 << 20)
         else:
             visitor.head = b""
             sock = server.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            stream = VisitorTlsStream(sock, ssl_options=server.tls, max_buffer_size=1 << 20)
+            stream = TlsHeadCheck(sock, ssl_options=server.tls, max_buffer_size=1 << 20)
         stream.visitor = visitor
         visitor.stream, visitor.socket = stream, sock
         self.http.handle_stream(stream, visitor.address)
@@ -3105,11 +3105,7 @@ class HeadCheck(iostream.IOStream):
         self.close()
 
 
-class VisitorStream(HeadCheck):
-    pass
-
-
-class VisitorTlsStream(HeadCheck, iostream.SSLIOStream):
+class TlsHeadCheck(HeadCheck, iostream.SSLIOStream):
     pass
 
 
