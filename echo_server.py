@@ -1226,7 +1226,7 @@ class Deadlines:
     the time of Connections.now."""
 
     __slots__ = (
-        "arrival", "message", "ping_interval", "ping_timeout", "pinged", "progress",
+        "arrival", "due", "message", "ping_interval", "ping_timeout", "pinged", "progress",
         "stall_timeout", "state",
     )  # fmt: skip
 
@@ -1242,6 +1242,9 @@ class Deadlines:
         self.progress, self.state = Since(now), Since(now)
         # When we sent a Ping after which nothing has arrived yet; 0 if there is none.
         self.pinged = 0.0
+        # Until then, nothing need be looked at, if nothing is under way: looking at 10,000 idle
+        # connections each time would take 5 % of a core.
+        self.due = 0.0
 
     def shortest(self) -> float:
         limits = self.ping_interval, self.ping_timeout, self.stall_timeout, LINGER_TIMEOUT
@@ -1267,7 +1270,12 @@ class Deadlines:
         if self.pinged:
             waited = min(now - self.pinged, progress)
             return "answer" if 0 < self.ping_timeout <= waited else ""
-        return "silence" if not held and 0 < self.ping_interval <= silent else ""
+        if not held and 0 < self.ping_interval <= silent:
+            return "silence"
+        if reads and not (held or unfinished):
+            limits = self.ping_interval, self.ping_timeout, self.stall_timeout
+            self.due = now + min(filter(None, limits), default=30.0) / 10
+        return ""
 
 
 class Inbox:
@@ -1546,6 +1554,8 @@ class Connection(websocket.WebSocketProtocol):
             calm = calm and self._sender.late_ping is None
             quick = calm and not receiver.opcode and self._prefix is not None
             self._heads = echo_heads(self._prefix or b"", receiver.limit) if quick else None
+            if not calm or receiver.opcode or receiver.rest:
+                self._deadlines.due = 0.0
             if calm and not receiver.more and self._watched == READ:
                 # Nearly always, nothing follows.
                 return
@@ -1855,7 +1865,7 @@ class Connection(websocket.WebSocketProtocol):
 
     def check(self, now: float) -> None:
         """Called by the sweep. Acts on a deadline that has passed."""
-        if self._state == CLOSED:
+        if now < self._deadlines.due or self._state == CLOSED:
             return
         if not self._watched & READ:
             # Where there is no epoll, nothing else notices.
