@@ -1956,9 +1956,8 @@ class Connections:
         self._line: OrderedDict[Connection, None] = OrderedDict()
         # When the time of this round is over, in time.monotonic(); 0 until it is asked for.
         self._round_ends = 0.0
-        # Those that wait for the next round; each has a future of its own, which may be cancelled.
+        # Those that wait for the next round, each of which may be cancelled; and one always done.
         self._waiting: list[asyncio.Future[None]] = []
-        # A future that is always done.
         self.done: asyncio.Future[None] = asyncio.Future()
         self.done.set_result(None)
 
