@@ -2331,7 +2331,11 @@ SCRIPTS = {
     ),
     # ---- What hosts are used to
     "a host may have an initialize of its own": Script(
-        text("a"), said("ECHO:tables"), handler=Plainly, options={"database": "tables"}
+        text("a"),
+        said("ECHO:tables"),
+        handler=Plainly,
+        options={"database": "tables"},
+        over=("tcp", "tcp over uvloop"),
     ),
     "no initialize of ours, no scenarios": Script(
         text("a"),
@@ -2352,6 +2356,7 @@ SCRIPTS = {
         1000,
         handler=WithNames,
         options={"origins": ["*"], "stall_timeout": 5.0},
+        over=("tcp", "tcp over uvloop"),
     ),
 }
 
@@ -2847,7 +2852,7 @@ print("echoed", echo_server.main(["--port=0"]))
 """
 
 
-@over_tcp
+@over_either_loop
 @pytest.mark.gen_test
 class TestAsTornado:
     async def test_after_open_there_is_what_tornado_has(self, host: Host) -> None:
@@ -3431,7 +3436,7 @@ class TestAmongOthers:
         finally:
             log.removeHandler(to_viewer)
 
-    @over_tcp
+    @over_either_loop
     @pytest.mark.parametrize("handler", [SlowToPrepare, SlowToGet])
     @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
     async def test_a_client_that_leaves_during_prepare_or_get_is_neither_opened_nor_closed(
