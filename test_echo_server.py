@@ -2494,7 +2494,8 @@ class TestLeaving:
     ) -> None:
         peer, calls = await host.record(Recorder)
         peer.reset()
-        await asyncio.sleep(0)  # it is reset, and nobody has looked
+        # It is reset, and nobody has looked.
+        await asyncio.sleep(0)
         calls.handler.close(4000)
         await eventually(lambda: calls.closes)
         assert len(calls.closes) == 1 and not Connections.current().open
@@ -2816,14 +2817,16 @@ import asyncio, select, socket, sys
 for name in ("fcntl", "termios", "resource"):
     sys.modules[name] = None
 del select.epoll, select.poll
-asyncio.ProactorEventLoop = asyncio.SelectorEventLoop  # so that Tornado polls in its own thread
+# So that Tornado polls in its own thread.
+asyncio.ProactorEventLoop = asyncio.SelectorEventLoop
 
 from tornado.web import Application
 from tornado.websocket import websocket_connect
 unix = socket.AF_UNIX
 del socket.AF_UNIX
 import echo_server
-socket.AF_UNIX = unix  # the event loop itself needs it here
+# The event loop itself needs it here.
+socket.AF_UNIX = unix
 
 class Pinging(echo_server.EchoHandler):
     ping_interval = 0.1
@@ -3161,7 +3164,8 @@ class DropsItself(Recorder):
     def on_message(self, message: str | bytes) -> None:
         self.calls.append(("message", message))
         self.write_message("last words")
-        cast(Any, self.ws_connection)._abort()  # as hosts call it, since Tornado has it
+        # As hosts call it, since Tornado has it.
+        cast(Any, self.ws_connection)._abort()
 
 
 @pytest.mark.gen_test
@@ -3534,7 +3538,8 @@ class TestAmongOthers:
             counted |= set(
                 re.findall(r'{direction="received",type="text"} .*', metrics(connections))
             )
-            await asyncio.sleep(0)  # one round of the event loop
+            # One round of the event loop.
+            await asyncio.sleep(0)
         assert counted == {'{direction="received",type="text"} 100'}
         assert connections.traffic.texts_received == 100
 
@@ -3750,7 +3755,8 @@ class TestDeadlines:
             await asyncio.sleep(0.01)
         assert len(calls.closes) == 1
 
-    @pytest.mark.parametrize("transport", ["unix"])  # whose kernel takes the least
+    # The kernel takes the least from a Unix socket.
+    @pytest.mark.parametrize("transport", ["unix"])
     async def test_only_the_latest_ping_of_a_peer_that_does_not_read_is_answered(
         self, host: Host
     ) -> None:
@@ -4233,13 +4239,15 @@ class Conversation(RuleBasedStateMachine):
     def leave(self) -> None:
         """Without a Close; the replies that are owed have to come."""
         if self.trust:
-            self.receive()  # TLS that ends without its own goodbye may lose what has just come
+            # TLS that ends without its own goodbye may lose what has just come.
+            self.receive()
         if self.open:
             # Not SSLSocket's, which would end TLS as well.
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
             self.receive()
         if self.open:
-            with contextlib.suppress(ssl.SSLError):  # an alert: TLS does not like it
+            # An alert: TLS does not like it.
+            with contextlib.suppress(ssl.SSLError):
                 assert self.answer() == (-1, b"")
             self.end(1006)
 
@@ -4268,7 +4276,8 @@ def test_whatever_is_sent_is_answered_as_the_contract_says(
 
 
 budget = settings(
-    max_examples=int(os.environ.get("WS_ECHO_FUZZ", "6")),  # conversations, of up to 50 steps each
+    # The number of conversations, of up to 50 steps each.
+    max_examples=int(os.environ.get("WS_ECHO_FUZZ", "6")),
     stateful_step_count=50,
     deadline=None,
     database=None,
@@ -5233,7 +5242,8 @@ def test_close_notify_is_answered(tls: Process, trust: ssl.SSLContext) -> None:
         cast(ssl.SSLSocket, sock).unwrap()
 
 
-OPENSSL = ctypes.CDLL(_ssl.__file__)  # what Python itself calls
+# What Python itself calls.
+OPENSSL = ctypes.CDLL(_ssl.__file__)
 
 
 def request_key_update(sock: ssl.SSLSocket) -> None:
@@ -6113,7 +6123,8 @@ def test_a_log_that_cannot_be_written_leaves_the_exit_code_right(
 HALF_OPEN = """
 import fcntl, os, socket, struct, subprocess, sys, time
 def set_loopback(flags):
-    fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", flags))  # SIOCSIFFLAGS
+    # SIOCSIFFLAGS.
+    fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", flags))
 set_loopback(1)
 server = subprocess.Popen(sys.argv[1:], stderr=subprocess.PIPE, text=True)
 port = server.stderr.readline().split("localhost:")[1].split("/")[0]
@@ -6122,7 +6133,8 @@ before = len(os.listdir(descriptors))
 sock = socket.create_connection(("127.0.0.1", int(port)))
 sock.sendall(REQUEST)
 sock.recv(999)
-set_loopback(0)  # from now on packets vanish
+# From now on, packets vanish.
+set_loopback(0)
 for line in server.stderr:
     print(line, flush=True)
     if "close()" in line:
@@ -6884,7 +6896,8 @@ def application(folder: Path, code: str, *args: str) -> Process:
     return Process(*options, program=Path("app.py"), own=own, cwd=folder)
 
 
-FRIEND = "https://app.example.org"  # in the README
+# The origin in the README.
+FRIEND = "https://app.example.org"
 
 HOST_OF_ITS_OWN = """
 import asyncio, signal
