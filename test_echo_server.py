@@ -42,6 +42,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from pathlib import Path
 from subprocess import PIPE
@@ -54,14 +55,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from tornado import gen
-from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
+from tornado.httpclient import HTTPRequest
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPInputError
 from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets, bind_unix_socket
 from tornado.web import Application
 from tornado.websocket import WebSocketClosedError, WebSocketProtocol, websocket_connect
-from websockets.asyncio.client import connect as websockets_connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
@@ -129,17 +129,13 @@ class Process:
     def __init__(
         self,
         *args: str,
-        program: Path = MODULE,
-        own: int = 0,
         before: Sequence[str] = (),
         env: dict[str, str] | None = None,
         **popen: Any,
     ) -> None:
-        """`before` is a command that starts it. `own` is the port of a `program` that does not say
-        where it listens."""
-        self.own = own
+        """`before` is a command that starts it."""
         self.lines: list[str] = []
-        command = *before, sys.executable, str(program), *args
+        command = *before, sys.executable, str(MODULE), *args
         self.popen = start(*command, stderr=PIPE, env=os.environ | (env or {}), **popen)
         self.reader = threading.Thread(target=self.read)
         self.reader.start()
@@ -173,9 +169,6 @@ class Process:
     @property
     def url(self) -> str:
         """Waits until it listens."""
-        if self.own:
-            until(lambda: listens(("127.0.0.1", self.own)), lambda: f"{self.lines}")
-            return f"ws://localhost:{self.own}/"
         return self.line(r"\[SERVER\] listening on (wss?://\S+?)(,|$)")[1]
 
     @property
@@ -544,22 +537,8 @@ FAULTS = [
 
 @pytest.fixture
 def app() -> Application:
-    """An application with routes to our handler."""
-    return Application(
-        [
-            ("/echo", EchoHandler),
-            ("/anybody", EchoHandler, {"origins": ["*"]}),
-            ("/friends", EchoHandler, {"origins": ["https://friend.example"]}),
-            ("/list", EchoHandler, {"origins": "https://Friend.example/, https://b.example"}),
-        ],
-        websocket_max_message_size=1 << 20,
-    )
-
-
-@pytest.fixture
-def ws_url(http_server: HTTPServer, base_url: str) -> str:
-    """The WebSocket URL of the application."""
-    return base_url.replace("http", "ws", 1)
+    """An application with a route to our handler."""
+    return Application([("/echo", EchoHandler)], websocket_max_message_size=1 << 20)
 
 
 def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -649,16 +628,6 @@ class Peer:
         assert first == FIN | CLOSE
         return int.from_bytes(payload[:2], "big") if payload else None
 
-    async def is_failed(self, code: int) -> None:
-        """A Close with this code comes, and then the end; a server that can still tell frames
-        apart first waits for our Close."""
-        assert await self.close_code() == code
-        if code == 1002:
-            assert await self.rest() == b""
-        else:
-            self.leave()
-        await eventually(lambda: not Connections.current().open)
-
     async def goodbye(self) -> int | None:
         """The code of the Close that comes next. It is answered, and then the end comes."""
         code = await self.close_code()
@@ -718,12 +687,19 @@ class Host:
         app: Application,
         address: int | str,
         trust: ssl.SSLContext | None,
-        errors: Callable[[], list[str]],
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """`errors` returns the loggers of errors since its last call."""
-        self.app, self.address, self.trust, self.errors = app, address, trust, errors
+        self.app, self.address, self.trust, self.caplog = app, address, trust, caplog
         self.peers: list[Peer] = []
+        self.seen = 0
         self.url = f"{'wss' if trust else 'ws'}://localhost:{address}"
+
+    def errors(self) -> list[str]:
+        """The loggers of errors since its last call."""
+        records = self.caplog.get_records("call")
+        names = [record.name for record in records if record.levelno >= logging.ERROR]
+        self.seen, seen = len(names), self.seen
+        return names[seen:]
 
     def route(self, handler: type[EchoHandler] = EchoHandler, **initialize: Any) -> str:
         path = f"/{len(self.app.default_router.rules)}"
@@ -824,18 +800,10 @@ def host(
         server.add_socket(bind_unix_socket(address))
     if transport == "tcp without epoll":
         monkeypatch.delattr(select, "epoll", raising=False)
-    seen: list[str] = []
-
-    def errors() -> list[str]:
-        records = caplog.get_records("call")
-        new = [record.name for record in records if record.levelno >= logging.ERROR][len(seen) :]
-        seen.extend(new)
-        return new
-
-    host = Host(app, address, trust if transport == "tls" else None, errors)
+    host = Host(app, address, trust if transport == "tls" else None, caplog)
     yield host
     io_loop.run_sync(host.finish, timeout=PATIENCE)
-    assert not errors()
+    assert not host.errors()
 
 
 class Calls(list[Any]):
@@ -921,37 +889,29 @@ def inheriting(serve: Serve, given: Any, *arguments: str, offset: int = 0) -> Pr
 def bystander(server: Process, trust: ssl.SSLContext | None = None) -> Iterator[None]:
     """Meanwhile a client gets its echoes; in the end the server has given back all descriptors."""
     server.line("listening")
-    before = descriptors(server)
-    with upgraded(server, trust=trust) as sock:
-        times: list[float] = []
-        ended = threading.Event()
-        thread = threading.Thread(target=keep_echoing, args=(sock, times, ended))
-        thread.start()
+    before, over = descriptors(server), threading.Event()
+    with upgraded(server, trust=trust) as sock, ThreadPoolExecutor() as pool:
+        longest = pool.submit(keep_echoing, sock, over)
         try:
-            until(lambda: len(times) > 3)
             yield
-            seen = len(times)
-            until(lambda: len(times) > seen + 3)
         finally:
-            ended.set()
-            thread.join(PATIENCE)
-    assert max(times) < 3
+            over.set()
+        assert longest.result(PATIENCE) < 3
     until(
         lambda: descriptors(server) <= before,
         lambda: f"{descriptors(server)} descriptors rather than {before}",
     )
 
 
-def keep_echoing(sock: socket.socket, times: list[float], ended: threading.Event) -> None:
-    """Stops early if a reply is wrong or missing."""
-    for number in itertools.count():
+def keep_echoing(sock: socket.socket, over: threading.Event) -> float:
+    """The longest time that an echo took. One more comes when it is over."""
+    longest, last = 0.0, False
+    while not last:
+        last = over.wait(0.005)
         began = time.monotonic()
-        sock.sendall(frame(FIN | TEXT, b"%06d" % number))
-        if sock.recv(99) != b"\x81\x0bECHO:%06d" % number:
-            return
-        times.append(time.monotonic() - began)
-        if ended.wait(0.005):
-            return
+        assert raw_echo(sock) == "ECHO:Hello!"
+        longest = max(longest, time.monotonic() - began)
+    return longest
 
 
 def descriptors(server: Process) -> int:
@@ -1046,25 +1006,12 @@ assert before == after, (before, after)
 print(touched, late)
 """
 
-DOCSTRING = r"""
-import asyncio, re, tornado.web, echo_server
-lines = re.search("Embed it:((?:.*\\S.*\\n)+)", echo_server.__doc__)[1].replace("8888", "0")
-async def main():
-    for line in lines.splitlines():
-        exec(line.strip(), globals())
-asyncio.run(main())
-print(app.wildcard_router.rules[0].target.__name__)
-"""
-
 
 def test_importing_does_nothing() -> None:
     assert python(STATE) == "[] []\n"
 
 
-def test_the_three_lines_in_the_docstring_work() -> None:
-    assert python(DOCSTRING) == "EchoHandler\n"
-
-
+@pytest.mark.parametrize("transport", ["tcp"])
 @pytest.mark.gen_test
 class TestInAnApplication:
     @pytest.mark.parametrize(
@@ -1072,94 +1019,64 @@ class TestInAnApplication:
         [(r"/to/(\w+)", [["Zoe"], {}]), (r"/to/(?P<name>\w+)", [[], {"name": "Zoe"}])],
     )
     async def test_open_is_called_with_the_groups_of_the_route(
-        self, app: Application, ws_url: str, route: str, arguments: list[Any]
+        self, host: Host, route: str, arguments: list[Any]
     ) -> None:
         class Tells(EchoHandler):
             def open(self, *args: str, **kwargs: str) -> None:
                 self.write_message(json.dumps([args, kwargs]))
 
-        app.add_handlers(".*", [(route, Tells)])
-        client = await websocket_connect(ws_url + "/to/Zoe?token=x")
-        assert json.loads(await client.read_message() or "") == arguments
-        client.close()
+        host.app.add_handlers(".*", [(route, Tells)])
+        peer = await host.dial()
+        await peer.upgrade(request("GET /to/Zoe?token=x HTTP/1.1"))
+        assert json.loads((await peer.frame())[1]) == arguments
 
     @pytest.mark.parametrize(
-        ("path", "origin"),
+        ("origins", "origin", "status"),
         [
-            ("/echo", "http://evil.example"),
-            ("/echo", "null"),
-            ("/echo", "http://localhost:1"),
-            ("/friends", "http://friend.example"),
-            ("/friends", "https://friend.example.evil.example"),
-            ("/list", "https://b"),
-            ("/list", "h"),
+            ([], "http://localhost", 101),
+            ([], "http://localhost:1", 403),
+            ([], "null", 403),
+            (["*"], "null", 101),
+            (["https://friend.example"], "https://friend.example", 101),
+            (["https://friend.example"], "http://localhost", 101),
+            (["https://friend.example"], "http://friend.example", 403),
+            ("https://Friend.example/, https://b.example", "https://b.example", 101),
+            ("https://Friend.example/, https://b.example", "https://b", 403),
         ],
     )
-    async def test_an_origin_that_may_not_connect_gets_403_and_a_warning_that_names_it(
-        self, ws_url: str, path: str, origin: str, caplog: pytest.LogCaptureFixture
+    async def test_embedded_only_pages_of_its_own_origin_and_of_those_named_may_connect(
+        self, host: Host, origins: str | list[str], origin: str, status: int
     ) -> None:
-        with pytest.raises(HTTPClientError, match="403"):
-            await websocket_connect(HTTPRequest(ws_url + path, headers={"Origin": origin}))
-        (record,) = ours(caplog)
-        assert record.levelname == "WARNING"
-        assert re.fullmatch(
-            rf"\[SERVER\] error:.*{re.escape(origin)}.* 127\.0\.0\.1:\d+.*", record.getMessage()
-        )
-
-    @pytest.mark.parametrize(
-        ("path", "origin"),
-        [
-            ("/echo", "our own"),
-            ("/anybody", "http://evil.example"),
-            ("/anybody", "null"),
-            ("/friends", "https://friend.example"),
-            ("/friends", "our own"),
-            ("/list", "https://friend.example"),
-            ("/list", "https://b.example"),
-        ],
-    )
-    async def test_an_origin_that_may_connect_does(
-        self, ws_url: str, base_url: str, path: str, origin: str
-    ) -> None:
-        headers = {"Origin": base_url if origin == "our own" else origin}
-        client = await websocket_connect(HTTPRequest(ws_url + path, headers=headers))
-        await client.write_message("Hello!")
-        assert await client.read_message() == "ECHO:Hello!"
-        client.close()
+        peer = await host.dial()
+        peer.send(request(f"GET {host.route(origins=origins)} HTTP/1.1", Origin=origin))
+        assert f" {status} " in (await peer.reader.readline()).decode()
 
     async def test_embedded_a_plain_get_is_answered_by_426_and_not_by_the_page(
-        self, http_client: AsyncHTTPClient, base_url: str
+        self, host: Host
     ) -> None:
-        answer = await http_client.fetch(
-            base_url + "/echo", raise_error=False, headers={"Accept": "text/html"}
-        )
-        assert (answer.code, b"Upgrade: websocket" in answer.body) == (426, True)
-        assert answer.headers["Content-Type"].startswith("text/plain")
+        peer = await host.dial()
+        peer.send(request(f"GET {host.route()} HTTP/1.1", without="Upgrade", Accept="text/html"))
+        head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
+        assert head.startswith("HTTP/1.1 426 ") and "Content-Type: text/plain;" in head
 
-    async def test_embedded_the_query_asks_for_nothing(self, ws_url: str) -> None:
-        client = await websocket_connect(
-            f"{ws_url}/echo?after=0&close=4001&drop=1&push=1&delay=60&token=x"
-        )
-        await client.write_message("Hello!")
-        assert await client.read_message() == "ECHO:Hello!"
-        client.close()
+    async def test_embedded_the_query_asks_for_nothing(self, host: Host) -> None:
+        peer = await host.connect(query="?after=0&close=4001&drop=1&push=1&delay=60&token=x")
+        peer.send(text("Hello!"))
+        assert await peer.replies(b"ECHO:Hello!")
 
     @pytest.mark.parametrize("level", ["DEBUG", "INFO"])
     async def test_the_log_has_the_words_of_the_original_sample_and_messages_only_at_debug(
-        self, ws_url: str, caplog: pytest.LogCaptureFixture, level: str
+        self, host: Host, caplog: pytest.LogCaptureFixture, level: str
     ) -> None:
         caplog.set_level(level, "echo_server")
-        client = await websocket_connect(ws_url + "/echo?token=secret")
-        for text in ("Hello!", "Zoë\n", "ab" * 300):
-            await client.write_message(text)
-            await client.read_message()
-        client.close(4001, "bye")
+        peer = await host.connect(query="?token=secret")
+        peer.send(text("Hello!"), text("Zoë\n"), text("ab" * 300), close(4001, "bye"))
         shown = ["Hello!", r"Zo\xeb\n", "ab" * 100] if level == "DEBUG" else []
-        lines = await log_lines(caplog, 2 + len(shown))
-        assert lines[1:-1] == [f"[SERVER] Received:{text}" for text in shown]
-        first, last = (re.sub(r"1:\d+|\d+\.\d s", "N", line) for line in (lines[0], lines[-1]))
-        assert first == "[SERVER] connection() from 127.0.0.N /echo"
-        assert last == "[SERVER] close() 4001 from 127.0.0.N after N, 3 messages, 611 bytes"
+        first, *lines, last = await log_lines(caplog, 2 + len(shown))
+        assert lines == [f"[SERVER] Received:{text}" for text in shown]
+        ending = r"close\(\) 4001 from 127.0.0.1:\d+ after \d\.\d s, 3 messages, 611 bytes"
+        assert re.fullmatch(r"\[SERVER\] connection\(\) from 127.0.0.1:\d+ /\d+", first)
+        assert re.fullmatch(rf"\[SERVER\] {ending}", last)
 
 
 # ------------------------------------------------------------------------------------------- Frames
@@ -6878,145 +6795,87 @@ def defined(code: str) -> dict[str, Any]:
     return names
 
 
-def free_port() -> int:
-    """The kernel gives it to nobody else for a minute: a connection of it is in TIME_WAIT."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = int(listener.getsockname()[1])
-        with socket.create_connection(("127.0.0.1", port), PATIENCE):
-            listener.accept()[0].close()
-    return port
-
-
-def application(folder: Path, code: str, *args: str) -> Process:
-    """A whole application of the README in a folder with our file, as a process of its own."""
-    own = free_port()
-    code, *options = (text.replace("8888", str(own)) for text in (code, *args))
-    (folder / "app.py").write_text(code)
-    shutil.copy(MODULE, folder)
-    return Process(*options, program=Path("app.py"), own=own, cwd=folder)
-
-
-# The origin in the README.
-FRIEND = "https://app.example.org"
-
-HOST_OF_ITS_OWN = """
-import asyncio, signal
-from tornado.options import define, options, parse_command_line
-from tornado.web import Application
-from echo_server import EchoHandler
-
-define("port", 1)
-
-async def main():
-    parse_command_line()
-    app = Application([("/echo", EchoHandler)])
-    server = app.listen(options.port)
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    await stop.wait()
-    server.stop()
-    await close_clients(app)
-
-asyncio.run(main())
-"""
-
-
-def own(level: str = "WARNING") -> str:
-    """Somebody's application, as the README says for those with options, log and signals."""
-    code = shown("With options, logging and signals of your own")
-    assert "WARNING" in code
-    return code.replace("WARNING", level) + HOST_OF_ITS_OWN
+async def echo_of(app: Application) -> bytes:
+    """Its reply to a text at /echo."""
+    async with listening(app) as port:
+        peer = await peer_at(port)
+        await peer.upgrade(request("GET /echo HTTP/1.1"), text("Hello!"))
+        _, reply = await peer.frame()
+        peer.leave()
+    return reply
 
 
 @pytest.mark.gen_test
 class TestReadme:
-    @pytest.mark.parametrize("kind", ["def", "async def"])
-    async def test_as_the_readme_shows_a_subclass_answers_in_json(
-        self, app: Application, ws_url: str, kind: str
-    ) -> None:
-        length = defined(shown("With answers of your own").replace("def", kind))["Length"]
-        app.add_handlers(".*", [("/length", length)])
-        client = await websocket_connect(ws_url + "/length")
-        for text in ("Hello!", "", "Zoë \ud800"):
-            await client.write_message(json.dumps({"id": 7, "text": text}))
-            assert json.loads(await client.read_message() or "") == {"id": 7, "length": len(text)}
-        client.close()
+    async def test_the_three_lines_in_the_readme_and_in_the_docstring_are_enough(self) -> None:
+        lines = re.findall(r"(?m)^(?:Embed it:|         )  (.*)", echo_server.__doc__ or "")
+        assert lines.pop() == "app.listen(8888)"
+        for code in shown("In three lines"), "\n".join(["import tornado.web", *lines]):
+            assert await echo_of(defined(code)["app"]) == b"ECHO:Hello!"
 
-    @pytest.mark.parametrize(
-        "sense",
-        ["Hello!", "", "7", "[]", "{}", '{"id": 7, "text": 7}', "[" * 994 + "]" * 994, b"\xff"],
-    )
-    async def test_as_the_readme_shows_nonsense_gets_an_answer_that_says_so(
-        self, app: Application, ws_url: str, sense: str | bytes
+    async def test_as_the_readme_shows_an_application_has_it_beside_other_handlers(
+        self, tmp_path: Path
     ) -> None:
-        app.add_handlers(".*", [("/length", defined(shown("With answers of your own"))["Length"])])
-        client = await websocket_connect(ws_url + "/length")
-        for _ in range(2):
-            await client.write_message(sense, binary=isinstance(sense, bytes))
-            assert json.loads(await client.read_message() or "").keys() == {"error"}
-        client.close()
-
-    async def test_as_the_readme_shows_three_lines_are_enough(self) -> None:
-        async with listening(defined(shown("In three lines"))["app"]) as port:
-            client = await websocket_connect(f"ws://localhost:{port}/echo")
-            await client.write_message("Hello!")
-            assert await client.read_message() == "ECHO:Hello!"
-            client.close()
-
-    async def test_as_the_readme_shows_origins_compression_and_size_are_the_hosts_to_decide(
-        self,
-    ) -> None:
-        async with listening(defined(shown("With Tornado's settings"))["app"]) as port:
-            url = f"ws://127.0.0.1:{port}/echo"
-            with pytest.raises(HTTPClientError, match="403"):
-                await websocket_connect(HTTPRequest(url, headers={"Origin": "https://example.org"}))
-            async with websockets_connect_async(
-                url, additional_headers={"Origin": FRIEND}, proxy=None
-            ) as client:
-                assert not client.protocol.extensions
-                for size in (65536, 65537):
-                    await client.send("x" * size)
-                assert await client.recv() == "ECHO:" + "x" * 65536
-                with pytest.raises(ConnectionClosed, match="1009"):
-                    await client.recv()
-
-    async def test_as_the_readme_shows_silence_is_answered_by_a_ping_and_then_by_the_end(
-        self,
-    ) -> None:
-        quick = re.sub(
-            r"(websocket_ping_\w+)=(\d+)", r"\1=\g<2>/200", shown("With Tornado's settings")
+        code = shown("Beside other handlers").replace("docs", str(tmp_path))
+        # All but what would go on for ever.
+        code, _, _ = code.replace("    Application(", "    return Application(").partition(
+            ".listen"
         )
-        async with listening(defined(quick)["app"]) as port:
+        app = await defined(code)["main"]()
+        assert await echo_of(app) == b"> Hello!"
+        (tmp_path / "echo.txt").write_text("It is at /echo.")
+        async with listening(app) as port:
             peer = await peer_at(port)
-            await peer.upgrade(request("GET /echo HTTP/1.1", Origin=FRIEND))
-            assert await peer.frame() == (FIN | PING, b"")
-            assert await peer.goodbye() == 1008
-            peer.leave()
+            peer.send(b"GET /echo.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert b"It is at /echo." in await peer.rest()
 
+    @over_tcp
+    @pytest.mark.parametrize("kind", ["def", "async def"])
+    async def test_as_the_readme_shows_a_subclass_answers_in_json_and_says_what_is_nonsense(
+        self, host: Host, kind: str
+    ) -> None:
+        code = shown("With answers of your own").replace("def", kind)
+        peer = await host.connect(defined(code)["Length"])
+        for word in "", "Zoë \ud800":
+            peer.send(text(json.dumps({"id": 7, "text": word})))
+            assert json.loads((await peer.frame())[1]) == {"id": 7, "length": len(word)}
+        for nonsense in "Hello!", "[]", "{}", '{"id": 7, "text": 7}', "[" * 994 + "]" * 994:
+            peer.send(text(nonsense))
+            assert json.loads((await peer.frame())[1]).keys() == {"error"}
 
-def test_as_the_readme_shows_an_application_has_it_beside_other_handlers(tmp_path: Path) -> None:
-    with application(tmp_path, shown("Beside other handlers")) as app:
-        (tmp_path / "docs").mkdir()
-        (tmp_path / "docs" / "echo.txt").write_text("It is at /echo.")
-        assert get(app, "/echo.txt")[2] == "It is at /echo."
-        with app.connect("echo") as client:
-            assert echoed(client) == "> Hello!"
+    async def test_as_the_readme_shows_origins_compression_size_and_pings_are_the_hosts_to_decide(
+        self,
+    ) -> None:
+        app = defined(shown("With Tornado's settings"))["app"]
+        pings = [app.settings[f"websocket_ping_{name}"] for name in ("interval", "timeout")]
+        assert pings == [20, 10]
+        async with listening(app) as port:
+            stranger, friend = await peer_at(port), await peer_at(port)
+            stranger.send(request("GET /echo HTTP/1.1", Origin="https://example.org"))
+            assert b" 403 " in await stranger.reader.readline()
+            stranger.leave()
+            headers = DEFLATE | {"Origin": "https://app.example.org"}
+            await friend.upgrade(request("GET /echo HTTP/1.1", **headers))
+            assert "permessage" not in friend.head
+            friend.send(text("x" * 65536), text("x" * 65537))
+            assert await friend.replies(b"ECHO:" + b"x" * 65536)
+            assert await friend.goodbye() == 1009
 
-
-@pytest.mark.parametrize(("level", "lines"), [("DEBUG", 3), ("WARNING", 0)])
-def test_as_the_readme_shows_an_application_has_options_logging_and_signals_of_its_own(
-    tmp_path: Path, level: str, lines: int
-) -> None:
-    """It closes its clients with 1001, and our lines come in its log."""
-    with application(tmp_path, own(level), "--port=8888", "--logging=debug") as app:
-        with app.connect("echo") as client:
-            assert echoed(client) == "ECHO:Hello!"
-            app.signal(signal.SIGTERM)
-            with pytest.raises(ConnectionClosed, match="1001"):
-                client.recv(PATIENCE)
-        assert app.exit_code() == 0
-    assert len(app.matching(r"^\[[DI] \d{6} [\d:]{8} echo_server:\d+\] \[SERVER\] ")) == lines
-    assert len(app.matching(r"\[SERVER\]")) == lines
+    @over_tcp
+    @pytest.mark.parametrize(("level", "lines"), [("DEBUG", 3), ("WARNING", 0)])
+    async def test_as_the_readme_shows_a_host_sets_our_log_level_and_closes_its_clients(
+        self, host: Host, caplog: pytest.LogCaptureFixture, level: str, lines: int
+    ) -> None:
+        # In the end, the level is again what it was.
+        caplog.set_level("DEBUG", "echo_server")
+        code = shown("With options, logging and signals of your own")
+        shown_names = defined(code.replace("WARNING", level))
+        peer = await host.connect()
+        peer.send(text("Hello!"))
+        leaving = asyncio.create_task(shown_names["close_clients"](host.app))
+        assert await peer.replies(b"ECHO:Hello!") and await peer.goodbye() == 1001
+        await leaving
+        assert len(ours(caplog)) == lines
 
 
 def test_as_the_readme_shows_pytest_runs_the_test_of_a_handler(tmp_path: Path) -> None:
