@@ -75,15 +75,15 @@ class EchoHandler(websocket.WebSocketHandler):
 
     def open(self, *args: Any, **kwargs: Any) -> Awaitable[None] | None:
         self.__say(CAME, self.__peer, printable(path_of(self.request)))
-        if self.__scenario and self.__connection:
-            self.__scenario.begin(self, self.__connection)
+        if self.__scenario and self.__protocol:
+            self.__scenario.begin(self, self.__protocol)
         return None
 
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
         """Returns a future if the reply cannot leave yet; later messages wait until it is done."""
         log.debug(RECEIVED, printable(message))
-        if self.__scenario and self.__connection:
-            return self.__scenario.reply(self, self.__connection, message)
+        if self.__scenario and self.__protocol:
+            return self.__scenario.reply(self, self.__protocol, message)
         if isinstance(message, str):
             sent = self.write_message(self.prefix + message)
         else:
@@ -98,10 +98,10 @@ class EchoHandler(websocket.WebSocketHandler):
             log.warning("[SERVER] error:%s, %s", sent.exception(), self.__peer)
 
     def on_close(self) -> None:
-        self.__say(LEFT, self.__connection)
+        self.__say(LEFT, self.__protocol)
 
     def __say(self, line: str, *args: object) -> None:
-        if self.__connection is None or not self.__connection.omits(line):
+        if not Connections.current().omits(line):
             log.info(line, *args)
 
     # The defaults, in case the `initialize` of a subclass does not call ours. All but the prefix
@@ -112,7 +112,7 @@ class EchoHandler(websocket.WebSocketHandler):
     __stall_timeout = 60.0
     __takes_scenarios = False
     __scenario: Scenario | None = None
-    __connection: Connection | None = None
+    __protocol: EchoProtocol | None = None
     __peer = ""
 
     def __take_options(
@@ -190,8 +190,8 @@ class EchoHandler(websocket.WebSocketHandler):
         return {} if self.__compression else None
 
     def get_websocket_protocol(self) -> websocket.WebSocketProtocol | None:
-        self.__connection = Connection(self, self.__peer, self.__stall_timeout)
-        return self.__connection
+        self.__protocol = EchoProtocol(self, self.__peer, self.__stall_timeout)
+        return self.__protocol
 
     async def _switch_protocols(self, answer: dict[str, str]) -> iostream.IOStream:
         """Accepts the handshake with this answer. Returns the stream for the connection."""
@@ -225,20 +225,20 @@ class EchoHandler(websocket.WebSocketHandler):
     def on_connection_close(self) -> None:
         """Calls `on_close`, once, if `open` has been called. Tornado's method would not run an
         `async def on_close`."""
-        connection, self.ws_connection = self.__connection, None
-        if connection and connection.opened:
-            if not connection.is_closing():
+        protocol, self.ws_connection = self.__protocol, None
+        if protocol and protocol.opened:
+            if not protocol.is_closing():
                 # It is the host that has called this method.
-                connection.drop(reset=False)
-            connection.run(self.on_close)
+                protocol.connection.drop(reset=False)
+            protocol.run(self.on_close)
         # Both are parts of reference cycles, which only the garbage collector would free. But an
         # `async def on_close` may still call ours.
-        if connection and not connection.is_busy():
-            self.__connection = None
+        if protocol and not protocol.is_busy():
+            self.__protocol = None
         self.ui = None  # type: ignore[assignment]  # as Tornado does it
 
     def _has_opened(self) -> bool:
-        return self.__connection is not None and self.__connection.opened > 0
+        return self.__protocol is not None and self.__protocol.opened > 0
 
 
 def until_open(name: str) -> Any:
@@ -307,37 +307,37 @@ class Scenario:
         given = printable(b", ".join(values), 40)
         raise Refusal(400, "the query has a bad value", f"{name}={given} is not {words}")
 
-    def begin(self, handler: EchoHandler, connection: Connection) -> None:
+    def begin(self, handler: EchoHandler, protocol: EchoProtocol) -> None:
         if self.push:
-            self._pushing = asyncio.create_task(self._push(handler, connection))
+            self._pushing = asyncio.create_task(self._push(handler, protocol))
         if self.after == 0:
-            self._strike(handler, connection)
+            self._strike(handler, protocol)
 
-    async def _push(self, handler: EchoHandler, connection: Connection) -> None:
+    async def _push(self, handler: EchoHandler, protocol: EchoProtocol) -> None:
         with contextlib.suppress(WebSocketClosedError):
             for number in itertools.count(1):
-                await connection.sleep(1)
+                await protocol.sleep(1)
                 await handler.write_message(f"PUSH:{number}")
 
     def reply(
-        self, handler: EchoHandler, connection: Connection, message: str | bytes
+        self, handler: EchoHandler, protocol: EchoProtocol, message: str | bytes
     ) -> Awaitable[None]:
         """Encodes the reply before the delay, since a str may occupy four bytes per character."""
         payload = utf8(handler.prefix) + utf8(message)
-        return self._reply(handler, connection, payload, isinstance(message, bytes))
+        return self._reply(handler, protocol, payload, isinstance(message, bytes))
 
     async def _reply(
-        self, handler: EchoHandler, connection: Connection, payload: bytes, binary: bool
+        self, handler: EchoHandler, protocol: EchoProtocol, payload: bytes, binary: bool
     ) -> None:
-        await connection.sleep(self.delay)
+        await protocol.sleep(self.delay)
         with contextlib.suppress(WebSocketClosedError):
             await handler.write_message(payload, binary)
-            if connection.traffic.received()[0] >= self.after:
-                self._strike(handler, connection)
+            if protocol.connection.traffic.received()[0] >= self.after:
+                self._strike(handler, protocol)
 
-    def _strike(self, handler: EchoHandler, connection: Connection) -> None:
+    def _strike(self, handler: EchoHandler, protocol: EchoProtocol) -> None:
         if self.drop:
-            connection.drop()
+            protocol.connection.drop()
         elif self.code:
             handler.close(self.code, self.reason)
 
@@ -856,7 +856,8 @@ def accept_deflate(offers: str, options: Mapping[str, int]) -> Deflate | None:
 
 # --------------------------------------------------------------------------------------- Connection
 # Frames on a socket, in three classes: Wire (one socket), Connection (the protocol on it) and
-# Connections (all of them in one event loop). Two rules apply throughout:
+# Connections (all of them in one event loop). EchoProtocol stands between a Connection and its
+# handler. Two rules apply throughout:
 #
 # 1. Whatever happens only changes facts; then Connection.settle decides what follows from them.
 # 2. Progress is what the peer's kernel has acknowledged: the deadlines of a peer that reads count
@@ -1001,6 +1002,12 @@ class Wire:
             self.eof = True
         return data
 
+    def find_loss(self, events: int = 0) -> None:
+        """Raises OSError if the peer is lost, which epoll reports even if we do not read."""
+        code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code or events & ERROR:
+            raise OSError(code, os.strerror(code) if code else "the peer has left")
+
     def held(self) -> int:
         """Bytes that the peer's kernel has not acknowledged: those that wait, and those in our
         kernel, if it tells their number."""
@@ -1028,6 +1035,10 @@ class Wire:
         self.shut = True
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_WR)
+
+    def set_nodelay(self, value: bool) -> None:
+        if self.socket.family != getattr(socket, "AF_UNIX", None):
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, value)
 
     def until_closed(self) -> asyncio.Future[None]:
         self._closed = self._closed or asyncio.Future()
@@ -1335,12 +1346,193 @@ class Inbox:
         self._held = self._held if self.running else 0
 
 
+class EchoProtocol(websocket.WebSocketProtocol):
+    """What Tornado asks of a protocol, for one handler: does the handshake, calls the methods of
+    the handler, and passes on to the Connection what these want."""
+
+    handler: EchoHandler
+    selected_subprotocol: str | None = None
+    # The code and the reason of the peer's Close.
+    close_code: int | None = None
+    close_reason: str | None = None
+    # Made when the handshake is done.
+    connection: Connection
+
+    def __init__(self, handler: EchoHandler, peer: str, stall_timeout: float) -> None:
+        super().__init__(handler)
+        self.peer = peer
+        self.stall_timeout = stall_timeout
+        self.inbox = Inbox(handler.max_message_size)
+        # What the handshake has agreed on.
+        self.deflate: Deflate | None = None
+        # When the handshake was done, in time.monotonic(); 0 before.
+        self.opened = 0.0
+        # `on_close` has been called. The future, for a host's own `get`, is done then.
+        self.told = False
+        self._ended: asyncio.Future[None] | None = None
+
+    # ---- The handshake
+
+    async def accept_connection(self, handler: websocket.WebSocketHandler) -> None:
+        """RFC 6455 section 4.2.2: does the server's part of the handshake."""
+        stream = await self.handler._switch_protocols(self.negotiate())
+        if stream.closed() or self.server_terminated:
+            # During the handshake, the peer has left, or the connection was closed.
+            stream.close()
+            return
+        # Tornado's HTTP server turns TCP_NODELAY off. A Close right after a reply could then take
+        # 40 ms more.
+        stream.set_nodelay(True)
+        self.stream, early = stream, take_over(stream, self.on_connection_close)
+        self.start(make_wire(stream), early)
+        if type(handler).get is not EchoHandler.get and not self.told:
+            # As in Tornado, a host's own `get` goes on when the connection has ended.
+            self._ended = asyncio.Future()
+            await self._ended
+
+    def negotiate(self) -> dict[str, str]:
+        """Returns the headers of the answer to the handshake."""
+        answer, self.deflate = negotiate(self.handler)
+        self.selected_subprotocol = answer.get("Sec-WebSocket-Protocol")
+        return answer
+
+    def start(self, wire: Wire, early: bytes) -> None:
+        """Begins when the handshake is done. `early` is what has already arrived after it."""
+        # All methods of this handler run in this context, and those of no other handler.
+        self._context = contextvars.copy_context()
+        self._wire = wire
+        self.connection = Connection(self, wire)
+        self.opened = time.monotonic()
+        self.connection.enter(self.connection.start, early)
+
+    # ---- Calls of the handler
+
+    def open(self) -> None:
+        handler = self.handler
+        self.call(handler.open, *handler.open_args, **handler.open_kwargs)
+
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._context.run(self.run, method, *args, **kwargs)
+
+    def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Calls a method of the handler. If it returns a coroutine or a future, messages are queued
+        until that is done."""
+        try:
+            result = method(*args, **kwargs)
+            if result is not None:
+                self.wait_for(gen.convert_yielded(result))
+        except (Exception, asyncio.CancelledError):
+            self._report()
+
+    def is_busy(self) -> bool:
+        """Whether a coroutine of the handler runs."""
+        return self.inbox.running > 0
+
+    def wait_for(self, future: asyncio.Future[Any]) -> None:
+        resume = functools.partial(self.connection.enter, self._resume)
+        outside(IOLoop.current().add_future, future, resume)
+        self.inbox.running += 1
+
+    def _resume(self, future: asyncio.Future[Any]) -> None:
+        """Called when a coroutine of the handler is done, or a write that `on_message` returned."""
+        self.inbox.release()
+        try:
+            future.result()
+        except (Exception, asyncio.CancelledError):
+            # If a write was returned, a callback of EchoHandler already reports its failure.
+            self._context.run(self._report, isinstance(future, asyncio.Task))
+        self.connection.resume()
+
+    def _report(self, say: bool = True) -> None:
+        """Logs the traceback of an error in the handler, and closes with 1011. It is not an error
+        if the peer has left, or if a coroutine is cancelled after the connection has ended."""
+        error, connection = sys.exc_info()[1], self.connection
+        if connection.state != OPEN and isinstance(error, WebSocketClosedError):
+            if say:
+                self.warn("reply not sent,")
+        elif connection.state != CLOSED or not isinstance(error, asyncio.CancelledError):
+            self.handler.log_exception(*sys.exc_info())
+            connection.fail(1011)
+
+    def finish(self) -> None:
+        """Calls `on_close`, the handler's last call, once."""
+        if self.told:
+            return
+        self.told = True
+        close = self.handler.on_ws_connection_close
+        try:
+            self._context.run(close, self.close_code, self.close_reason)
+        finally:
+            if self._ended:
+                future_set_result_unless_cancelled(self._ended, None)
+
+    # ---- What Tornado and the handler ask for
+
+    def write_message(
+        self, message: str | bytes | dict[str, Any], binary: bool = False
+    ) -> asyncio.Future[None]:
+        """Returns a future that is done when the kernel has taken the message; if at most
+        HIGH_WATER bytes wait, at once or, if the round is over, in the next one. It fails with
+        WebSocketClosedError if the connection is closing."""
+        if self.is_closing():
+            return failed_write()
+        payload = utf8(json_encode(message) if isinstance(message, dict) else message)
+        return self.connection.write(BINARY if binary else TEXT, payload)
+
+    def write_ping(self, data: bytes) -> None:
+        if self.opened:
+            self.connection.ping(data)
+
+    def close(self, code: int | None = None, reason: str | None = None) -> None:
+        """Sends a Close with this code and reason, and waits for the peer's."""
+        if self.opened:
+            self.connection.close(1000 if code is None and reason is not None else code, reason)
+        self.server_terminated = True
+
+    def is_closing(self) -> bool:
+        return not self.opened or self.connection.state != OPEN
+
+    def on_connection_close(self) -> None:
+        """The stream has been closed, and not by us."""
+        self.server_terminated = True
+        if self.opened:
+            self.connection.close_socket(reset=False)
+
+    def _abort(self) -> None:
+        """Some hosts call this method of Tornado's to get rid of a connection."""
+        self.server_terminated = True
+        if self.opened:
+            self.connection.drop(reset=False)
+
+    def set_nodelay(self, x: bool) -> None:
+        self._wire.set_nodelay(x)
+
+    async def sleep(self, seconds: float) -> None:
+        """Lets the handler sleep, but no longer than until the socket is closed."""
+        if self.connection.state != CLOSED:
+            await asyncio.wait([self._wire.until_closed()], timeout=seconds)
+
+    def warn(self, text: str) -> None:
+        log.warning("[SERVER] error:%s %s", text, self.peer)
+
+    def __str__(self) -> str:
+        seconds, connection = time.monotonic() - self.opened, self.connection
+        messages, size = connection.traffic.received()
+        about = f"{connection.outcome} from {self.peer} after {seconds:.1f} s"
+        return f"{about}, {messages} messages, {size} bytes"
+
+    # The sweep and the turns replace the first two; the third is for clients only.
+    def start_pinging(self) -> None: ...
+    async def _receive_frame_loop(self) -> None: ...
+    def _process_server_headers(self, key: str | bytes, headers: httputil.HTTPHeaders) -> None: ...
+
+
 # The states of a connection, and what ends each of them:
 #
 # OPEN       Messages go both ways, until we decide to send a Close, or the peer has shut its side
 #            and everything before that is handled.
-# CLOSING    We have decided to send a Close. It leaves when nothing waits before it; until then,
-#            pings are answered. Then we wait for the peer's, unless it has come or no longer can.
+# CLOSING    Our Close waits until everything before it has left. Until then, pings are answered.
+# AWAITING   Our Close has left, and we wait for the peer's, unless it has come or no longer can.
 # ENDING     Both sides have sent their last frame, or we have given up on the peer's. When the
 #            kernel has taken the last of ours, we shut our side.
 # LINGERING  Our side is shut; `on_close` is called as soon as the handler has got all messages and
@@ -1350,12 +1542,12 @@ class Inbox:
 # CLOSED     The socket is closed. If `on_close` has not been called, it is called when the handler
 #            has got all messages.
 #
-# CLOSING and ENDING last for at most CLOSE_TIMEOUT without progress, and LINGERING for
+# CLOSING, AWAITING and ENDING last for at most CLOSE_TIMEOUT without progress, and LINGERING for
 # LINGER_TIMEOUT. A reset, an error of ours, or `drop` leads from any state to CLOSED.
-OPEN, CLOSING, ENDING, LINGERING, CLOSED = range(5)
+OPEN, CLOSING, AWAITING, ENDING, LINGERING, CLOSED = range(6)
 
 
-class Connection(websocket.WebSocketProtocol):
+class Connection:
     """RFC 6455 on a wire, for one handler: turns, flow control and the closing handshake.
 
     While a coroutine of the handler runs, later messages and the Close after them queue in the
@@ -1363,82 +1555,30 @@ class Connection(websocket.WebSocketProtocol):
     cannot leave, the future that EchoHandler.on_message returned is not done.
     """
 
-    handler: EchoHandler
-    selected_subprotocol: str | None = None
-    # The code and the reason of the peer's Close.
-    close_code: int | None = None
-    close_reason: str | None = None
-
-    def __init__(self, handler: EchoHandler, peer: str, stall_timeout: float) -> None:
-        super().__init__(handler)
+    def __init__(self, protocol: EchoProtocol, wire: Wire) -> None:
+        self._protocol = protocol
+        self._inbox = protocol.inbox
+        self.handler = protocol.handler
+        self._wire = wire
+        self._receiver = Receiver(self.handler.max_message_size, protocol.deflate)
+        self._sender = Sender(protocol.deflate)
         self._registry = Connections.current()
-        self._deadlines = Deadlines(handler, stall_timeout, self._registry.now)
-        # For the log and the metrics.
-        self.peer = peer
-        self.traffic = Traffic()
-        # The code of our Close. Without one: 1006 (7.1.5), or 1008 if the peer took no bytes.
-        self.outcome = 1006
-        # When the handshake was done, in time.monotonic(); 0 before.
-        self.opened = 0.0
+        self._deadlines = Deadlines(self.handler, protocol.stall_timeout, self._registry.now)
 
-        self._state = OPEN
+        # For the log and the metrics. The outcome is the code of our Close. Without one, it is 1006
+        # (section 7.1.5), or 1008 if the peer took no bytes.
+        self.traffic = Traffic()
+        self.outcome = 1006
+
+        self.state = OPEN
         # What the socket is watched for.
         self._watched = READ
         # A turn is going on: what is put leaves at its end.
         self._corked = False
-        self._inbox = Inbox(handler.max_message_size)
         # The prefix, if replies need no call of the handler; and the heads, if `echo_texts` may
         # answer what arrives next.
         self._prefix: bytes | None = None
         self._heads: list[bytes] | None = None
-        # `on_close` has been called. The future, for a host's own `get`, is done then.
-        self._told = False
-        self._ended: asyncio.Future[None] | None = None
-
-    # ---- The beginning
-
-    async def accept_connection(self, handler: websocket.WebSocketHandler) -> None:
-        """RFC 6455 section 4.2.2: does the server's part of the handshake."""
-        stream = await self.handler._switch_protocols(self.negotiate())
-        if stream.closed() or self._state == CLOSED:
-            # During the handshake, the peer has left, or the connection was closed.
-            stream.close()
-            return
-        # Tornado's HTTP server turns TCP_NODELAY off. A Close right after a reply could then take
-        # 40 ms more.
-        stream.set_nodelay(True)
-        self.stream, early = stream, take_over(stream, self.on_connection_close)
-        self.start(make_wire(stream), early)
-        if type(handler).get is not EchoHandler.get and not self._told:
-            # As in Tornado, a host's own `get` goes on when the connection has ended.
-            self._ended = asyncio.Future()
-            await self._ended
-
-    def negotiate(self) -> dict[str, str]:
-        """Returns the headers of the answer to the handshake."""
-        answer, deflate = negotiate(self.handler)
-        self.selected_subprotocol = answer.get("Sec-WebSocket-Protocol")
-        self._receiver = Receiver(self.handler.max_message_size, deflate)
-        self._sender = Sender(deflate)
-        return answer
-
-    def start(self, wire: Wire, early: bytes) -> None:
-        """Begins when the handshake is done. `early` is what has already arrived after it."""
-        self._wire = wire
-        # All methods of this handler run in this context, and those of no other handler.
-        self._context = contextvars.copy_context()
-        self.opened = time.monotonic()
-        self._corked = True
-        self.enter(self._registry.add, self, wire.fd, self._deadlines.shortest())
-        self.enter(self._open)
-        self.enter(self._choose)
-        self.enter(self.turn, early)
-        if isinstance(wire, TlsWire) and self._state != CLOSED:
-            # OpenSSL may have read bytes already, which the poller cannot see.
-            self.ready(READ)
-
-    def _open(self) -> None:
-        self._call(self.handler.open, *self.handler.open_args, **self.handler.open_kwargs)
 
     # ---- Entries: each of them changes facts and then settles; they raise for wrong arguments only
 
@@ -1446,15 +1586,28 @@ class Connection(websocket.WebSocketProtocol):
         """Calls `step`. An exception ends this connection, but no round, sweep or event loop."""
         try:
             step(*args)
-        except OSError as error:
-            self._lose(error)
-        except Exception:
-            self._break()
+        except Exception as error:
+            self._break(error)
 
-    def _break(self) -> None:
+    def _break(self, error: Exception) -> None:
+        if isinstance(error, OSError):
+            self._lose(error)
+            return
         # This logs last, like all that log, since a host's log handler may write to the connection.
         self.drop()
-        log.exception("[SERVER] error:unhandled exception, %s", self.peer)
+        log.exception("[SERVER] error:unhandled exception, %s", self._protocol.peer)
+
+    def start(self, early: bytes) -> None:
+        self._registry.add(self, self._wire.fd, self._deadlines.shortest())
+        self._corked = True
+        try:
+            self._protocol.open()
+        finally:
+            self._corked = False
+        self.resume(early)
+        if isinstance(self._wire, TlsWire) and self.state != CLOSED:
+            # OpenSSL may have read bytes already, which the poller cannot see.
+            self.ready(READ)
 
     def ready(self, events: int) -> None:
         """Called when bytes have arrived, the kernel takes bytes again, or the peer is lost."""
@@ -1462,7 +1615,7 @@ class Connection(websocket.WebSocketProtocol):
             if events & WRITE:
                 self._wire.drain()
             if not self._watched & READ:
-                self._find_loss(events)
+                self._wire.find_loss(events)
                 self.settle()
             elif not self._receiver.deflate or self._discards() or self._registry.has_time():
                 self.turn(self._wire.receive())
@@ -1470,58 +1623,51 @@ class Connection(websocket.WebSocketProtocol):
                 # Inflating and deflating may take milliseconds: the data waits for a later turn.
                 self._receiver.keep(self._wire.receive())
                 self.settle()
-        except OSError as error:
-            self._lose(error)
-        except Exception:
-            self._break()
+        except Exception as error:
+            self._break(error)
 
-    def _find_loss(self, events: int = 0) -> None:
-        """Raises OSError if the peer is lost, which epoll reports even if we do not read."""
-        code = self._wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code or events & ERROR:
-            raise OSError(code, os.strerror(code) if code else "the peer has left")
+    def resume(self, data: bytes = b"") -> None:
+        """Called when `open` or a coroutine of the handler is done, which may have changed it."""
+        self._choose()
+        self.turn(data)
 
-    def write_message(
-        self, message: str | bytes | dict[str, Any], binary: bool = False
+    def write(
+        self, opcode: int, payload: bytes | bytearray, prefix: bytes = b""
     ) -> asyncio.Future[None]:
-        """Returns a future that is done when the kernel has taken the message; if at most
-        HIGH_WATER bytes wait, at once or, if the round is over, in the next one. It fails with
-        WebSocketClosedError if the connection is closing."""
-        if self._state != OPEN:
+        """Outside a turn, once the round is over, the future is done only in the next one;
+        otherwise a coroutine that awaits write after write would never yield."""
+        wire = self._wire
+        self.traffic.count_sent(opcode, len(prefix) + len(payload))
+        for piece in self._sender.message(opcode, payload, prefix):
+            wire.put(piece)
+        if not self._corked:
+            self.settle()
+        elif wire.waiting > HIGH_WATER and not wire.backlog:
+            self.enter(wire.flush)
+        if self.state == CLOSED:
             return failed_write()
-        payload = utf8(json_encode(message) if isinstance(message, dict) else message)
-        return self._write(BINARY if binary else TEXT, payload)
+        if wire.waiting > HIGH_WATER:
+            return wire.written()
+        return self._registry.done if self._corked else self._registry.turn_to_write()
 
-    def write_ping(self, data: bytes) -> None:
-        if self._state == OPEN:
+    def ping(self, data: bytes) -> None:
+        if self.state == OPEN:
             self._wire.put(control_frame(PING, data))
             self.settle()
 
-    def close(self, code: int | None = None, reason: str | None = None) -> None:
-        """Like Tornado's: sends a Close with this code and reason, and waits for the peer's."""
-        if not self.opened:
-            self._close(reset=False)
-        elif self._state == OPEN:
-            self._say_goodbye(1000 if code is None and reason is not None else code, reason or "")
-            self.settle()
+    def close(self, code: int | None, reason: str | None) -> None:
+        self._say_goodbye(code, reason or "")
+        self.settle()
 
     def drop(self, reset: bool = True) -> None:
-        """Closes the socket without a closing handshake. If there is no reset, bytes that our
-        kernel has taken may still arrive. Messages that the handler has not got are thrown away."""
-        self._inbox.shut()
-        if self.opened and self._state != CLOSED:
+        """Closes the socket without a closing handshake. The handler gets no more messages. If
+        there is no reset, bytes that our kernel has taken may still arrive."""
+        self._discard_messages()
+        self._receiver.take_rest()
+        if self.state != CLOSED:
             with contextlib.suppress(OSError):
                 self._wire.flush()
-            self._receiver.skip()
-            self._receiver.take_rest()
-        self._close(reset)
-
-    def on_connection_close(self) -> None:
-        self._close(reset=False)
-
-    def _abort(self) -> None:
-        """Some hosts call this method of Tornado's to get rid of a connection."""
-        self.drop(reset=False)
+        self.close_socket(reset)
 
     def end(self) -> None:
         """Ends the connection at once: the event loop ends, or the time for a clean end is over."""
@@ -1532,7 +1678,7 @@ class Connection(websocket.WebSocketProtocol):
         """Before the server stops, reads what has arrived: in at most 2 reads, or 64 with TLS."""
         for _ in range(64 if isinstance(self._wire, TlsWire) else 2):
             before = self._wire.received
-            if self._state == OPEN and self._watched & READ:
+            if self.state == OPEN and self._watched & READ:
                 self.ready(READ)
             if self._wire.received == before:
                 return
@@ -1543,13 +1689,13 @@ class Connection(websocket.WebSocketProtocol):
         """The only place that decides what follows from the facts."""
         if self._corked:
             return
-        if self._state == CLOSED:
+        if self.state == CLOSED:
             self._hand_over()
             return
         wire, receiver = self._wire, self._receiver
         try:
             wire.flush()
-            ending = receiver.fault or wire.eof or self._registry.leaving or self._state != OPEN
+            ending = receiver.fault or wire.eof or self._registry.leaving or self.state != OPEN
             calm = self._inbox.is_empty() and not (wire.backlog or ending)
             calm = calm and self._sender.late_ping is None
             quick = calm and not receiver.opcode and self._prefix is not None
@@ -1564,11 +1710,11 @@ class Connection(websocket.WebSocketProtocol):
         except OSError as error:
             self._lose(error)
             return
-        if self._state == ENDING and not wire.backlog and self._sender.late_ping is None:
+        if self.state == ENDING and not wire.backlog and self._sender.late_ping is None:
             wire.half_close()
-            self._state = LINGERING
-        if self._state == LINGERING and wire.eof:
-            self._close(reset=False)
+            self.state = LINGERING
+        if self.state == LINGERING and wire.eof:
+            self.close_socket(reset=False)
             return
         self._hand_over()
         watched = (READ if self._may_read() else 0) | (WRITE if wire.backlog else 0)
@@ -1579,16 +1725,14 @@ class Connection(websocket.WebSocketProtocol):
     def _conclude(self) -> None:
         """When all that arrived is handled, acts on a fault, a FIN, or the server's stop."""
         wire, receiver = self._wire, self._receiver
-        if not self._inbox.is_empty():
+        if self.state != OPEN or not self._inbox.is_empty():
             return
-        if self._state == OPEN and receiver.fault:
-            self._fail(receiver.fault)
-        elif receiver.more:
-            return
-        elif wire.eof and self._state == OPEN:
-            self.client_terminated = True
-            self._state = ENDING
-        elif self._state == OPEN and self.handler.application in self._registry.leaving:
+        if receiver.fault:
+            self.fail(receiver.fault.code, receiver.fault.reason)
+        elif wire.eof and not receiver.more:
+            self._protocol.client_terminated = True
+            self.state = ENDING
+        elif self.handler.application in self._registry.leaving and not receiver.more:
             receiver.skip()
             self._say_goodbye(1001, "the server is stopping")
 
@@ -1596,13 +1740,14 @@ class Connection(websocket.WebSocketProtocol):
         """Sends a late Pong and our Close if nothing waits before them. After the Close, both sides
         have sent their last frame, unless the peer's Close can still come."""
         wire, receiver = self._wire, self._receiver
-        self._put_last()
+        wire.put(self._sender.last(self._is_congested(), bool(wire.backlog)))
         wire.flush()
+        if self.state == CLOSING and self._sender.goodbye is None:
+            self.state = AWAITING
+        came = receiver.closed or self._protocol.client_terminated
         idle = self._inbox.is_empty() and not receiver.more
-        over = receiver.closed or self.client_terminated or not receiver.in_sync
-        over = over or (wire.eof and idle)
-        if self._state == CLOSING and self._sender.goodbye is None and over:
-            self._state = ENDING
+        if self.state == AWAITING and (came or not receiver.in_sync or (wire.eof and idle)):
+            self.state = ENDING
 
     def _hand_over(self) -> None:
         """Puts the connection in line if the handler has not got everything that has arrived;
@@ -1610,22 +1755,28 @@ class Connection(websocket.WebSocketProtocol):
         inbox, more = self._inbox, self._receiver.more and not self._discards()
         if (more and inbox.has_place()) or inbox.has_next():
             self._registry.again(self)
-        elif self._state >= LINGERING and not (self._told or inbox.running):
+        elif self.state >= LINGERING and not (self._protocol.told or inbox.running):
             # `on_close` is never called from within another method of the handler.
             outside(self._registry.loop.call_soon, self.finish)
 
+    def finish(self) -> None:
+        """Has `on_close` called: in LINGERING already, since a peer that does not read may delay
+        its FIN until the deadline."""
+        self.enter(self._protocol.finish)
+        if self.state == CLOSED:
+            self._registry.remove(self)
+
     def _may_read(self) -> bool:
-        if self._wire.eof:
-            return False
-        if self._discards():
-            return True
+        if self._wire.eof or self._discards():
+            return not self._wire.eof
         if self._receiver.more or not self._inbox.has_place():
             return False
-        return self._state != OPEN or self.handler.application not in self._registry.leaving
+        return self.state != OPEN or self.handler.application not in self._registry.leaving
 
     def _discards(self) -> bool:
         """Whether what arrives is thrown away: no frame counts any more, or none can be parsed."""
-        return self._told or self._state in (ENDING, LINGERING) or not self._receiver.in_sync
+        over = self._protocol.told or self.state in (ENDING, LINGERING)
+        return over or not self._receiver.in_sync
 
     # ---- A turn
 
@@ -1660,9 +1811,9 @@ class Connection(websocket.WebSocketProtocol):
                 continue
             if opcode == PING:
                 self._answer(bytes(payload))
-                self._call(self.handler.on_ping, payload)
+                self._protocol.call(self.handler.on_ping, payload)
             elif opcode == PONG:
-                self._call(self.handler.on_pong, payload)
+                self._protocol.call(self.handler.on_pong, payload)
             elif self._inbox.is_empty():
                 self._deliver(opcode, payload)
             else:
@@ -1679,241 +1830,123 @@ class Connection(websocket.WebSocketProtocol):
         if opcode == CLOSE:
             self._take_close(bytes(payload))
             return
-        if self._prefix is not None and self._state != OPEN:
+        if self._prefix is not None and self.state != OPEN:
             # EchoHandler could no longer reply.
             return
         self.traffic.count_received(opcode, len(payload))
         if self._prefix is None or self._registry.shows:
             message = payload.decode() if opcode == TEXT else bytes(payload)
-            self._call(self.handler.on_message, message)
+            self._protocol.call(self.handler.on_message, message)
         else:
             # This does what EchoHandler.on_message does, without making a str of the message.
             self._registry.omitted[RECEIVED] += 1
-            sent = self._write(opcode, payload, self._prefix)
+            sent = self.write(opcode, payload, self._prefix)
             if not sent.done():
                 sent.add_done_callback(self.handler.on_sent)
-                self._wait_for(sent)
+                self._protocol.wait_for(sent)
         self._inbox.hold(len(payload))
-
-    # ---- The handler
-
-    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if not self._inbox.is_shut:
-            self._context.run(self.run, method, *args, **kwargs)
-
-    def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Calls a method of the handler. If it returns a coroutine or a future, messages are queued
-        until that is done."""
-        try:
-            result = method(*args, **kwargs)
-            if result is not None:
-                self._wait_for(gen.convert_yielded(result))
-        except (Exception, asyncio.CancelledError):
-            self._report()
-
-    def is_busy(self) -> bool:
-        """Whether a coroutine of the handler runs."""
-        return self._inbox.running > 0
-
-    def _wait_for(self, future: asyncio.Future[Any]) -> None:
-        outside(IOLoop.current().add_future, future, functools.partial(self.enter, self._resume))
-        self._inbox.running += 1
-
-    def _resume(self, future: asyncio.Future[Any]) -> None:
-        """Called when a coroutine of the handler is done, or a write that `on_message` returned."""
-        self._inbox.release()
-        try:
-            future.result()
-        except (Exception, asyncio.CancelledError):
-            # If a write was returned, a callback of EchoHandler already reports its failure.
-            self._context.run(self._report, isinstance(future, asyncio.Task))
-        # The coroutine may have changed the handler.
-        self._choose()
-        self.turn()
-
-    def _report(self, say: bool = True) -> None:
-        """Logs the traceback of an error in the handler, and closes with 1011. It is not an error
-        if the peer has left, or if a coroutine is cancelled after the connection has ended."""
-        error = sys.exc_info()[1]
-        if self._state != OPEN and isinstance(error, WebSocketClosedError):
-            if say:
-                self._warn("reply not sent,")
-        elif self._state != CLOSED or not isinstance(error, asyncio.CancelledError):
-            self.handler.log_exception(*sys.exc_info())
-            self._inbox.shut()
-            self._receiver.skip()
-            self._say_goodbye(1011)
 
     def _choose(self) -> None:
         """Finds out whether replies need a call of the handler."""
         self._prefix = utf8(self.handler.prefix) if self.handler._only_echoes() else None
         self._heads = None
 
-    async def sleep(self, seconds: float) -> None:
-        """Lets the handler sleep, but no longer than until the socket is closed."""
-        if self._state != CLOSED:
-            await asyncio.wait([self._wire.until_closed()], timeout=seconds)
-
-    def finish(self) -> None:
-        """Calls `on_close`, the handler's last call, once: in LINGERING already, since a peer that
-        does not read may delay its FIN until the deadline."""
-        if self._told:
-            return
-        self._told = True
-        close = self.handler.on_ws_connection_close
-        self.enter(self._context.run, close, self.close_code, self.close_reason)
-        if self._ended:
-            future_set_result_unless_cancelled(self._ended, None)
-        if self._state == CLOSED:
-            self._registry.remove(self)
-
-    # ---- Writing
-
-    def _write(
-        self, opcode: int, payload: bytes | bytearray, prefix: bytes = b""
-    ) -> asyncio.Future[None]:
-        """Outside a turn, once the round is over, the future is done only in the next one;
-        otherwise a coroutine that awaits write after write would never yield."""
-        wire = self._wire
-        self.traffic.count_sent(opcode, len(prefix) + len(payload))
-        for piece in self._sender.message(opcode, payload, prefix):
-            wire.put(piece)
-        if not self._corked:
-            self.settle()
-        elif wire.waiting > HIGH_WATER and not wire.backlog:
-            self.enter(wire.flush)
-        if self._state == CLOSED:
-            return failed_write()
-        if wire.waiting > HIGH_WATER:
-            return wire.written()
-        if self._corked or self._registry.has_time():
-            return self._registry.done
-        return self._registry.next_round()
-
     def _answer(self, ping: bytes) -> None:
         """Section 5.5.2: answers a Ping, unless our Close has left."""
-        if self._state == OPEN or self._sender.goodbye is not None:
+        if self.state <= CLOSING:
             self._wire.put(self._sender.answer(ping, self._is_congested()))
 
     def _is_congested(self) -> bool:
         """Whether Pongs have to wait. Once we are closing, they must not delay our Close."""
-        return self._wire.waiting > (HIGH_WATER if self._state == OPEN else 0)
+        return self._wire.waiting > (HIGH_WATER if self.state == OPEN else 0)
 
     # ---- The closing handshake, section 7
 
-    def is_closing(self) -> bool:
-        return self._state != OPEN
-
     def _say_goodbye(self, code: int | None, reason: str = "") -> None:
         """Queues our Close, unless the connection is closing already."""
-        if self._state == OPEN:
+        if self.state == OPEN:
             self._sender.goodbye = close_frame(code, reason)
-            self._state = CLOSING
-            self.server_terminated = True
+            self.state = CLOSING
+            self._protocol.server_terminated = True
             self.outcome = code or 1005
-            # Put now, it leaves in the same write as the replies of this turn.
-            self._put_last()
-
-    def _put_last(self) -> None:
-        self._wire.put(self._sender.last(self._is_congested(), bool(self._wire.backlog)))
 
     def _take_close(self, body: bytes) -> None:
         """Section 5.5.1: answers the peer's Close with its code."""
-        self.client_terminated = True
+        protocol = self._protocol
+        protocol.client_terminated = True
         if body:
-            self.close_code = int.from_bytes(body[:2], "big")
-            self.close_reason = body[2:].decode()
-        self._say_goodbye(self.close_code)
+            protocol.close_code = int.from_bytes(body[:2], "big")
+            protocol.close_reason = body[2:].decode()
+        self._say_goodbye(protocol.close_code)
 
-    def _fail(self, fault: Fault) -> None:
+    def fail(self, code: int, reason: str = "") -> None:
         """Section 7.1.7: fails the connection."""
+        self._discard_messages()
+        self._say_goodbye(code, reason)
+        if reason:
+            self._protocol.warn(f"{code} {reason}, from")
+
+    def _discard_messages(self) -> None:
+        """From now on, no message counts, not even one that waits; but the peer's Close does."""
         self._inbox.shut()
         self._receiver.skip()
-        self._say_goodbye(fault.code, fault.reason)
-        self._warn(f"{fault.code} {fault.reason}, from")
 
     def _lose(self, error: OSError) -> None:
         """The peer is lost. A coroutine that awaits a write learns of it from the future, so there
         is no line in the log then."""
-        owed = self._wire.backlog or (self._wire.waiting and self._state == OPEN)
-        self._close(reset=False)
+        owed = self._wire.backlog or (self._wire.waiting and self.state == OPEN)
+        self.close_socket(reset=False)
         if owed and not self._inbox.running:
-            self._warn(f"reply not sent: {error.strerror or error},")
+            self._protocol.warn(f"reply not sent: {error.strerror or error},")
 
-    def _close(self, reset: bool) -> None:
-        if self._state == CLOSED:
+    def close_socket(self, reset: bool) -> None:
+        if self.state == CLOSED:
             return
-        self._state = CLOSED
+        self.state = CLOSED
         self._heads = None
-        self.client_terminated = self.server_terminated = True
-        if self.opened:
-            self._sender.goodbye = None
-            self._registry.forget(self._wire.fd, self)
-            self._wire.close(reset)
-            if self._told:
-                self._registry.remove(self)
-            self.settle()
+        self._protocol.client_terminated = self._protocol.server_terminated = True
+        self._registry.forget(self._wire.fd, self)
+        self._wire.close(reset)
+        if self._protocol.told:
+            self._registry.remove(self)
+        self.settle()
 
-    def omits(self, line: str) -> bool:
-        """Whether the log has too many of these lines already. Then it only counts this one."""
-        omits = line in self._registry.too_many
-        self._registry.omitted[line] += omits
-        return omits
-
-    def _warn(self, text: str) -> None:
-        log.warning("[SERVER] error:%s %s", text, self.peer)
+    # ---- Deadlines
 
     def check(self, now: float) -> None:
         """Called by the sweep. Acts on a deadline that has passed."""
-        if now < self._deadlines.due or self._state == CLOSED:
+        if now < self._deadlines.due or self.state == CLOSED:
             return
         if not self._watched & READ:
             # Where there is no epoll, nothing else notices.
-            self._find_loss()
+            self._wire.find_loss()
         receiver = self._receiver
         reads = bool(self._watched & READ) and not receiver.closed
-        late = self._deadlines.passed(now, self._state, self._wire, receiver.unfinished, reads)
+        late = self._deadlines.passed(now, self.state, self._wire, receiver.unfinished, reads)
         if late == "taking":
             self.outcome = 1008
             self._registry.cut["stalled"] += 1
             self.drop()
-            self._warn("1008 takes nothing,")
+            self._protocol.warn("1008 takes nothing,")
         elif late == "message":
             receiver.fault = Fault(1008, "message does not go on")
             receiver.skip()
         elif late == "answer":
             self._registry.cut["silent"] += 1
-            self._fail(Fault(1008, "no answer to a ping"))
+            self.fail(1008, "no answer to a ping")
             # Our Close would not be answered either.
-            self.client_terminated = True
+            self._protocol.client_terminated = True
         elif late == "silence":
             self._deadlines.pinged = now
             self._wire.put(control_frame(PING, b""))
-        elif late == "closing" and self._state == CLOSING and self._sender.goodbye is None:
+        elif late == "closing" and self.state == AWAITING:
             # The peer's Close does not come. All that is left to send is a FIN.
-            self._state = ENDING
+            self.state = ENDING
             receiver.take_rest()
         elif late == "closing":
             self.drop(reset=self._wire.held() > 0)
         if late:
             self.settle()
-
-    # ---- What else Tornado requires
-
-    def set_nodelay(self, x: bool) -> None:
-        if self._wire.socket.family != getattr(socket, "AF_UNIX", None):
-            self._wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, x)
-
-    # The sweep and the turns replace the first two; the third is for clients only.
-    def start_pinging(self) -> None: ...
-    async def _receive_frame_loop(self) -> None: ...
-    def _process_server_headers(self, key: str | bytes, headers: httputil.HTTPHeaders) -> None: ...
-
-    def __str__(self) -> str:
-        seconds = time.monotonic() - self.opened
-        messages, size = self.traffic.received()
-        about = f"{self.outcome} from {self.peer} after {seconds:.1f} s"
-        return f"{about}, {messages} messages, {size} bytes"
 
 
 def outside(function: Callable[..., Any], *args: Any) -> Any:
@@ -2077,6 +2110,12 @@ class Connections:
         if not self.watched and not self.open:
             self._end()
 
+    def omits(self, line: str) -> bool:
+        """Whether the log has too many of these lines already. Then it only counts this one."""
+        omits = line in self.too_many
+        self.omitted[line] += omits
+        return omits
+
     def look_at_log(self) -> None:
         self.shows = log.isEnabledFor(logging.DEBUG) and RECEIVED not in self.too_many
 
@@ -2120,7 +2159,10 @@ class Connections:
             outside(self.loop.call_soon, self._begin_round)
         return not self._line and time.monotonic() < self._round_ends
 
-    def next_round(self) -> asyncio.Future[None]:
+    def turn_to_write(self) -> asyncio.Future[None]:
+        """The future is done while the round has time, otherwise in the next round."""
+        if self.has_time():
+            return self.done
         future: asyncio.Future[None] = asyncio.Future()
         self._waiting.append(future)
         return future
@@ -2776,15 +2818,15 @@ class ServedHandler(EchoHandler):
         check_subprotocols(self.request.headers)
         self._server.check_room()
 
-    def shake_hands(self) -> tuple[Connection, bytes]:
-        """Does the handshake without Tornado's HTTP server. Returns the connection and the answer.
+    def shake_hands(self) -> tuple[EchoProtocol, bytes]:
+        """Does the handshake without Tornado's HTTP server. Returns the protocol and the answer.
         Raises Refusal."""
         # This namespace for templates takes 0.7 KB, and no template is rendered.
         self.ui = None  # type: ignore[assignment]  # as Tornado does it at the end
         self.open_args, self.open_kwargs = (), {}
         self._check_handshake()
-        self.ws_connection = connection = cast(Connection, self.get_websocket_protocol())
-        return connection, switching_protocols(connection.negotiate())
+        self.ws_connection = protocol = cast(EchoProtocol, self.get_websocket_protocol())
+        return protocol, switching_protocols(protocol.negotiate())
 
     async def _switch_protocols(self, answer: dict[str, str]) -> iostream.IOStream:
         """Does the handshake with Tornado's HTTP server. The same bytes leave."""
@@ -2994,7 +3036,7 @@ class Lobby:
             if request.method != "GET" or "Expect" in request.headers:
                 return False
             handler = ServedHandler(self.server.application, request, server=self.server)
-            connection, answer = handler.shake_hands()
+            protocol, answer = handler.shake_hands()
         except (httputil.HTTPInputError, Refusal):
             return False
         visitor.head = b""
@@ -3002,7 +3044,7 @@ class Lobby:
         wire = Wire(visitor.socket)
         # The answer leaves before the handler's `open` is called, which may drop the connection.
         wire.send(answer)
-        connection.start(wire, early)
+        protocol.start(wire, early)
         return True
 
     def hand_over(self, visitor: Visitor) -> None:

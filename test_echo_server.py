@@ -1765,7 +1765,7 @@ async def make_it_narrow() -> None:
     """From now on, the kernel takes little of what is sent on the only connection."""
     await eventually(lambda: Connections.current().open)
     (connection,) = Connections.current().open
-    cast(Any, connection).stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    cast(Any, connection.handler.ws_connection).stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
 
 
 WORD = "x" * 100_000
