@@ -527,14 +527,6 @@ BAD: dict[int, dict[str, bytes]] = {
 }
 
 
-# What is BAD as parameters of a test.
-FAULTS = [
-    pytest.param(data, code, id=f"{code} {name}")
-    for code, frames in BAD.items()
-    for name, data in frames.items()
-]
-
-
 @pytest.fixture
 def app() -> Application:
     """An application with a route to our handler."""
@@ -1082,7 +1074,6 @@ class TestInAnApplication:
 # ------------------------------------------------------------------------------------------- Frames
 
 NO_TAKEOVER, TAKEOVER = Deflate("", False, 15), Deflate("", True, 15)
-AGREED = {"plain": None, "no takeover": NO_TAKEOVER, "takeover": TAKEOVER}
 Event = tuple[int, bytes]
 
 
@@ -1182,19 +1173,17 @@ def test_valid_frames_become_the_events_that_they_carry(stream: bytes, events: l
     assert receive_split(stream) == (events, None)
 
 
-@pytest.mark.parametrize(("data", "code"), FAULTS)
-def test_a_fault_has_its_code_at_its_last_byte_after_what_came_before(
-    data: bytes, code: int
-) -> None:
-    stream = text("before") + data
-    assert receive_split(stream) == ([(TEXT, b"before")], code)
-    stream += frame(FIN) * 9 + text("after") + close()
-    assert receive_split(stream) == ([(TEXT, b"before")], code)
+@pytest.mark.parametrize("code", BAD)
+def test_a_fault_has_its_code_at_its_last_byte_after_what_came_before(code: int) -> None:
+    for name, data in BAD[code].items():
+        stream = text("before") + data
+        for rest in b"", frame(FIN) * 9 + text("after") + close():
+            assert receive_split(stream + rest) == ([(TEXT, b"before")], code), name
 
 
-@pytest.mark.parametrize("data", BAD[1002].values(), ids=BAD[1002].keys())
-def test_a_bad_frame_after_a_close_is_not_a_fault(data: bytes) -> None:
-    assert receive_split(frame(FIN | CLOSE) + data) == ([(CLOSE, b"")], None)
+def test_a_bad_frame_after_a_close_is_not_a_fault() -> None:
+    for name, data in BAD[1002].items():
+        assert receive_split(close() + data) == ([(CLOSE, close_body(1000))], None), name
 
 
 # A fault of the content, and what ends its message.
@@ -1236,16 +1225,10 @@ def test_nothing_is_read_after_a_bad_header() -> None:
     assert (receiver.rest, receiver.more) == (b"", False)
 
 
-def test_rsv1_needs_the_extension() -> None:
-    assert receive_split(frame(PACKED, HELLO), deflate=None) == ([], 1002)
-    assert receive_split(frame(FIN | RSV1 | BINARY), deflate=None) == ([], 1002)
-
-
 def test_a_close_may_have_the_codes_of_section_7_4_and_no_other() -> None:
-    allowed = {1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)}
     for code in (*range(5100), 65535):
         found = [(CLOSE, close_body(code))], None
-        assert receive([close(code)]) == (found if code in allowed else ([], 1002))
+        assert receive([close(code)]) == (found if code in MAY_BE_SENT else ([], 1002))
 
 
 def test_check_text_agrees_with_the_whole_decoder_on_every_start_of_a_character() -> None:
@@ -1411,102 +1394,68 @@ def test_many_blocks_with_bfinal_take_a_time_that_is_linear_in_them() -> None:
     assert many < 3 * few
 
 
-ANSWERED = [
-    "server_no_context_takeover",
-    "client_no_context_takeover",
-    "client_max_window_bits=8",
-    "client_max_window_bits=15",
-    "server_max_window_bits=9",
-    "server_max_window_bits=15",
-    "client_no_context_takeover; client_max_window_bits=11",
-    "server_no_context_takeover; server_max_window_bits=11",
-]
+OFFER = "permessage-deflate"
 
-# Offers, and the parameters of the answer.
+# Offers, and what is answered; None where that is the offer.
 TAKEN = {
-    **{f"permessage-deflate; {parameters}": parameters for parameters in ANSWERED},
-    "permessage-deflate": "",
-    "permessage-deflate; client_max_window_bits": "",
-    'permessage-deflate; client_max_window_bits="10"': "client_max_window_bits=10",
-    'permessage-deflate; server_max_window_bits="10"': "server_max_window_bits=10",
-    " permessage-deflate ;server_no_context_takeover;\tserver_max_window_bits=12 ": (
-        "server_no_context_takeover; server_max_window_bits=12"
-    ),
-    "permessage-deflate; server_max_window_bits=8, permessage-deflate": "",
-    "permessage-deflate; server_max_window_bits=10, permessage-deflate": (
-        "server_max_window_bits=10"
-    ),
-    "permessage-deflate; unknown, permessage-deflate; server_max_window_bits=13": (
-        "server_max_window_bits=13"
-    ),
-    "x-webkit-deflate-frame, permessage-deflate; client_max_window_bits": "",
-    'permessage-other; x="a,b", permessage-deflate': "",
-    ", permessage-deflate,": "",
+    OFFER: None,
+    f"{OFFER}; server_no_context_takeover": None,
+    f"{OFFER}; client_no_context_takeover": None,
+    f"{OFFER}; client_max_window_bits=8": None,
+    f"{OFFER}; client_max_window_bits=15": None,
+    f"{OFFER}; server_max_window_bits=9": None,
+    f"{OFFER}; server_max_window_bits=15": None,
+    f"{OFFER}; client_no_context_takeover; client_max_window_bits=11": None,
+    f"{OFFER}; client_max_window_bits": OFFER,
+    f'{OFFER}; client_max_window_bits="10"': f"{OFFER}; client_max_window_bits=10",
+    f'{OFFER}; server_max_window_bits="10"': f"{OFFER}; server_max_window_bits=10",
+    f" {OFFER} ;\tserver_max_window_bits=12 ": f"{OFFER}; server_max_window_bits=12",
+    f"{OFFER}; server_max_window_bits=10, {OFFER}": f"{OFFER}; server_max_window_bits=10",
+    f"{OFFER}; server_max_window_bits=8, {OFFER}": OFFER,
+    f'permessage-other; x="a,b", {OFFER},': OFFER,
 }
 
-# Values of a parameter.
-NOT_9_TO_15 = (
-    *("", "8", "7", "0", "16", "010", "09", "+9", "-9", "9.", "1_0", "٩"),
-    *('"9', '9"', '""9', "'9'", '"16"', "999", "9 9"),
-)
-NOT_8_TO_15 = "", "7", "16", "08", "010", '"8', '""', "x"
+NOT_9_TO_15 = "", "8", "16", "010", "09", "+9", "1_0", "٩", '"9', '9"', "'9'", '"16"', "9 9"
+NOT_8_TO_15 = "", "7", "16", "08", '"8', '""'
 
 UNSUITABLE = [
     "",
-    "; client_max_window_bits",
-    "client_max_window_bits;",
     "unknown",
-    "unknown=1",
-    "Server_No_Context_Takeover_",
     "server_no_context_takeover=1",
-    'server_no_context_takeover=""',
     "client_no_context_takeover=true",
     "server_max_window_bits",
     *(f"server_max_window_bits={bits}" for bits in NOT_9_TO_15),
     *(f"client_max_window_bits={bits}" for bits in NOT_8_TO_15),
     "server_no_context_takeover; server_no_context_takeover",
-    "client_no_context_takeover; client_no_context_takeover",
-    "server_max_window_bits=9; server_max_window_bits=9",
     "server_max_window_bits=10; server_max_window_bits=9",
-    "client_max_window_bits; client_max_window_bits",
     "client_max_window_bits; client_max_window_bits=9",
 ]
 
 DECLINED = [
     "",
-    ",",
-    "deflate",
-    "permessage-deflate=1",
-    "permessage-deflated",
     "x-permessage-deflate",
-    "permessage-deflate server_no_context_takeover",
-    'x; y=", permessage-deflate, "',
-    *(f"permessage-deflate; {parameters}" for parameters in UNSUITABLE),
+    f"{OFFER}d",
+    f"{OFFER} server_no_context_takeover",
+    f'x; y=", {OFFER}, "',
+    *(f"{OFFER}; {parameters}" for parameters in UNSUITABLE),
 ]
 
 
-@pytest.mark.parametrize(("offers", "parameters"), TAKEN.items())
+@pytest.mark.parametrize(("offers", "answer"), TAKEN.items())
 def test_the_first_suitable_offer_is_taken_and_each_of_its_parameters_answered(
-    offers: str, parameters: str
+    offers: str, answer: str | None
 ) -> None:
     agreed = accept_deflate(offers, {})
-    assert agreed and agreed.answer == f"permessage-deflate; {parameters}".removesuffix("; ")
-    bits = re.search(r"server_max_window_bits=(\d+)", parameters)
+    assert agreed and agreed.answer == (answer or offers)
+    bits = re.search(r"server_max_window_bits=(\d+)", agreed.answer)
     assert agreed.window_bits == int(bits[1] if bits else 15)
-    assert agreed.takeover == ("client_no_context_takeover" not in parameters)
+    assert agreed.takeover == ("client_no_context_takeover" not in agreed.answer)
 
 
-@pytest.mark.parametrize("offers", DECLINED)
-def test_an_unsuitable_offer_is_declined(offers: str) -> None:
-    assert accept_deflate(offers, {}) is None
-    assert accept_deflate(f"{offers}, {offers}", {}) is None
-
-
-@given(st.lists(st.sampled_from([*TAKEN, *DECLINED, ";", '"', "=", "\0", "é"])).map(",".join))
-@settings(deadline=None, derandomize=True, max_examples=100)
-def test_no_offer_raises_anything(offers: str) -> None:
-    agreed = accept_deflate(offers, {})
-    assert agreed is None or agreed.window_bits in range(9, 16)
+def test_an_unsuitable_offer_is_declined() -> None:
+    for offers in DECLINED:
+        assert accept_deflate(offers, {}) is None, offers
+        assert accept_deflate(f"{offers}, {offers}", {}) is None, offers
 
 
 @pytest.mark.parametrize("bits", range(9, 16))
@@ -1558,23 +1507,6 @@ def test_websockets_reads_what_is_sent_and_from_1_kib_it_is_compressed(bits: int
         assert other.events_received() == [Frame(Opcode.BINARY, payload)]
 
 
-@pytest.mark.parametrize("deflate", AGREED.values(), ids=AGREED.keys())
-def test_what_websockets_sends_is_read(deflate: Deflate | None) -> None:
-    other, expected = Protocol(CLIENT), []
-    if deflate:
-        other.extensions = [PerMessageDeflate(True, not deflate.takeover, 15, 15)]
-    for n in range(30):
-        payload = b"the same words again and again %d" % (n // 3)
-        other.send_text(payload[:n], fin=False)
-        other.send_ping(b"%d" % n)
-        other.send_continuation(payload[n:], fin=True)
-        other.send_binary(payload)
-        expected += [(PING, b"%d" % n), (TEXT, payload), (BINARY, payload)]
-    other.send_close(4000, "bye")
-    expected.append((CLOSE, close_body(4000, "bye")))
-    assert receive_split(b"".join(other.data_to_send()), deflate=deflate) == (expected, None)
-
-
 HEADS = echo_heads(b"ECHO:", LIMIT)
 
 OTHER_FRAMES = {
@@ -1603,95 +1535,6 @@ def test_echo_texts_ends_after_some_kilobytes_and_before_a_text_above_the_limit(
     replies, end = echo_texts(data, HEADS)
     assert end == len(replies) * len(text("Hello!")) < len(data)
     assert echo_texts(text("x" * 101), echo_heads(b"ECHO:", 100)) == ([], 0)
-
-
-# ---- Properties
-
-
-def in_frames(
-    opcode: int, payload: bytes, compressed: bool, cuts: list[int], controls: list[int]
-) -> tuple[bytes, list[Event]]:
-    """The frames of a message, with control frames after the first, and what becomes of them."""
-    if opcode == TEXT:
-        payload = payload.decode("utf-8", "replace").encode()
-    first, *more = cut(packed(payload) if compressed else payload, cuts)
-    opcode_and_rsv1 = opcode | RSV1 * compressed
-    if not more:
-        return frame(FIN | opcode_and_rsv1, first), [(opcode, payload)]
-    frames = [frame(opcode_and_rsv1, first), *(frame(FIN | control, b"c") for control in controls)]
-    frames += [frame(CONTINUATION, part) for part in more[:-1]]
-    frames.append(frame(FIN | CONTINUATION, more[-1]))
-    return b"".join(frames), [*((control, b"c") for control in controls), (opcode, payload)]
-
-
-payloads = (
-    st.binary(max_size=300)
-    | st.text(max_size=100).map(str.encode)
-    | st.integers(0, 2000).map(bytes)
-)
-
-messages = st.builds(
-    in_frames,
-    st.sampled_from([TEXT, BINARY]),
-    payloads,
-    st.booleans(),
-    st.lists(st.integers(0, 300), max_size=4),
-    st.lists(st.sampled_from([PING, PONG]), max_size=2),
-)
-
-quick = settings(deadline=None, derandomize=True, max_examples=250)
-
-
-@given(st.lists(messages, max_size=6), st.lists(st.integers(0, 3000), max_size=8))
-@quick
-def test_what_was_sent_arrives_however_it_is_split(
-    what: list[tuple[bytes, list[Event]]], cuts: list[int]
-) -> None:
-    stream = b"".join(data for data, _ in what)
-    expected = [event for _, events in what for event in events], None
-    assert receive_split(stream) == receive(cut(stream, cuts)) == expected
-
-
-firsts = st.integers(0, 255) | st.sampled_from(
-    [0x81, 0x82, 0x01, 0x00, 0x80, 0xC1, 0xC2, 0x41, 0x89, 0x8A, 0x88]
-)
-
-bodies = (
-    payloads
-    | payloads.map(packed)
-    | st.sampled_from([*NOT_UTF8.values(), close_body(1000), close_body(1005, "x")])
-)
-
-headers = st.builds(
-    header,
-    firsts,
-    st.sampled_from([0, 5, 125, 126, LIMIT, LIMIT + 1, 65535]),
-    st.sampled_from([2, 8]),
-    st.sampled_from([0x80, 0x80, 0x80, 0]),
-)
-
-streams = st.lists(
-    messages.map(lambda sent: sent[0])
-    | st.builds(frame, firsts, bodies)
-    | headers
-    | st.binary(max_size=20),
-    max_size=8,
-).map(b"".join)
-
-
-@given(
-    streams,
-    st.lists(st.integers(0, 1500), max_size=8),
-    st.sampled_from([125, LIMIT]),
-    st.sampled_from([None, NO_TAKEOVER, TAKEOVER]),
-)
-@quick
-def test_any_bytes_have_the_same_events_and_fault_however_they_are_split(
-    stream: bytes, cuts: list[int], limit: int, deflate: Deflate | None
-) -> None:
-    whole = receive_split(stream, limit, deflate)
-    assert whole[1] in (None, 1002, 1007, 1008, 1009)
-    assert receive(cut(stream, cuts), limit, deflate) == whole
 
 
 # --------------------------------------------------------------------------------------- Connection
@@ -3998,7 +3841,7 @@ any_frame_of_data = st.builds(
     st.lists(st.integers(0, 2 * LIMIT), max_size=8),
     st.sampled_from([None, NO_TAKEOVER, TAKEOVER]),
 )
-@quick
+@settings(deadline=None, derandomize=True, max_examples=250)
 def test_a_receiver_makes_of_any_bytes_what_the_contract_says(
     stream: bytes, cuts: list[int], deflate: Deflate | None
 ) -> None:
