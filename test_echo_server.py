@@ -6349,8 +6349,7 @@ SEEN = {
 
 @pytest.mark.parametrize("accept", ["text/html", "text/plain"])
 def test_the_page_and_the_text_list_what_the_server_saw(server: Process, accept: str) -> None:
-    headers = {name.replace("-", "_"): value for name, value in SEEN.items()}
-    seen = html.unescape(re.sub("<d[td]>|</d[td]>", ": ", get(server, Accept=accept, **headers)[2]))
+    seen = html.unescape(re.sub("<d[td]>|</d[td]>", ": ", get(server, Accept=accept, **SEEN)[2]))
     for name, value in (SEEN | {"Host": "localhost"}).items():
         assert re.search(rf"{name}[: ]+{re.escape(value)}", seen)
     assert re.search(r"Peer[: ]+127\.0\.0\.1:\d+", seen)
@@ -6408,8 +6407,6 @@ BROWSERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 FIREFOX_PREFERENCES = """
 user_pref("network.dns.localDomains", "plain.test");
 user_pref("network.proxy.type", 0);
-user_pref("extensions.enabledScopes", 0);
-user_pref("app.normandy.enabled", false);
 """
 
 
@@ -6602,9 +6599,7 @@ class TestReadme:
     ) -> None:
         code = shown("Beside other handlers").replace("docs", str(tmp_path))
         # All but what would go on for ever.
-        code, _, _ = code.replace("    Application(", "    return Application(").partition(
-            ".listen"
-        )
+        code = code.partition(".listen")[0].replace("    Application(", "    return Application(")
         app = await defined(code)["main"]()
         assert await echo_of(app) == b"> Hello!"
         (tmp_path / "echo.txt").write_text("It is at /echo.")
@@ -6653,10 +6648,10 @@ class TestReadme:
         # In the end, the level is again what it was.
         caplog.set_level("DEBUG", "echo_server")
         code = shown("With options, logging and signals of your own")
-        shown_names = defined(code.replace("WARNING", level))
+        names = defined(code.replace("WARNING", level))
         peer = await host.connect()
         peer.send(text("Hello!"))
-        leaving = asyncio.create_task(shown_names["close_clients"](host.app))
+        leaving = asyncio.create_task(names["close_clients"](host.app))
         assert await peer.replies(b"ECHO:Hello!") and await peer.goodbye() == 1001
         await leaving
         assert len(ours(caplog)) == lines
