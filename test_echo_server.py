@@ -2882,10 +2882,11 @@ def test_a_peer_that_shuts_its_side_below_tls_gets_all_replies_and_our_close(
 # ---- Closing
 
 
-def drop(handler: EchoHandler, _: str | bytes) -> None:
-    handler.write_message("last words")
-    # As hosts call it, since Tornado has it.
-    cast(Any, handler.ws_connection)._abort()
+class DropsItself(Recorder):
+    def on_message(self, message: str | bytes) -> None:
+        super().on_message(message)
+        # As hosts call it, since Tornado has it.
+        cast(Any, self.ws_connection)._abort()
 
 
 @pytest.mark.gen_test
@@ -2901,10 +2902,11 @@ class TestClosing:
         assert await peer.rest() == b""
 
     @over_tcp_and_tls
-    async def test_a_message_written_before_a_drop_is_the_last_to_leave(self, host: Host) -> None:
-        peer = await host.connect(doing("on_message", drop, EchoHandler))
+    async def test_a_message_written_before_a_drop_still_leaves(self, host: Host) -> None:
+        peer, calls = await host.record(DropsItself)
         peer.send(text("a") * 3)
-        assert await peer.replies(b"last words") and await peer.rest() == b""
+        assert await peer.replies(b"ECHO:a") and await peer.rest() == b""
+        assert calls == [("open",), ("message", "a"), *LEFT]
 
     @over_tcp
     async def test_the_closing_handshake_does_not_wait_for_a_coroutine(
