@@ -3154,19 +3154,6 @@ class TestAmongOthers:
             assert inflated((await bomber.frame())[1]) == b"ECHO:" + bytes(1 << 20)
 
     @over_tcp
-    async def test_nothing_is_lost_when_turns_are_put_off(self, host: Host) -> None:
-        words = [f"{number} {noise(10_000).hex()}".encode() for number in range(20)]
-        sent = b"".join(frame(FIN | RSV1 | TEXT, packed(word)) for word in words)
-
-        async def exchange() -> None:
-            peer = await host.connect(headers=DEFLATE)
-            peer.send(sent)
-            for word in words:
-                assert inflated((await peer.frame())[1]) == b"ECHO:" + word
-
-        await asyncio.gather(*(exchange() for _ in range(10)))
-
-    @over_tcp
     async def test_metrics_do_not_count_backwards_when_a_connection_ends(self, host: Host) -> None:
         connections, counted = Connections.current(), set()
         peer = await host.connect()
