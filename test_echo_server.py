@@ -1032,14 +1032,6 @@ class TestInAnApplication:
         peer.send(request(f"GET {host.route(origins=origins)} HTTP/1.1", Origin=origin))
         assert f" {status} " in (await peer.reader.readline()).decode()
 
-    async def test_embedded_a_plain_get_is_answered_by_426_and_not_by_the_page(
-        self, host: Host
-    ) -> None:
-        peer = await host.dial()
-        peer.send(request(f"GET {host.route()} HTTP/1.1", without="Upgrade", Accept="text/html"))
-        head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
-        assert head.startswith("HTTP/1.1 426 ") and "Content-Type: text/plain;" in head
-
     async def test_embedded_the_query_asks_for_nothing(self, host: Host) -> None:
         peer = await host.connect(query="?after=0&close=4001&drop=1&push=1&delay=60&token=x")
         peer.send(text("Hello!"))
@@ -2657,6 +2649,7 @@ class TestAsTornado:
     @pytest.mark.parametrize(
         ("method", "handler", "status", "header"),
         [
+            ("GET", EchoHandler, 426, "Content-Type: text/plain;"),
             ("GET", OwnErrors, 426, "Upgrade: websocket"),
             ("HEAD", EchoHandler, 405, ""),
             ("POST", EchoHandler, 405, ""),
@@ -2666,9 +2659,10 @@ class TestAsTornado:
     async def test_a_plain_get_is_426_with_its_header_and_any_other_method_405(
         self, host: Host, method: str, handler: type[EchoHandler], status: int, header: str
     ) -> None:
-        """Also where a host has error pages of its own."""
+        """Also for a browser, and where a host has error pages of its own."""
         peer = await host.dial()
-        peer.send(f"{method} {host.route(handler)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        line = f"{method} {host.route(handler)} HTTP/1.1"
+        peer.send(request(line, without="Upgrade", Accept="text/html"))
         head = (await peer.reader.readuntil(b"\r\n\r\n")).decode()
         assert head.startswith(f"HTTP/1.1 {status} ") and header in head
 
