@@ -216,7 +216,7 @@ class EchoHandler(websocket.WebSocketHandler):
     def write_message(
         self, message: str | bytes | dict[str, Any], binary: bool = False
     ) -> asyncio.Future[None]:
-        """Like Tornado's, except that a write to a closing connection returns a failed future until
+        """Like Tornado's, except that a write to a peer that has left returns a failed future until
         `on_close` is called. An exception would stop a handler that writes to many clients."""
         if self.ws_connection is None:
             raise WebSocketClosedError
@@ -748,7 +748,7 @@ class Sender:
         # The latest Ping that has not been answered.
         self.late_ping: bytes | None = None
         # Our Close, until it is sent.
-        self.goodbye: bytes | None = None
+        self.our_close: bytes | None = None
 
     def message(
         self, opcode: int, payload: bytes | bytearray, prefix: bytes = b""
@@ -768,12 +768,12 @@ class Sender:
 
     def last(self, congested: bool, waiting: bool) -> bytes:
         """Returns those frames that no longer have to wait. Our Close is the last of all."""
-        late, goodbye = self.late_ping, self.goodbye
+        late, our_close = self.late_ping, self.our_close
         pong = b"" if late is None else self.answer(late, congested)
-        if goodbye is None or waiting or self.late_ping is not None:
+        if our_close is None or waiting or self.late_ping is not None:
             return pong
-        self.goodbye = None
-        return pong + goodbye
+        self.our_close = None
+        return pong + our_close
 
 
 @functools.lru_cache(16)
@@ -860,8 +860,8 @@ def accept_deflate(offers: str, options: Mapping[str, int]) -> Deflate | None:
 # handler. Two rules apply throughout:
 #
 # 1. Whatever happens only changes facts; then Connection.settle decides what follows from them.
-# 2. Progress is what the peer's kernel has acknowledged: the deadlines of a peer that reads count
-#    from the last progress that it made.
+# 2. Progress is what the peer's kernel has acknowledged. A peer that makes progress is late neither
+#    in taking our bytes, nor in answering a Ping, nor in closing.
 
 # If more bytes of ours than this wait to leave, the future of a write is not done at once, and only
 # the latest Ping is answered (section 5.5.3).
@@ -876,11 +876,12 @@ SCATTER = 16 * 1024
 # The most bytes in a record of TLS (RFC 8446 section 5.1).
 RECORD = 16 * 1024
 
-# Seconds that all turns may take before the event loop goes on with its other callbacks.
+# Seconds that turns, and that reading what is ready, may take before the event loop goes on.
 ROUND = 0.002
 # Seconds without progress after which we give up on a closing peer: while our last frames leave or
-# its Close is awaited (as long as in Tornado); and after our FIN.
+# its Close is awaited (as long as in Tornado).
 CLOSE_TIMEOUT = 5.0
+# The same after our FIN.
 LINGER_TIMEOUT = 2.0
 # The most seconds between two looks at the deadlines.
 PERIOD = 0.5
@@ -905,7 +906,7 @@ class Wire:
         self._owner = stream or sock
         self._gathered: list[bytes | bytearray] = []
         self.backlog: bytes | bytearray = b""
-        # Each future is done when the kernel has taken the number of bytes beside it.
+        # Futures, each with the number of bytes that the kernel must have taken before it is done.
         self._writes: deque[tuple[int, asyncio.Future[None]]] | None = None
         # Done when the socket is closed.
         self._closed: asyncio.Future[None] | None = None
@@ -914,8 +915,8 @@ class Wire:
         self.received = 0
         self.total = 0
         self.waiting = 0
-        # The `total` when everything was last acknowledged; and for `acknowledged`.
-        self._all_acknowledged = 0
+        # The `total` when all of it was last acknowledged; and for `acknowledged`.
+        self._acknowledged_total = 0
         self._progress = self._level = 0
         # How many bytes to ask for in the next read.
         self._ask = SHORT_READ
@@ -952,6 +953,7 @@ class Wire:
         except BlockingIOError:
             pass
         except OSError:
+            # So that `_lose` sees that a reply is owed.
             self.waiting = size
             raise
         if taken == size:
@@ -1011,18 +1013,18 @@ class Wire:
     def held(self) -> int:
         """Bytes that the peer's kernel has not acknowledged: those that wait, and those in our
         kernel, if it tells their number."""
-        if self._all_acknowledged == self.total:
+        if self._acknowledged_total == self.total:
             return 0
         held = self.waiting + unacknowledged(self.fd)
         if not held:
-            self._all_acknowledged = self.total
+            self._acknowledged_total = self.total
         return held
 
     def acknowledged(self, held: int) -> tuple[int, bool]:
-        """Returns a number that grows when the peer's kernel acknowledges bytes, and whether it has
-        not acknowledged them all. TCP itself counts them. Elsewhere, what we have put less what is
-        held has grown since the last call; but it shrinks when we write, since the kernel also
-        holds what TLS or a Unix socket adds to each piece."""
+        """Returns a number that grows with what the peer's kernel acknowledges, and whether
+        anything is unacknowledged. TCP counts these bytes. Elsewhere, the number grows by 1 when
+        `total - held` has grown since the last call; that difference may also shrink when we write,
+        since the kernel holds what TLS or a Unix socket adds to each piece."""
         if held and (count := bytes_acknowledged(self.socket)):
             self._progress = count
         elif self.total - held > self._level:
@@ -1114,7 +1116,7 @@ def make_wire(stream: iostream.IOStream) -> Wire:
 
 def take_over(stream: iostream.IOStream, on_close: Callable[[], None]) -> bytes:
     """From now on, only we read and write the socket. Returns what the stream has already read. The
-    stream still closes the socket, and calls `on_close` if somebody else closes the stream."""
+    stream still closes the socket, and calls `on_close` then, no matter who has closed it."""
     stream.read_from_fd = lambda buf: None  # type: ignore[method-assign]  # so it reads no more
     early = cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True))
     stream.set_close_callback(on_close)
@@ -1123,7 +1125,8 @@ def take_over(stream: iostream.IOStream, on_close: Callable[[], None]) -> bytes:
 
 
 def unacknowledged(fd: int) -> int:
-    """Bytes in our kernel that the peer's has not acknowledged: SIOCOUTQ in tcp(7) and unix(7)."""
+    """Bytes in our kernel that the peer's has not acknowledged: SIOCOUTQ in tcp(7), which Unix
+    sockets have as well."""
     try:
         import fcntl
         import termios
@@ -1253,8 +1256,8 @@ class Deadlines:
         self.progress, self.state = Since(now), Since(now)
         # When we sent a Ping after which nothing has arrived yet; 0 if there is none.
         self.pinged = 0.0
-        # Until then, nothing need be looked at, if nothing is under way: looking at 10,000 idle
-        # connections each time would take 5 % of a core.
+        # Before this time, a connection with nothing under way is not looked at: looking at 10,000
+        # idle connections each time would take 5 % of a core.
         self.due = 0.0
 
     def shortest(self) -> float:
@@ -1262,7 +1265,8 @@ class Deadlines:
         return min(filter(None, limits))
 
     def passed(self, now: float, state: int, wire: Wire, unfinished: object, reads: bool) -> str:
-        """What has taken too long, or "". While we do not read, it is not the peer who is late."""
+        """Returns what has taken too long: "closing", "taking" our bytes, a "message", the "answer"
+        to a Ping, "silence", or "". While we do not read, it is not the peer who is late."""
         held = wire.held()
         progress = self.progress.seconds(wire.acknowledged(held), now)
         standing = self.state.seconds(state, now)
@@ -1272,7 +1276,7 @@ class Deadlines:
         # A value that is always new keeps the clock at 0.
         stalled = self.message.seconds((reads and unfinished) or now, now)
         silent = self.arrival.seconds(wire.received if reads else now, now)
-        if now - silent > self.pinged:
+        if self.arrival.at > self.pinged:
             self.pinged = 0.0
         if held and 0 < self.stall_timeout <= progress:
             return "taking"
@@ -1300,9 +1304,10 @@ class Inbox:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        # Messages no longer count, only the peer's Close (section 7.1.7).
+        # Nothing counts any more but the peer's Close (section 7.1.7).
         self.is_shut = False
-        # The number of coroutines that run, and the bytes of the message that they work on.
+        # The number of coroutines that run, also counting writes that `on_message` has returned,
+        # and the bytes of the message that they work on.
         self.running = 0
         self._held = 0
         # The queue, and its bytes, to which each entry adds EVENT.
@@ -1329,7 +1334,8 @@ class Inbox:
         return event
 
     def shut(self) -> None:
-        """Throws away all messages, queued and later ones, but not the peer's Close."""
+        """Throws away all messages, queued and later ones, and later Pings and Pongs; but not the
+        peer's Close."""
         self.is_shut = True
         waiting, self._waiting, self._waiting_size = self._waiting, None, 0
         for event in waiting or ():
@@ -1337,7 +1343,7 @@ class Inbox:
                 self.put(event)
 
     def hold(self, size: int) -> None:
-        """The handler has got a message. It still needs room if a coroutine works on it."""
+        """The handler has got a message, which needs room while a coroutine works on it."""
         self._held = size if self.running else 0
 
     def release(self) -> None:
@@ -1347,8 +1353,8 @@ class Inbox:
 
 
 class EchoProtocol(websocket.WebSocketProtocol):
-    """What Tornado asks of a protocol, for one handler: does the handshake, calls the methods of
-    the handler, and passes on to the Connection what these want."""
+    """Does what Tornado asks of a protocol, for one handler: does the handshake, calls the methods
+    of the handler, and passes on to the Connection what these want."""
 
     handler: EchoHandler
     selected_subprotocol: str | None = None
@@ -1377,7 +1383,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
         """RFC 6455 section 4.2.2: does the server's part of the handshake."""
         stream = await self.handler._switch_protocols(self.negotiate())
         if stream.closed() or self.server_terminated:
-            # During the handshake, the peer has left, or the connection was closed.
+            # The peer left, or the handler closed the connection, during the handshake.
             stream.close()
             return
         # Tornado's HTTP server turns TCP_NODELAY off. A Close right after a reply could then take
@@ -1425,7 +1431,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
             self._report()
 
     def is_busy(self) -> bool:
-        """Whether a coroutine of the handler runs."""
+        """Whether a coroutine of the handler runs, or a write that it has returned waits."""
         return self.inbox.running > 0
 
     def wait_for(self, future: asyncio.Future[Any]) -> None:
@@ -1439,17 +1445,18 @@ class EchoProtocol(websocket.WebSocketProtocol):
         try:
             future.result()
         except (Exception, asyncio.CancelledError):
-            # If a write was returned, a callback of EchoHandler already reports its failure.
+            # If EchoHandler.on_message has returned a write, `on_sent` already reports its failure.
             self._context.run(self._report, isinstance(future, asyncio.Task))
         self.connection.resume()
 
     def _report(self, say: bool = True) -> None:
-        """Logs the traceback of an error in the handler, and closes with 1011. It is not an error
-        if the peer has left, or if a coroutine is cancelled after the connection has ended."""
+        """Logs the traceback of an error in the handler, and closes with 1011. A write that fails
+        because the connection is closing is no error, and worth a line only if `say` is set; nor is
+        a coroutine that is cancelled after the end."""
         error, connection = sys.exc_info()[1], self.connection
         if connection.state != OPEN and isinstance(error, WebSocketClosedError):
             if say:
-                self.warn("reply not sent,")
+                self.warn("reply not sent")
         elif connection.state != CLOSED or not isinstance(error, asyncio.CancelledError):
             self.handler.log_exception(*sys.exc_info())
             connection.fail(1011)
@@ -1471,9 +1478,9 @@ class EchoProtocol(websocket.WebSocketProtocol):
     def write_message(
         self, message: str | bytes | dict[str, Any], binary: bool = False
     ) -> asyncio.Future[None]:
-        """Returns a future that is done when the kernel has taken the message; if at most
-        HIGH_WATER bytes wait, at once or, if the round is over, in the next one. It fails with
-        WebSocketClosedError if the connection is closing."""
+        """Returns a future. If more than HIGH_WATER bytes wait, it is done when the kernel has
+        taken them; otherwise at once or, outside a turn when the round is over, in the next round.
+        It fails with WebSocketClosedError if the connection is closing."""
         if self.is_closing():
             return failed_write()
         payload = utf8(json_encode(message) if isinstance(message, dict) else message)
@@ -1484,7 +1491,8 @@ class EchoProtocol(websocket.WebSocketProtocol):
             self.connection.ping(data)
 
     def close(self, code: int | None = None, reason: str | None = None) -> None:
-        """Sends a Close with this code and reason, and waits for the peer's."""
+        """Begins the closing handshake; during the opening one, makes `accept_connection` give up.
+        As in Tornado, a reason alone goes with 1000."""
         if self.opened:
             self.connection.close(1000 if code is None and reason is not None else code, reason)
         self.server_terminated = True
@@ -1493,7 +1501,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
         return not self.opened or self.connection.state != OPEN
 
     def on_connection_close(self) -> None:
-        """The stream has been closed, and not by us."""
+        """Called when the stream has been closed. If it was not by us, the connection ends."""
         self.server_terminated = True
         if self.opened:
             self.connection.close_socket(reset=False)
@@ -1513,7 +1521,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
             await asyncio.wait([self._wire.until_closed()], timeout=seconds)
 
     def warn(self, text: str) -> None:
-        log.warning("[SERVER] error:%s %s", text, self.peer)
+        log.warning("[SERVER] error:%s, %s", text, self.peer)
 
     def __str__(self) -> str:
         seconds, connection = time.monotonic() - self.opened, self.connection
@@ -1531,8 +1539,9 @@ class EchoProtocol(websocket.WebSocketProtocol):
 #
 # OPEN       Messages go both ways, until we decide to send a Close, or the peer has shut its side
 #            and everything before that is handled.
-# CLOSING    Our Close waits until everything before it has left. Until then, pings are answered.
-# AWAITING   Our Close has left, and we wait for the peer's, unless it has come or no longer can.
+# CLOSING    Our Close waits until nothing else has to leave before it. Pings are still answered,
+#            unless we fail the connection.
+# AWAITING   Our Close is out, and the peer's can still come.
 # ENDING     Both sides have sent their last frame, or we have given up on the peer's. When the
 #            kernel has taken the last of ours, we shut our side.
 # LINGERING  Our side is shut; `on_close` is called as soon as the handler has got all messages and
@@ -1540,10 +1549,11 @@ class EchoProtocol(websocket.WebSocketProtocol):
 #            byte that arrives after close() would make the kernel throw away what is still on its
 #            way to the peer.
 # CLOSED     The socket is closed. If `on_close` has not been called, it is called when the handler
-#            has got all messages.
+#            has got all messages, except those that `drop` has thrown away.
 #
 # CLOSING, AWAITING and ENDING last for at most CLOSE_TIMEOUT without progress, and LINGERING for
-# LINGER_TIMEOUT. A reset, an error of ours, or `drop` leads from any state to CLOSED.
+# LINGER_TIMEOUT. Then AWAITING becomes ENDING, and the others become CLOSED. A reset, an error of
+# ours, or `drop` leads from any state to CLOSED.
 OPEN, CLOSING, AWAITING, ENDING, LINGERING, CLOSED = range(6)
 
 
@@ -1551,8 +1561,8 @@ class Connection:
     """RFC 6455 on a wire, for one handler: turns, flow control and the closing handshake.
 
     While a coroutine of the handler runs, later messages and the Close after them queue in the
-    inbox, and reading stops when that is full. There is no other back-pressure: while a reply
-    cannot leave, the future that EchoHandler.on_message returned is not done.
+    inbox, and reading stops when that is full. This is the only back-pressure, also of replies:
+    if one cannot leave, EchoHandler.on_message returns a future, which counts as a coroutine.
     """
 
     def __init__(self, protocol: EchoProtocol, wire: Wire) -> None:
@@ -1565,8 +1575,8 @@ class Connection:
         self._registry = Connections.current()
         self._deadlines = Deadlines(self.handler, protocol.stall_timeout, self._registry.now)
 
-        # For the log and the metrics. The outcome is the code of our Close. Without one, it is 1006
-        # (section 7.1.5), or 1008 if the peer took no bytes.
+        # For the log and the metrics. The outcome is the code of our Close, or 1005 if it
+        # had none; without a Close 1006 (section 7.1.5), or 1008 if the peer took no bytes.
         self.traffic = Traffic()
         self.outcome = 1006
 
@@ -1580,20 +1590,20 @@ class Connection:
         self._prefix: bytes | None = None
         self._heads: list[bytes] | None = None
 
-    # ---- Entries: each of them changes facts and then settles; they raise for wrong arguments only
+    # ---- Entries: each of them changes facts, then settles
 
     def enter(self, step: Callable[..., None], *args: Any) -> None:
         """Calls `step`. An exception ends this connection, but no round, sweep or event loop."""
         try:
             step(*args)
         except Exception as error:
-            self._break(error)
+            self._end_with(error)
 
-    def _break(self, error: Exception) -> None:
+    def _end_with(self, error: Exception) -> None:
         if isinstance(error, OSError):
             self._lose(error)
             return
-        # This logs last, like all that log, since a host's log handler may write to the connection.
+        # This logs last, since a host's log handler may write to the connection.
         self.drop()
         log.exception("[SERVER] error:unhandled exception, %s", self._protocol.peer)
 
@@ -1624,18 +1634,18 @@ class Connection:
                 self._receiver.keep(self._wire.receive())
                 self.settle()
         except Exception as error:
-            self._break(error)
+            self._end_with(error)
 
     def resume(self, data: bytes = b"") -> None:
-        """Called when `open` or a coroutine of the handler is done, which may have changed it."""
-        self._choose()
+        """Called when `open` or a coroutine is done, since both may have changed the handler."""
+        self._look_at_handler()
         self.turn(data)
 
     def write(
         self, opcode: int, payload: bytes | bytearray, prefix: bytes = b""
     ) -> asyncio.Future[None]:
-        """Outside a turn, once the round is over, the future is done only in the next one;
-        otherwise a coroutine that awaits write after write would never yield."""
+        """Outside a turn, once the round is over, the future is done only in the next one: a
+        coroutine that awaits write after write has to yield."""
         wire = self._wire
         self.traffic.count_sent(opcode, len(prefix) + len(payload))
         for piece in self._sender.message(opcode, payload, prefix):
@@ -1648,7 +1658,7 @@ class Connection:
             return failed_write()
         if wire.waiting > HIGH_WATER:
             return wire.written()
-        return self._registry.done if self._corked else self._registry.turn_to_write()
+        return self._registry.done if self._corked else self._registry.next_write()
 
     def ping(self, data: bytes) -> None:
         if self.state == OPEN:
@@ -1656,7 +1666,7 @@ class Connection:
             self.settle()
 
     def close(self, code: int | None, reason: str | None) -> None:
-        self._say_goodbye(code, reason or "")
+        self._begin_closing(code, reason or "")
         self.settle()
 
     def drop(self, reset: bool = True) -> None:
@@ -1664,9 +1674,8 @@ class Connection:
         there is no reset, bytes that our kernel has taken may still arrive."""
         self._discard_messages()
         self._receiver.take_rest()
-        if self.state != CLOSED:
-            with contextlib.suppress(OSError):
-                self._wire.flush()
+        with contextlib.suppress(OSError):
+            self._wire.flush()
         self.close_socket(reset)
 
     def end(self) -> None:
@@ -1705,7 +1714,7 @@ class Connection:
             if calm and not receiver.more and self._watched == READ:
                 # Nearly always, nothing follows.
                 return
-            self._conclude()
+            self._decide_close()
             self._send_last()
         except OSError as error:
             self._lose(error)
@@ -1722,7 +1731,7 @@ class Connection:
             self._watched = watched
             self._registry.watch(wire.fd, watched)
 
-    def _conclude(self) -> None:
+    def _decide_close(self) -> None:
         """When all that arrived is handled, acts on a fault, a FIN, or the server's stop."""
         wire, receiver = self._wire, self._receiver
         if self.state != OPEN or not self._inbox.is_empty():
@@ -1734,15 +1743,15 @@ class Connection:
             self.state = ENDING
         elif self.handler.application in self._registry.leaving and not receiver.more:
             receiver.skip()
-            self._say_goodbye(1001, "the server is stopping")
+            self._begin_closing(1001, "the server is stopping")
 
     def _send_last(self) -> None:
-        """Sends a late Pong and our Close if nothing waits before them. After the Close, both sides
-        have sent their last frame, unless the peer's Close can still come."""
+        """Sends a late Pong if there is no congestion, and our Close if nothing waits before it.
+        Then both sides have sent their last frame, unless the peer's Close can still come."""
         wire, receiver = self._wire, self._receiver
         wire.put(self._sender.last(self._is_congested(), bool(wire.backlog)))
         wire.flush()
-        if self.state == CLOSING and self._sender.goodbye is None:
+        if self.state == CLOSING and self._sender.our_close is None:
             self.state = AWAITING
         came = receiver.closed or self._protocol.client_terminated
         idle = self._inbox.is_empty() and not receiver.more
@@ -1756,7 +1765,7 @@ class Connection:
         if (more and inbox.has_place()) or inbox.has_next():
             self._registry.again(self)
         elif self.state >= LINGERING and not (self._protocol.told or inbox.running):
-            # `on_close` is never called from within another method of the handler.
+            # Later, so that `on_close` is not called within another method of the handler.
             outside(self._registry.loop.call_soon, self.finish)
 
     def finish(self) -> None:
@@ -1846,7 +1855,7 @@ class Connection:
                 self._protocol.wait_for(sent)
         self._inbox.hold(len(payload))
 
-    def _choose(self) -> None:
+    def _look_at_handler(self) -> None:
         """Finds out whether replies need a call of the handler."""
         self._prefix = utf8(self.handler.prefix) if self.handler._only_echoes() else None
         self._heads = None
@@ -1857,15 +1866,15 @@ class Connection:
             self._wire.put(self._sender.answer(ping, self._is_congested()))
 
     def _is_congested(self) -> bool:
-        """Whether Pongs have to wait. Once we are closing, they must not delay our Close."""
+        """Whether a Pong has to wait. Once we are closing, Pings must not delay our Close."""
         return self._wire.waiting > (HIGH_WATER if self.state == OPEN else 0)
 
     # ---- The closing handshake, section 7
 
-    def _say_goodbye(self, code: int | None, reason: str = "") -> None:
-        """Queues our Close, unless the connection is closing already."""
+    def _begin_closing(self, code: int | None, reason: str = "") -> None:
+        """Prepares our Close, unless the connection is closing already."""
         if self.state == OPEN:
-            self._sender.goodbye = close_frame(code, reason)
+            self._sender.our_close = close_frame(code, reason)
             self.state = CLOSING
             self._protocol.server_terminated = True
             self.outcome = code or 1005
@@ -1877,14 +1886,14 @@ class Connection:
         if body:
             protocol.close_code = int.from_bytes(body[:2], "big")
             protocol.close_reason = body[2:].decode()
-        self._say_goodbye(protocol.close_code)
+        self._begin_closing(protocol.close_code)
 
     def fail(self, code: int, reason: str = "") -> None:
         """Section 7.1.7: fails the connection."""
         self._discard_messages()
-        self._say_goodbye(code, reason)
+        self._begin_closing(code, reason)
         if reason:
-            self._protocol.warn(f"{code} {reason}, from")
+            self._protocol.warn(f"{code} {reason}")
 
     def _discard_messages(self) -> None:
         """From now on, no message counts, not even one that waits; but the peer's Close does."""
@@ -1892,12 +1901,12 @@ class Connection:
         self._receiver.skip()
 
     def _lose(self, error: OSError) -> None:
-        """The peer is lost. A coroutine that awaits a write learns of it from the future, so there
-        is no line in the log then."""
+        """The peer is lost. If a coroutine awaits a write, it is told by the future, and
+        `_report` logs the line."""
         owed = self._wire.backlog or (self._wire.waiting and self.state == OPEN)
         self.close_socket(reset=False)
         if owed and not self._inbox.running:
-            self._protocol.warn(f"reply not sent: {error.strerror or error},")
+            self._protocol.warn(f"reply not sent: {error.strerror or error}")
 
     def close_socket(self, reset: bool) -> None:
         if self.state == CLOSED:
@@ -1927,8 +1936,9 @@ class Connection:
             self.outcome = 1008
             self._registry.cut["stalled"] += 1
             self.drop()
-            self._protocol.warn("1008 takes nothing,")
+            self._protocol.warn("1008 takes nothing")
         elif late == "message":
+            # What came before it is handled first.
             receiver.fault = Fault(1008, "message does not go on")
             receiver.skip()
         elif late == "answer":
@@ -1940,7 +1950,7 @@ class Connection:
             self._deadlines.pinged = now
             self._wire.put(control_frame(PING, b""))
         elif late == "closing" and self.state == AWAITING:
-            # The peer's Close does not come. All that is left to send is a FIN.
+            # The peer's Close does not come. Nothing but a FIN follows ours.
             self.state = ENDING
             receiver.take_rest()
         elif late == "closing":
@@ -1950,7 +1960,8 @@ class Connection:
 
 
 def outside(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls `function` in an empty context, so that what it schedules runs in no connection's."""
+    """Calls `function` in an empty context, so that what it schedules does not run in the
+    context of a connection."""
     return contextvars.Context().run(function, *args)
 
 
@@ -2052,9 +2063,9 @@ class Connections:
             who.ready(events)
 
     def poll(self, *_: object) -> None:
-        """Serves every socket that is ready. While there are several at a time, it looks again, for
-        at most a round: going through the event loop each time would take up to an eighth of the
-        time of a message."""
+        """Serves every socket that is ready. While several are ready at a time, polls again, for at
+        most ROUND: going through the event loop each time would take up to an eighth of the time of
+        a message."""
         watched, ends = self.watched, time.monotonic() + ROUND
         ready = self._epoll.poll(0)
         while ready:
@@ -2063,6 +2074,8 @@ class Connections:
                     who.ready(events)
             again = len(ready) > 1 and self._epoll and time.monotonic() < ends
             ready = self._epoll.poll(0) if again else None
+
+    # The IOLoop watches this object, for which it needs these two methods.
 
     def fileno(self) -> int:
         return int(self._epoll.fileno())
@@ -2127,9 +2140,9 @@ class Connections:
         return traffic
 
     async def go_away(self, application: web.Application, seconds: float = 10.0) -> None:
-        """Closes the clients of an application with 1001, after the replies that they are owed, and
-        those that connect meanwhile, too. Drops whoever is left after these seconds."""
-        # It may be a handler that calls this, and its context cannot be entered a second time.
+        """Closes the clients of an application with 1001 once they have got the replies that they
+        are owed; also clients that connect meanwhile. Drops whoever is left after these seconds."""
+        # The caller may be a handler. Nothing that is scheduled here may run in its context.
         for connection in self._clients(application):
             outside(connection.enter, connection.read_rest)
         self.leaving.add(application)
@@ -2159,7 +2172,7 @@ class Connections:
             outside(self.loop.call_soon, self._begin_round)
         return not self._line and time.monotonic() < self._round_ends
 
-    def turn_to_write(self) -> asyncio.Future[None]:
+    def next_write(self) -> asyncio.Future[None]:
         """The future is done while the round has time, otherwise in the next round."""
         if self.has_time():
             return self.done
