@@ -1445,7 +1445,7 @@ def test_a_pong_waits_while_the_peer_does_not_read_and_only_the_latest_ping_coun
 
 def test_our_close_is_sent_once_and_last() -> None:
     sender = Sender()
-    sender.goodbye = b"goodbye"
+    sender.our_close = b"goodbye"
     assert sender.last(congested=False, waiting=True) == b""
     sender.answer(b"p", congested=True)
     assert sender.last(congested=True, waiting=False) == b""
