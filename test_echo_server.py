@@ -288,8 +288,7 @@ def read_frame(file: BinaryIO) -> tuple[int, bytes]:
 
 def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Runs the program, if it ends by itself."""
-    environment = os.environ | {"COLUMNS": "80"}
-    return ended(sys.executable, str(MODULE), *args, input=stdin, env=environment)
+    return ended(sys.executable, str(MODULE), *args, input=stdin)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -540,9 +539,9 @@ async def log_lines(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
     return [record.getMessage() for record in ours(caplog)]
 
 
-def python(script: str, *args: str) -> str:
+def python(script: str) -> str:
     """What a script prints in an interpreter of its own, which finds the module."""
-    done = ended(sys.executable, "-W", "error", "-c", script, *args, cwd=MODULE.parent)
+    done = ended(sys.executable, "-W", "error", "-c", script, cwd=MODULE.parent)
     return done.stdout + done.stderr
 
 
