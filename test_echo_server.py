@@ -12,6 +12,7 @@ import gc
 import hashlib
 import html
 import http.client
+import io
 import itertools
 import json
 import logging
@@ -55,14 +56,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from tornado import gen
-from tornado.httpclient import HTTPRequest
+from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPHeaders, HTTPInputError
 from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets, bind_unix_socket
 from tornado.web import Application
 from tornado.websocket import WebSocketClosedError, websocket_connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
 from websockets.protocol import CLIENT, Protocol
@@ -184,8 +185,10 @@ class Process:
         self.signal(signal.SIGTERM)
         return self.exit_code()
 
-    def dial(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+    def dial(self, trust: ssl.SSLContext | None = None) -> socket.socket:
+        """A connection; over TLS if `trust` is given."""
+        sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        return trust.wrap_socket(sock, server_hostname="localhost") if trust else sock
 
     def connect(self, path: str = "", **options: Any) -> ClientConnection:
         return connect(self.url + path.lstrip("/"), **options)
@@ -257,15 +260,18 @@ def upgraded(
     server: Process, path: str = "/", trust: ssl.SSLContext | None = None, **changed: str
 ) -> socket.socket:
     """A socket after its handshake; over TLS if `trust` is given."""
-    sock = server.dial()
-    if trust:
-        sock = trust.wrap_socket(sock, server_hostname="localhost")
+    sock = server.dial(trust)
     sock.sendall(request(f"GET {path} HTTP/1.1", **changed))
+    assert is_let_in(sock)
+    return sock
+
+
+def is_let_in(sock: socket.socket) -> bool:
+    """Whether the response to a handshake is 101. Nothing after its head is read."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += sock.recv(1)
-    assert head.startswith(b"HTTP/1.1 101")
-    return sock
+    return head.startswith(b"HTTP/1.1 101")
 
 
 def raw_echo(sock: socket.socket, text: str = "Hello!") -> str:
@@ -837,8 +843,6 @@ def files(authority: trustme.CA, tmp_path: Path) -> Path:
     issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
     authority.issue_cert("localhost").private_key_pem.write_to_path(str(tmp_path / "other-key"))
     (tmp_path / "junk").write_text("junk")
-    (tmp_path / "empty").touch()
-    (tmp_path / "folder").mkdir()
     (tmp_path / "wrong.toml").write_text("port = 'x'")
     return tmp_path
 
@@ -853,18 +857,16 @@ def everything(sock: socket.socket) -> bytes:
 
 
 INHERIT = (
-    "import os, sys; sys.argv[1] == 'none' or os.dup2(int(sys.argv[1]), 3); "
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); "
     "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid() + int(sys.argv[2]))); "
     "os.execv(sys.argv[3], sys.argv[3:])"
 )
 
 
-def inheriting(serve: Serve, given: Any, *arguments: str, offset: int = 0) -> Process:
+def inheriting(serve: Serve, given: socket.socket, *arguments: str, offset: int = 0) -> Process:
     """A server that is started as by socket activation, with `given` as its descriptor 3."""
-    numbers = [] if given is None else [given.fileno()]
-    number = str(*numbers or ["none"])
-    before = [sys.executable, "-c", INHERIT, number, str(offset)]
-    return serve(*arguments, before=before, pass_fds=[*numbers, *([3] if numbers else [])])
+    before = [sys.executable, "-c", INHERIT, str(given.fileno()), str(offset)]
+    return serve(*arguments, before=before, pass_fds=[given.fileno()])
 
 
 @contextlib.contextmanager
@@ -914,13 +916,6 @@ def forget_peak(server: Process) -> int:
     # See proc(5).
     Path(f"/proc/{server.popen.pid}/clear_refs").write_text("5")
     return memory(server, "VmHWM")
-
-
-def send_until_cut(sock: socket.socket, data: bytes) -> None:
-    """Sends as fast as the kernel takes it, until the other side has closed."""
-    with contextlib.suppress(ConnectionError, ssl.SSLError):
-        while True:
-            sock.sendall(data)
 
 
 def cut_off(sock: socket.socket) -> None:
@@ -4475,10 +4470,8 @@ def test_sighup_with_a_broken_file_or_none_changes_nothing_and_says_so(
 def test_above_max_connections_a_handshake_gets_503_and_the_health_check_200(serve: Serve) -> None:
     process = serve("--max-connections=1")
     with process.connect() as client:
-        with pytest.raises(InvalidStatus) as refusal:
-            process.connect()
-        assert refusal.value.response.status_code == 503
-        assert int(refusal.value.response.headers["Retry-After"]) > 0
+        status, headers, _ = refused(process, request())
+        assert status == 503 and int(headers["Retry-After"]) > 0
         assert get(process, "/healthz")[0] == 200
         assert echoed(client) == "ECHO:Hello!"
     with process.connect() as client:
@@ -4496,32 +4489,20 @@ def ask(sock: socket.socket) -> tuple[int, str | None]:
     return status, headers["Connection"]
 
 
-def test_when_descriptors_run_out_connections_live_on_and_accepting_resumes(
+def test_when_descriptors_run_out_the_longest_idle_is_closed_and_open_connections_go_on(
     serve: Serve,
 ) -> None:
     process = serve(before=limited(64))
-    with process.connect() as client, contextlib.ExitStack() as stack:
-        for _ in range(100):
-            stack.enter_context(process.dial())
-        process.line(r"error:out of descriptors")
-        assert get(process, "/healthz")[0] == 200
-        assert echoed(client) == "ECHO:Hello!"
-        stack.close()
-        with process.connect() as another:
-            assert echoed(another) == "ECHO:Hello!"
-
-
-def test_when_descriptors_run_out_the_connection_that_has_been_idle_longest_is_closed(
-    serve: Serve,
-) -> None:
-    process = serve(before=limited(64))
-    with process.dial() as first, process.dial() as second, contextlib.ExitStack() as stack:
+    with process.connect() as client, process.dial() as first, process.dial() as second:
         assert ask(second) == ask(first) == (200, None)
-        while not process.matching("out of descriptors"):
-            stack.enter_context(process.dial())
-        idlest = process.line("error:out of descriptors, closing the longest idle: (.*)")[1]
-        assert idlest == f"127.0.0.1:{second.getsockname()[1]}"
-        assert second.recv(1) == b""
+        with contextlib.ExitStack() as stack:
+            while not process.matching("out of descriptors"):
+                stack.enter_context(process.dial())
+            idlest = process.line("error:out of descriptors, closing the longest idle: (.*)")[1]
+            assert idlest == f"127.0.0.1:{second.getsockname()[1]}"
+            assert second.recv(1) == b""
+            assert get(process, "/healthz")[0] == 200
+            assert echoed(client) == "ECHO:Hello!"
 
 
 def test_plain_connections_do_not_take_the_descriptors_of_health_checks_and_handshakes(
@@ -4542,12 +4523,7 @@ def test_plain_connections_do_not_take_the_descriptors_of_health_checks_and_hand
         stack.enter_context(upgraded(process))
 
 
-with_prlimit = pytest.mark.skipif(
-    not hasattr(resource, "prlimit"), reason="needs to limit another process"
-)
-
-
-@with_prlimit
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs to limit another process")
 def test_a_handshake_needs_no_further_descriptor(serve: Serve) -> None:
     process = serve()
     with process.dial() as one, process.dial() as two:
@@ -4563,157 +4539,105 @@ def test_a_handshake_needs_no_further_descriptor(serve: Serve) -> None:
 # Enough for a handshake also where the machine is busy.
 HASTE = 0.4
 
-# A server, and what a client needs to trust it if it has TLS.
-Trusted = tuple[Process, ssl.SSLContext | None]
-
-
-@pytest.fixture(params=["tcp", "tls"])
-def hasty(
-    request: pytest.FixtureRequest, serve: Serve, certificate: Path, trust: ssl.SSLContext
-) -> Trusted:
-    """It waits only for so long for a handshake."""
-    limit = f"--handshake-timeout={HASTE}"
-    if request.param == "tls":
-        return serve(limit, f"--certfile={certificate}"), trust
-    return serve(limit), None
-
-
 # Nothing, half a line, half a header, half of TLS.
 SLOW = [b"", b"GET / HT", request()[:-2], b"\x16\x03\x01\x02"]
 
 
-def test_a_handshake_that_stalls_is_dropped(hasty: Trusted) -> None:
+def drip(sock: socket.socket, data: bytes) -> None:
+    """Sends byte by byte, every 20 ms."""
+    sock.settimeout(0.02)
+    for byte in data:
+        sock.sendall(bytes((byte,)))
+        with contextlib.suppress(TimeoutError):
+            sock.recv(1)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+def test_a_handshake_that_stalls_or_comes_byte_by_byte_is_dropped(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
+) -> None:
     """Before the handshake of TLS as after it. A WebSocket that was open before goes on."""
-    process, trust = hasty
-    with bystander(process, trust), contextlib.ExitStack() as stack:
-        slow = [(stack.enter_context(process.dial()), data) for data in SLOW]
-        if trust:
-            for data in SLOW[:3]:
-                shaken = trust.wrap_socket(process.dial(), server_hostname="localhost")
-                slow.append((stack.enter_context(shaken), data))
+    process = serve(f"--handshake-timeout={HASTE}", *[f"--certfile={certificate}"] * secure)
+    trusted = trust if secure else None
+    with bystander(process, trusted), contextlib.ExitStack() as stack:
+        slow = [(process.dial(), data) for data in SLOW]
+        slow += [(process.dial(trusted), data) for data in SLOW[:3]]
         began = time.monotonic()
         for sock, data in slow:
-            sock.sendall(data)
+            stack.enter_context(sock).sendall(data)
         said = b"".join(everything(sock) for sock, _ in slow)
         assert not re.search(rb"HTTP/1.1 [1235]", said)
         assert HASTE / 2 < time.monotonic() - began < 5
-
-
-def test_a_handshake_that_comes_byte_by_byte_has_the_same_deadline(hasty: Trusted) -> None:
-    process, trust = hasty
-    sock = process.dial()
-    with trust.wrap_socket(sock, server_hostname="localhost") if trust else sock as sock:
-        sock.settimeout(0.02)
-        assert any(not still_open_after(sock, byte) for byte in request(X_Filler="x" * 200))
-
-
-def still_open_after(sock: socket.socket, byte: int) -> bool:
-    try:
-        sock.sendall(bytes((byte,)))
-        return sock.recv(99) != b""
-    except TimeoutError:
-        return True
-    except OSError:
-        return False
+        with process.dial(trusted) as sock, pytest.raises((ConnectionError, ssl.SSLError)):
+            drip(sock, request(X_Filler="x" * 200))
 
 
 # ---- Handshakes that come to nothing
 
-
-@with_proc
-def test_a_body_of_100_mb_is_not_read_and_costs_no_memory(serve: Serve) -> None:
-    server = serve()
-    get(server)
-    before = forget_peak(server)
-    for body in "Content-Length: 100000000", "Transfer-Encoding: chunked":
-        with bystander(server), server.dial() as sock:
-            sock.sendall(request(add=body))
-            send_until_cut(sock, b"10000\r\n" + b"x" * 65536 + b"\r\n")
-    assert memory(server, "VmHWM") - before < 1_000_000
-
-
-@with_proc
-def test_half_a_request_occupies_at_most_10_kb(serve: Serve) -> None:
-    server = serve()
-    with contextlib.ExitStack() as stack:
-
-        def begin(number: int) -> None:
-            for sock in [stack.enter_context(server.dial()) for _ in range(number)]:
-                sock.sendall(request()[:-2])
-            # By then, the server has looked at what has come.
-            get(server)
-
-        begin(100)
-        before = memory(server)
-        begin(300)
-        assert memory(server) - before < 300 * 10_000
-
-
+# What a client has sent when it leaves.
 MOMENTS = {
     "at once": b"",
     "in the request": b"GET / HTTP/1.1\r\nHo",
-    "after the request": request(),
-    "in a frame": request() + frame(FIN | TEXT, b"x" * 1000)[:500],
-    "in the header of a frame": request() + frame(FIN | TEXT, b"x" * 70_000)[:5],
-    "in a message": request() + frame(TEXT, b"x" * 70_000),
-    "with replies on their way": request() + frame(FIN | TEXT, b"x" * 70_000) * 9,
-    "after a fault": request() + b"\xff\xff",
-    "after a close": request() + frame(FIN | CLOSE),
     "after a good request and a bad one": b"GET / HTTP/1.1\r\nHost: x\r\n\r\nbad\r\n\r\n",
-    "in the hello of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    "after the handshake": request(),
+    "with replies on their way": request() + frame(FIN | TEXT, b"x" * 70_000) * 9,
+    "in the hello of TLS": client_hello()[:11],
+    "after the hello of TLS": client_hello(),
 }
 
 
-@pytest.fixture(params=["tcp", "tls"])
-def plain_or_tls(
-    request: pytest.FixtureRequest, server: Process, tls: Process, trust: ssl.SSLContext
-) -> Trusted:
-    """A server for all the tests that leave no trace in it."""
-    return (tls, trust) if request.param == "tls" else (server, None)
+def hang_up(sock: socket.socket) -> None:
+    """Ends the connection as usual."""
+    sock.shutdown(socket.SHUT_WR)
+    everything(sock)
+    sock.close()
 
 
-@pytest.mark.parametrize("data", MOMENTS.values(), ids=MOMENTS.keys())
-def test_a_reset_leaves_no_connection_and_no_descriptor(plain_or_tls: Trusted, data: bytes) -> None:
-    process, trust = plain_or_tls
-    with bystander(process, trust):
-        for before_tls in (True, False) * 3:
-            sock = process.dial()
-            if trust and not before_tls:
-                sock = trust.wrap_socket(sock, server_hostname="localhost")
+@pytest.mark.parametrize("leave", [cut_off, hang_up])
+@pytest.mark.parametrize("data", MOMENTS.values(), ids=MOMENTS)
+def test_a_client_that_leaves_early_costs_no_descriptor_and_at_most_one_line_about_an_error(
+    server: Process,
+    tls: Process,
+    trust: ssl.SSLContext,
+    data: bytes,
+    leave: Callable[[socket.socket], None],
+) -> None:
+    for process, over_tls in (server, None), (tls, None), (tls, trust):
+        before = len(process.lines)
+        with bystander(process, trust if process is tls else None):
+            sock = process.dial(over_tls)
+            peer = f"127.0.0.1:{sock.getsockname()[1]}"
             sock.sendall(data)
-            cut_off(sock)
-    assert not process.tracebacks()
+            leave(sock)
+        errors = [text for text in process.lines[before:] if "error:" in text and peer in text]
+        assert len(errors) <= 1 and not process.tracebacks()
 
 
-TLS_HERE = "TLS on a plain port, from {}: use ws:// or --certfile"
-HTTP_HERE = "plain HTTP on a TLS port, from {}: use wss:// or https://"
-PROXY_HERE = "the PROXY protocol, from {}: it is not supported"
-HTTP_2_HERE = "HTTP/2, from {}: only HTTP/1.1 is supported"
-NO_HTTP = "not HTTP, from {}: it begins with "
-
+# What a client says, what the log calls it, and what it advises or quotes.
 STRANGERS = [
-    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", HTTP_2_HERE),
-    (b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + request(), PROXY_HERE),
-    (b"\r\n\r\n\0\r\nQUIT\n!\x11\0\x0c" + bytes(12), PROXY_HERE),
-    (b"SSH-2.0-x\r\n", NO_HTTP + r"SSH-2.0-x\r\n"),
-    (b"GET /\r\n", NO_HTTP + r"GET /\r\n"),
-    (b"\3\0\0\x13", NO_HTTP + r"\x03\x00\x00\x13"),
-    (bytes(99), NO_HTTP + r"\x00" * 40),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2", "only HTTP/1.1 is supported"),
+    (b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + request(), "the PROXY protocol", "supported"),
+    (b"\r\n\r\n\0\r\nQUIT\n!\x11\0\x0c" + bytes(12), "the PROXY protocol", "supported"),
+    (b"SSH-2.0-x\r\n", "not HTTP", r"begins with SSH-2.0-x\r\n"),
+    (b"GET /\r\n", "not HTTP", r"begins with GET /\r\n"),
+    (b"\3\0\0\x13", "not HTTP", r"begins with \x03\x00\x00\x13"),
+    (bytes(99), "not HTTP", "begins with " + r"\x00" * 40),
 ]
 
-ON_PLAIN_PORT = [(client_hello(), TLS_HERE), (client_hello()[:1], TLS_HERE)]
-ON_TLS_PORT = [(request(), HTTP_HERE), (b"GET / HT", HTTP_HERE)]
+ON_ONE_PORT = [
+    (False, client_hello(), "TLS on a plain port", "use ws:// or --certfile"),
+    (False, client_hello()[:1], "TLS on a plain port", "use ws:// or --certfile"),
+    (True, request(), "plain HTTP on a TLS port", "use wss:// or https://"),
+    (True, b"GET / HT", "plain HTTP on a TLS port", "use wss:// or https://"),
+]
 
 
 @pytest.mark.parametrize(
-    ("secure", "data", "line"),
-    [
-        *((False, *stranger) for stranger in STRANGERS + ON_PLAIN_PORT),
-        *((True, *stranger) for stranger in STRANGERS + ON_TLS_PORT),
-    ],
+    ("secure", "data", "kind", "detail"),
+    [*((secure, *row) for secure in (False, True) for row in STRANGERS), *ON_ONE_PORT],
 )
 def test_another_protocol_is_recognised_at_once_and_is_worth_one_line(
-    server: Process, tls: Process, secure: bool, data: bytes, line: str
+    server: Process, tls: Process, secure: bool, data: bytes, kind: str, detail: str
 ) -> None:
     process = tls if secure else server
     before = len(process.lines)
@@ -4725,21 +4649,12 @@ def test_another_protocol_is_recognised_at_once_and_is_worth_one_line(
         said = everything(sock)
     until(lambda: any(peer in text for text in process.lines[before:]))
     (found,) = [text for text in process.lines[before:] if peer in text]
-    assert found.endswith("error:" + line.format(peer))
-    assert (b"400: this port speaks TLS" in said) == (line == HTTP_HERE) == (said != b"")
-
-
-@pytest.mark.parametrize("data", [b"", client_hello()], ids=["port scan", "TLS"])
-def test_a_client_that_leaves_at_once_is_worth_at_most_one_line(
-    plain_or_tls: Trusted, data: bytes
-) -> None:
-    process, trust = plain_or_tls
-    with bystander(process, trust), process.dial() as sock:
-        before, peer = len(process.lines), f"127.0.0.1:{sock.getsockname()[1]}"
-        sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
-        everything(sock)
-    assert len([line for line in process.lines[before:] if peer in line]) <= 1
+    assert f"error:{kind}, from {peer}: " in found and found.endswith(detail)
+    assert (
+        (b"400: this port speaks TLS" in said)
+        == (kind == "plain HTTP on a TLS port")
+        == (said != b"")
+    )
 
 
 # ---- Stopping
@@ -4759,32 +4674,22 @@ def test_a_second_signal_ends_it_at_once_with_128_and_its_number(serve: Serve, s
     server.line(r"close\(\) 1006 .* 1 messages")
 
 
-@pytest.mark.parametrize(
-    ("secure", "half_a_handshake", "seconds"),
-    [(False, b"GET / HT", 0), (False, b"GET / HT", 0.3), (True, b"\x16\x03\x01", 0.3)],
-    ids=["tcp at once", "tcp", "tls"],
-)
+@pytest.mark.parametrize("seconds", [0, 0.3])
 def test_clients_that_never_close_are_dropped_after_drain_timeout(
-    serve: Serve,
-    certificate: Path,
-    trust: ssl.SSLContext,
-    secure: bool,
-    half_a_handshake: bytes,
-    seconds: float,
+    serve: Serve, seconds: float
 ) -> None:
-    """Nor are those that do not read, or have still to shake hands. A coroutine that runs is no
-    error."""
-    server = serve(f"--drain-timeout={seconds}", *([f"--certfile={certificate}"] * secure))
-    with contextlib.ExitStack() as stack:
-        idle, waiting, full = (
-            stack.enter_context(upgraded(server, path, trust if secure else None))
-            for path in ("/", "/?delay=60", "/")
-        )
+    """Also those that wait for a coroutine, do not read, or have still to shake hands."""
+    server = serve(f"--drain-timeout={seconds}")
+    with (
+        upgraded(server) as idle,
+        upgraded(server, "/?delay=60") as waiting,
+        upgraded(server) as full,
+        server.dial() as late,
+    ):
         waiting.sendall(text("Hello!"))
         server.line("Received:Hello!")
         send_until_refused(full, frame(FIN | BINARY, b"x" * 65536))
-        _, late = stack.enter_context(server.dial()), stack.enter_context(server.dial())
-        late.sendall(half_a_handshake)
+        late.sendall(b"GET / HT")
         began = time.monotonic()
         assert server.stop() == 0
         assert seconds <= time.monotonic() - began < 5
@@ -4792,214 +4697,84 @@ def test_clients_that_never_close_are_dropped_after_drain_timeout(
     server.line(r"close\(\) 1006 .* 1 messages")
 
 
-def test_replies_that_are_owed_come_before_1001(serve: Serve) -> None:
-    """Those that the peer has not read yet, and those that a coroutine has still to make."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_replies_that_are_owed_come_before_1001(serve: Serve, number: int) -> None:
     server = serve()
-    with upgraded(server) as full, server.connect("?delay=0.1") as slow:
-        send_until_refused(full, frame(FIN | BINARY, b"x" * 65536))
+    with server.connect("?delay=0.1") as client:
         for letter in "abc":
-            slow.send(letter)
-        assert slow.ping().wait(PATIENCE)
-        server.signal(signal.SIGTERM)
-        assert [slow.recv(PATIENCE) for _ in "abc"] == ["ECHO:a", "ECHO:b", "ECHO:c"]
+            client.send(letter)
+        assert client.ping().wait(PATIENCE)
+        server.signal(number)
+        assert [client.recv(PATIENCE) for _ in "abc"] == ["ECHO:a", "ECHO:b", "ECHO:c"]
         with pytest.raises(ConnectionClosed, match="1001"):
-            slow.recv(PATIENCE)
-        full.settimeout(PATIENCE)
-        received = 0
-        with full.makefile("rb") as file:
-            while (last := read_frame(file)) == (FIN | BINARY, b"ECHO:" + b"x" * 65536):
-                received += 1
-        assert last == (FIN | CLOSE, close_body(1001, "the server is stopping"))
+            client.recv(PATIENCE)
     assert server.exit_code() == 0
-    assert server.matching(rf"close\(\) .* {received} messages") and received > 2
 
 
 def test_while_stopping_nobody_is_let_in_and_the_health_check_says_so(serve: Serve) -> None:
     server = serve()
-    health = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with upgraded(server) as held, server.dial() as idle, server.dial() as other:
-        assert answer(idle, health)[0] == answer(other, health)[0] == 200
+        assert ask(idle) == ask(other) == (200, None)
         server.signal(signal.SIGTERM)
         assert close_code(held) == 1001
-        assert answer(idle, health)[0] == answer(other, request())[0] == 503
+        assert ask(idle)[0] == answer(other, request())[0] == 503
         with pytest.raises(ConnectionRefusedError):
             server.dial()
 
 
-def test_clients_in_the_queue_of_the_listening_socket_are_let_in_and_sent_away(
-    serve: Serve,
-) -> None:
+def test_clients_that_connected_before_sigterm_are_let_in_and_sent_away(serve: Serve) -> None:
+    """Those in the queue of the listening socket, whether they send their handshake before it is
+    closed or after that."""
     server = serve()
     server.line("listening")
     server.signal(signal.SIGSTOP)
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(server.dial()) for _ in range(100)]
-        for sock in socks:
+        early, late = ([stack.enter_context(server.dial()) for _ in range(50)] for _ in "ab")
+        for sock in early:
             sock.sendall(request())
         server.signal(signal.SIGTERM)
         server.signal(signal.SIGCONT)
-        for sock in socks:
-            with sock.makefile("rb") as file:
-                assert b" 101 " in file.readline()
-                assert b"" not in iter(file.readline, b"\r\n")
-                assert read_frame(file) == (FIN | CLOSE, close_body(1001, "the server is stopping"))
-    assert server.exit_code() == 0
-
-
-def test_a_handshake_that_comes_after_sigterm_is_followed_by_1001(serve: Serve) -> None:
-    server = serve()
-    with server.dial() as sock:
-        server.signal(signal.SIGTERM)
         until(lambda: not listens(("127.0.0.1", server.port)))
-        sock.sendall(request())
-        with sock.makefile("rb") as file:
-            assert b" 101 " in file.readline()
-            assert b"" not in iter(file.readline, b"\r\n")
-            assert read_frame(file) == (FIN | CLOSE, close_body(1001, "the server is stopping"))
+        for sock in late:
+            sock.sendall(request())
+        for sock in (*early, *late):
+            assert is_let_in(sock) and close_code(sock) == 1001
     assert server.exit_code() == 0
-
-
-# ---- Signals under load
-
-
-class Pipeliner:
-    """A client that always has 20 numbers under way; the replies have to be those, in order."""
-
-    def __init__(self) -> None:
-        self.replies = self.code = self.port = 0
-
-    async def run(self, port: int, trust: ssl.SSLContext | None) -> None:
-        """Ends when the server closes the connection."""
-        peer = await peer_at(port, trust)
-        self.port = peer.writer.get_extra_info("sockname")[1]
-        await peer.upgrade(request(), *(text(str(number)) for number in range(20)))
-        while (got := await peer.frame()) == (FIN | TEXT, b"ECHO:%d" % self.replies):
-            self.replies += 1
-            peer.send(text(str(self.replies + 19)))
-        assert got[0] == FIN | CLOSE
-        self.code = int.from_bytes(got[1][:2], "big")
-        peer.send(frame(*got))
-        assert await peer.rest() == b""
-
-
-@contextlib.asynccontextmanager
-async def pipelining(
-    count: int, server: Process, trust: ssl.SSLContext | None = None
-) -> AsyncIterator[list[Pipeliner]]:
-    """So many clients under way, until the server has closed their connections."""
-    clients, port = [Pipeliner() for _ in range(count)], server.port
-    async with asyncio.timeout(2 * PATIENCE), asyncio.TaskGroup() as group:
-        for client in clients:
-            group.create_task(client.run(port, trust))
-        await eventually(lambda: all(client.replies > 20 for client in clients))
-        yield clients
-
-
-@pytest.mark.parametrize(
-    ("secure", "number"), [(False, signal.SIGTERM), (True, signal.SIGINT)], ids=["tcp", "tls"]
-)
-def test_a_signal_to_stop_closes_everybody_with_1001_and_ends_with_0(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool, number: int
-) -> None:
-    """The replies come first."""
-    server = serve(*([f"--certfile={certificate}"] * secure))
-
-    async def stop() -> list[Pipeliner]:
-        async with pipelining(60, server, trust if secure else None) as clients:
-            server.signal(number)
-        return clients
-
-    clients = asyncio.run(stop())
-    assert server.exit_code() == 0
-    assert {client.code for client in clients} == {1001}
-    # One line of the log for each, but only for 50 of them in a second.
-    lines = server.matching(r"close\(\) 1001 from \S+:(\d+) .* (\d+) messages")
-    logged = {(int(line[1]), int(line[2])) for line in lines}
-    assert len(logged) >= 50 and logged <= {(client.port, client.replies) for client in clients}
-
-
-def test_sighup_under_load_loses_nothing(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext
-) -> None:
-    server = serve(f"--certfile={certificate}")
-
-    async def reload(number: int, clients: list[Pipeliner]) -> None:
-        server.signal(signal.SIGHUP)
-        await eventually(lambda: len(server.matching("reloaded")) == number)
-        seen = [client.replies for client in clients]
-        await eventually(lambda: all(map(lambda c, n: c.replies > n, clients, seen)))
-
-    async def reload_and_stop() -> list[Pipeliner]:
-        async with pipelining(10, server, trust) as clients:
-            for number in range(1, 6):
-                await reload(number, clients)
-            server.signal(signal.SIGTERM)
-        return clients
-
-    assert {client.code for client in asyncio.run(reload_and_stop())} == {1001}
-    assert server.exit_code() == 0
-
-
-HAPROXY = """
-defaults
-    mode http
-    timeout connect 1s
-    timeout client 10s
-    timeout server 10s
-    timeout tunnel 1m
-    retries 3
-    option redispatch 1
-listen echo
-    bind fd@{}
-    option httpchk GET /healthz
-    default-server check inter 100ms fall 1 rise 1
-    server one 127.0.0.1:{}
-    server two 127.0.0.1:{}
-"""
 
 
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="there is no haproxy")
 def test_behind_haproxy_a_server_that_stops_under_load_refuses_nobody(
     serve: Serve, listener: socket.socket, tmp_path: Path
 ) -> None:
+    """HAProxy has the configuration in the README."""
     one, two = serve(), serve()
-    config = HAPROXY.format(listener.fileno(), one.port, two.port)
+    config = README.partition("```haproxy\n")[2].partition("```")[0]
+    config = config.replace(":80", f"fd@{listener.fileno()}")
+    config = config.replace("192.0.2.1:4000", f"127.0.0.1:{one.port}")
+    config = config.replace("192.0.2.2:4000", f"127.0.0.1:{two.port}")
     (tmp_path / "config").write_text(config)
-    statuses: list[object] = []
-    over = threading.Event()
 
     def come() -> socket.socket:
         sock = socket.create_connection(listener.getsockname(), PATIENCE)
-        statuses.append(answer(sock, request())[0])
+        assert answer(sock, request())[0] == 101
         return sock
 
-    def come_and_go() -> None:
-        while not over.is_set():
-            try:
-                come().close()
-            except (OSError, http.client.HTTPException) as error:
-                statuses.append(error)
-
-    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
     command = ["haproxy", "-db", "-f", str(tmp_path / "config")]
     with contextlib.ExitStack() as stack:
         haproxy = stack.enter_context(start(*command, pass_fds=[listener.fileno()], stderr=PIPE))
         stack.callback(haproxy.kill)
         clients = [stack.enter_context(come()) for _ in range(20)]
-        for thread in threads:
-            stack.callback(thread.join, PATIENCE)
-            thread.start()
-        stack.callback(over.set)
-        until(lambda: len(statuses) > 100)
-        one.signal(signal.SIGTERM)
-        seen = len(statuses)
-        until(lambda: len(statuses) > seen + 100)
+        with ThreadPoolExecutor(4) as threads:
+            visits = threads.map(lambda _: come().close(), range(200))
+            one.signal(signal.SIGTERM)
+            until(lambda: not listens(("127.0.0.1", one.port)))
+            visits = itertools.chain(visits, threads.map(lambda _: come().close(), range(200)))
+            assert len(list(visits)) == 400
         for client in clients:
-            client.sendall(frame(FIN | TEXT, b"Hello!"))
+            client.sendall(text("Hello!"))
         ends = Counter(client.recv(4) for client in clients)
         assert ends == {b"\x88\x18\x03\xe9": 10, b"\x81\x0bEC": 10}
     assert one.exit_code() == 0
-    assert Counter(statuses) == {101: len(statuses)}
 
 
 # ---- systemd
@@ -5075,11 +4850,10 @@ ends_with_the_process = pytest.mark.filterwarnings("ignore:unclosed <socket")
 @pytest.mark.parametrize(
     ("family", "kind", "words"),
     [
-        ("AF_INET", socket.SOCK_DGRAM, "is not a TCP or Unix socket: AF_INET, SOCK_DGRAM"),
-        ("AF_UNIX", socket.SOCK_SEQPACKET, "is not a TCP or Unix socket: AF_UNIX, SOCK_SEQPACKET"),
-        ("AF_VSOCK", socket.SOCK_STREAM, "is not a TCP or Unix socket: AF_VSOCK, SOCK_STREAM"),
+        ("AF_INET", socket.SOCK_DGRAM, "not a TCP or Unix socket: AF_INET, SOCK_DGRAM"),
+        ("AF_VSOCK", socket.SOCK_STREAM, "not a TCP or Unix socket: AF_VSOCK, SOCK_STREAM"),
         # Python has no name for this one.
-        ("AF_INET", 10, "is not a TCP or Unix socket: AF_PACKET, 10"),
+        ("AF_INET", 10, "not a TCP or Unix socket: AF_PACKET, 10"),
         ("AF_INET", socket.SOCK_STREAM, "does not listen (Accept=yes?): AF_INET, SOCK_STREAM"),
     ],
 )
@@ -5088,23 +4862,13 @@ def test_an_inherited_socket_of_another_kind_is_named(family: str, kind: int, wo
         number = socket.socket(getattr(socket, family), kind).detach()
     except (AttributeError, OSError) as error:
         pytest.skip(f"there is none here: {error}")
-    with pytest.raises(CannotServe, match=f"^inherited descriptor {number} {re.escape(words)}$"):
+    with pytest.raises(CannotServe, match=rf"^inherited descriptor {number} .*{re.escape(words)}$"):
         inherited_socket(number)
 
 
 def test_an_inherited_descriptor_that_is_no_socket_is_named() -> None:
     with MODULE.open() as file, pytest.raises(CannotServe, match=r"\d: Socket operation on non-so"):
         inherited_socket(file.fileno())
-    with pytest.raises(CannotServe, match=r"^inherited descriptor \d+: Bad file"):
-        inherited_socket(1 << 20)
-
-
-def test_an_obstacle_to_serving_is_one_line_and_exit_code_1(serve: Serve) -> None:
-    with socket.socket(type=socket.SOCK_DGRAM) as given:
-        server = inheriting(serve, given)
-        assert server.exit_code() == 1
-    (line,) = server.lines
-    assert line.startswith("echo_server: inherited descriptor 3 is not a TCP or Unix socket")
 
 
 def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
@@ -5126,12 +4890,10 @@ READ_ONLY = "mount -o remount,bind,ro / && mount -t tmpfs -o ro none /dev/shm"
 NAMESPACES = ("unshare", "--user", "--map-root-user", "--kill-child", "--mount", "--net")
 
 
-def can_unshare() -> bool:
-    has_it = bool(shutil.which("unshare"))
-    return has_it and ended(*NAMESPACES, "sh", "-c", READ_ONLY).returncode == 0
+def skip_without_namespaces() -> None:
+    if not shutil.which("unshare") or ended(*NAMESPACES, "sh", "-c", READ_ONLY).returncode:
+        pytest.skip("needs namespaces of its own")
 
-
-with_namespaces = pytest.mark.skipif(not can_unshare(), reason="needs namespaces of its own")
 
 # Scripts that start the server.
 SURROUNDINGS = {
@@ -5145,14 +4907,10 @@ SURROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        pytest.param(script, id=name, marks=with_namespaces if "unshare" in script else ())
-        for name, script in SURROUNDINGS.items()
-    ],
-)
+@pytest.mark.parametrize("script", SURROUNDINGS.values(), ids=SURROUNDINGS)
 def test_it_serves_in_unusual_surroundings(serve: Serve, script: str) -> None:
+    if "unshare" in script:
+        skip_without_namespaces()
     server = serve(before=["sh", "-c", script, "sh"])
     with server.connect("é€") as client:
         assert echoed(client, "é\ud7ff€") == "ECHO:é\ud7ff€"
@@ -5182,53 +4940,37 @@ def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> N
     ("log", "config", "code"), [("/dev/full", "missing.toml", 1), ("&-", "wrong.toml", 2)]
 )
 def test_a_log_that_cannot_be_written_leaves_the_exit_code_right(
-    tmp_path: Path, log: str, config: str, code: int
+    files: Path, log: str, config: str, code: int
 ) -> None:
-    (tmp_path / "wrong.toml").write_text("port = 'x'")
-    command = f'exec "$@" --config={tmp_path / config} 2>{log}'
+    command = f'exec "$@" --config={files / config} 2>{log}'
     done = ended("sh", "-c", command, "sh", sys.executable, str(MODULE))
     assert (done.returncode, done.stdout) == (code, "")
 
 
 HALF_OPEN = """
-import fcntl, os, socket, struct, subprocess, sys, time
+import fcntl, socket, struct, subprocess, sys
 def set_loopback(flags):
     # SIOCSIFFLAGS.
     fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", flags))
 set_loopback(1)
 server = subprocess.Popen(sys.argv[1:], stderr=subprocess.PIPE, text=True)
-port = server.stderr.readline().split("localhost:")[1].split("/")[0]
-descriptors = f"/proc/{server.pid}/fd"
-before = len(os.listdir(descriptors))
-sock = socket.create_connection(("127.0.0.1", int(port)))
+server.stderr.readline()
+sock = socket.create_connection(("127.0.0.1", 4000))
 sock.sendall(REQUEST)
 sock.recv(999)
 # From now on, packets vanish.
 set_loopback(0)
-for line in server.stderr:
-    print(line, flush=True)
-    if "close()" in line:
-        break
-while len(os.listdir(descriptors)) > before:
-    time.sleep(0.01)
-print("its socket is closed")
+print(next(line for line in server.stderr if "close()" in line))
 server.kill()
 """
 
-QUICK_TO_GIVE_UP = """
-import sys, echo_server
-echo_server.LINGER_TIMEOUT = 0.3
-sys.exit(echo_server.main(["--port=0", "--ping-interval=0.3", "--ping-timeout=0.3"]))
-"""
 
-
-@with_namespaces
 def test_a_peer_that_vanishes_without_a_reset_is_dropped() -> None:
+    skip_without_namespaces()
     script = HALF_OPEN.replace("REQUEST", repr(request()))
-    server = [sys.executable, "-c", QUICK_TO_GIVE_UP]
-    done = ended(*NAMESPACES, sys.executable, "-c", script, *server, cwd=MODULE.parent)
-    assert re.search(r"close\(\) 1008 from 127\.0\.0\.1", done.stdout)
-    assert done.stdout.endswith("its socket is closed\n")
+    server = [sys.executable, str(MODULE), "--ping-interval=0.3", "--ping-timeout=0.3"]
+    done = ended(*NAMESPACES, sys.executable, "-c", script, *server)
+    assert "close() 1008 from 127.0.0.1" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------- Client
@@ -5251,23 +4993,19 @@ def test_the_client_sends_each_text_and_prints_what_the_original_sample_printed(
     server.line(rf"close\(\) 1000 from .* {len(texts)} messages")
 
 
-@pytest.mark.parametrize("texts", [[], [*map(str, range(1000)), "", "no end of the line"]])
-def test_without_texts_the_client_sends_the_lines_of_its_input(
-    server: Process, texts: list[str]
+def test_without_texts_the_client_sends_the_lines_of_its_input_as_they_come(
+    server: Process,
 ) -> None:
-    done = run(f"--connect={server.url}", stdin="\n".join(texts))
-    assert (done.returncode, done.stdout.splitlines()) == (0, received(*texts))
-
-
-def test_the_client_answers_line_by_line_as_they_are_typed(server: Process) -> None:
     command = [sys.executable, str(MODULE), f"--connect={server.url}"]
     with start(*command, stdin=PIPE, stdout=PIPE) as popen:
         assert popen.stdin and popen.stdout
         assert popen.stdout.readline() == "[CLIENT] open()\n"
-        for typed in ("one", "two"):
+        for typed in ("one", "", "two"):
             print(typed, file=popen.stdin, flush=True)
             assert popen.stdout.readline() == f"[CLIENT] Received: ECHO:{typed}\n"
+        print("no end of the line", file=popen.stdin, end="")
         popen.stdin.close()
+        assert popen.stdout.read() == "[CLIENT] Received: ECHO:no end of the line\n"
         assert popen.wait(PATIENCE) == 0
 
 
@@ -5283,30 +5021,16 @@ def test_at_a_terminal_control_characters_of_a_server_are_escaped(server: Proces
 @pytest.mark.parametrize(
     ("kind", "body", "reason"),
     [
-        ("text/plain; charset=utf-8", "400: a\x1b[2J\n\nb", "a\\x1b[2J"),
+        ("text/plain; charset=utf-8", "400: a\x1b[2J\n\nb", r"a\x1b[2J"),
         ("text/plain", "", "Bad Request"),
         ("text/html", "<html>\n<body>", "Bad Request"),
     ],
 )
-def test_the_client_says_why_a_server_refuses_it(
-    listener: socket.socket,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-    body: str,
-    reason: str,
-) -> None:
-    def refuse() -> None:
-        with listener.accept()[0] as sock:
-            assert sock.recv(4096)
-            head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: {kind}\r\n"
-            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-
-    url = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
-    thread = threading.Thread(target=refuse)
-    thread.start()
-    assert main([f"--connect={url}"]) == 1
-    assert capsys.readouterr() == ("", f"[CLIENT] error:{url}: HTTP 400: {reason}\n")
-    thread.join(PATIENCE)
+def test_the_client_says_why_a_server_refuses_it(kind: str, body: str, reason: str) -> None:
+    headers, content = HTTPHeaders({"Content-Type": kind}), io.BytesIO(body.encode())
+    response = HTTPResponse(HTTPRequest("/"), 400, headers, content)
+    error = HTTPClientError(400, response=response)
+    assert echo_server.explain(error) == f"HTTP 400: {reason}"
 
 
 def test_the_client_checks_the_certificate_against_cafile(
@@ -5329,6 +5053,13 @@ def test_the_client_checks_the_certificate_against_cafile(
 FAILURES = {
     "refused": ("?delay=x", "", "", "HTTP 400: the query has a bad value: delay=x is not a number"),
     "too late": ("?delay=60", "--send=a --timeout=0.6", "", "no reply within 0.6 s"),
+    # By the first reply, after which the Close comes, both texts have been sent.
+    "closed": (
+        "?delay=0.3&close=4001&after=1",
+        "--send=a --send=b",
+        "",
+        "closed with 4001, replies missing: 1",
+    ),
     "an option that is not UTF-8": ("", "--send=\udcff", "", "'utf-8' codec can't encode"),
     "input that is not UTF-8": ("", "", "\udcff\n", "'utf-8' codec can't encode"),
 }
@@ -5345,13 +5076,6 @@ def test_the_client_ends_with_1_and_one_line_when_a_reply_is_missing(
     assert re.fullmatch(rf"{re.escape(f'[CLIENT] error:{url}: {said}')}.*\n", done.stderr)
 
 
-def test_the_client_ends_with_1_when_it_is_closed_before_the_last_reply(serve: Serve) -> None:
-    url = serve("--max-message-size=125").url
-    done = run(f"--connect={url}", "--send=a", f"--send={'x' * 126}")
-    said = f"[CLIENT] error:{url}: closed with 1009, replies missing: 1\n"
-    assert (done.returncode, done.stderr) == (1, said)
-
-
 # ------------------------------------------------------------------------------------- Command line
 
 
@@ -5365,13 +5089,19 @@ def left_out(server: Process, kind: str) -> int:
 
 
 def test_lines_of_a_kind_are_limited_and_each_omitted_line_is_counted(serve: Serve) -> None:
-    server, sent = serve(), itertools.count()
-    kinds = ["error:", r"connection\(\)", r"close\(\)"]
+    """Those of messages are shown by default, whether or not these need a call of the handler."""
+    server, visits = serve(), itertools.count()
+    kinds = {"error:": 1, r"connection\(\)": 1, r"close\(\)": 1, "Received:": 9}
 
     def some_of_each_are_left_out() -> bool:
-        for _ in range(50):
-            assert answer(sock, request(Sec_WebSocket_Key=f"{next(sent)}"))[0] == 400
-            upgraded(server).close()
+        for number in itertools.islice(visits, 60):
+            assert answer(sock, request(Sec_WebSocket_Key=f"{number}"))[0] == 400
+            with (
+                upgraded(server, "/?delay=0" if number % 2 else "/") as client,
+                client.makefile("rb") as replies,
+            ):
+                client.sendall(text("a") * 9)
+                assert replies.read(9 * 8) == b"\x81\x06ECHO:a" * 9
         return all(left_out(server, kind) for kind in kinds)
 
     with server.dial() as sock:
@@ -5379,94 +5109,58 @@ def test_lines_of_a_kind_are_limited_and_each_omitted_line_is_counted(serve: Ser
         # And once more in the next second; what is left out of that is said at the end.
         some_of_each_are_left_out()
     assert server.stop() == 0
-    number = next(sent)
-    for kind in kinds:
-        shown = len(server.matching(rf"\[SERVER\] {kind}.* 127\.0\.0\.1:\d+"))
-        assert shown + left_out(server, kind) == number and shown <= 200
+    number = next(visits)
+    for kind, each in kinds.items():
+        shown = len(server.matching(rf"(?<!more: )\[SERVER\] {kind}"))
+        assert shown + left_out(server, kind) == each * number and 50 <= shown <= 200
 
 
-def test_messages_are_shown_by_default_and_counted_when_there_are_too_many(serve: Serve) -> None:
-    """Also while a connection with a scenario, whose messages all need a call, is among them."""
-    server, numbers = serve(), itertools.count()
+FORGED = "\x1b[2J\r\n\x85\x9b31m\u2028\u2029\u202e\u2066\u061c\ud800[SERVER] forged" + "x" * 3000
 
-    def some_are_left_out() -> int:
-        sent = [b"%d" % next(numbers) for _ in range(500)]
-        plain.sendall(b"".join(frame(FIN | TEXT, payload) for payload in sent))
-        for payload in sent:
-            assert read_frame(replies) == (FIN | TEXT, b"ECHO:" + payload)
-        assert raw_echo(called, f"{next(numbers)}").startswith("ECHO:")
-        return left_out(server, "Received:")
-
-    with (
-        upgraded(server) as plain,
-        plain.makefile("rb") as replies,
-        upgraded(server, "/?delay=0") as called,
-    ):
-        until(some_are_left_out)
-        some_are_left_out()
-    assert server.stop() == 0
-    shown = [found[1] for found in server.matching(r"\[SERVER\] Received:(\d+)$")]
-    assert shown[:50] == [str(number) for number in range(50)] and len(shown) <= 200
-    assert len(shown) + left_out(server, "Received:") == next(numbers)
-
-
-INTRUDERS = r"""
-import asyncio, logging, echo_server
-forged = "\x1b[2J\r\n\x85\x9b31m\u2028\u2029\u202e\u2066\u061c\ud800[SERVER] forged" + "x" * 3000
 
 class Broken:
-    def __str__(self):
+    def __str__(self) -> str:
         raise ZeroDivisionError
+
     __repr__ = __str__
 
-async def main():
-    logging.basicConfig(handlers=[echo_server.LineHandler(echo_server.Connections.current())])
-    for name in "echo_server", "tornado.general", "asyncio", "somebody":
-        logging.getLogger(name).warning("400 GET %s", forged)
-        logging.getLogger(name).error(forged)
-    try:
-        raise ValueError(forged)
-    except ValueError:
-        logging.exception("a traceback")
-    for message, value in ("%d", "x"), ("%s %s", "x"), ("%s", Broken()), (Broken(), None):
-        logging.error(message, value)
-    asyncio.get_running_loop().call_exception_handler({"message": forged})
 
-asyncio.run(main())
-"""
-
-
-def test_every_line_of_the_log_is_escaped_and_short_whoever_logged_it() -> None:
-    *lines, last = python(INTRUDERS).split("\n")
+@pytest.mark.gen_test
+async def test_every_line_of_the_log_is_escaped_and_short_whatever_it_is_about(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    handler = echo_server.LineHandler(Connections.current())
+    records: list[dict[str, Any]] = [
+        {"msg": FORGED},
+        {"msg": "400 GET %s", "args": (FORGED,)},
+        {"msg": "a traceback", "exc_info": (ValueError, ValueError(FORGED), None)},
+        {"msg": "%d", "args": ("x",)},
+        {"msg": "%s", "args": (Broken(),)},
+        {"msg": Broken()},
+    ]
+    for record in records:
+        handler.handle(logging.makeLogRecord(record))
+    *lines, last = capfd.readouterr().err.split("\n")
     events = [line[len("2000-01-01 00:00:00,000 ") :] for line in lines]
-    assert last == "" and len([event for event in events if event[0] != " "]) == 8 + 1 + 4 + 1
-    assert len([event for event in events if "cannot format" in event]) == 4
+    assert last == "" and len([event for event in events if event[0] != " "]) == len(records)
+    assert len([event for event in events if "cannot format" in event]) == 3
     assert all(line.isprintable() and len(line) <= 2000 for line in lines)
     assert not [event for event in events if event.startswith("[SERVER]")]
 
 
 # Tells a program that its standard error is the journal.
-JOURNAL = """
-import os, sys
-status = os.fstat(2)
-os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
-os.execv(sys.argv[1], sys.argv[1:])
-"""
+JOURNAL = 'JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr) exec "$@"'
 
 
 def test_in_the_journal_lines_have_a_priority_and_no_time(serve: Serve) -> None:
-    server = serve(before=[sys.executable, "-c", JOURNAL])
-    for handshake in request(without="Sec-WebSocket-Key"), request(Sec_WebSocket_Key="x"):
-        assert refused(server, handshake)[0] == 400
+    server = serve(before=["sh", "-c", JOURNAL, "sh"])
+    assert refused(server, request(Sec_WebSocket_Key="x"))[0] == 400
     with upgraded(server) as sock:
         raw_echo(sock)
-        sock.sendall(close())
-        close_code(sock)
     server.line("close")
     assert server.stop() == 0
     assert [re.split(r"\(| on|:", line)[0] for line in server.lines] == [
         "<6>[SERVER] listening",
-        "<4>[SERVER] error",
         "<4>[SERVER] error",
         "<6>[SERVER] connection",
         "<7>[SERVER] Received",
@@ -5477,68 +5171,41 @@ def test_in_the_journal_lines_have_a_priority_and_no_time(serve: Serve) -> None:
 
 RAW = "\x80\x85\x9b\xff" * 700
 
-STRANGE_REQUESTS = [
+HOSTILE = "a\x1b[2Jb\x7f\x85\x9b\n\u2028c" + "\xff" * 3000
+
+STRANGE = [
     request(f"GET /{RAW}?token=secret HTTP/1.1"),
     request("GET /?secret HTTP/1.1", Cookie="secret", Authorization="secret", User_Agent=RAW),
     request(Origin=f"http://{RAW}", Cookie="secret"),
     request(Origin=RAW),
-    request(Origin="http://[::1"),
+    request(Origin="a\x1b[2J secret"),
     request(Sec_WebSocket_Key=RAW),
     request(Sec_WebSocket_Protocol=RAW + "secret"),
-    request(Sec_WebSocket_Extensions=RAW),
     request(Sec_WebSocket_Version="13" + RAW),
     request(Host=RAW),
     request(X_Forwarded_For=RAW),
-    request(Upgrade="websocket, " + RAW, Connection="Upgrade, " + RAW),
     request(f"{RAW} / HTTP/1.1"),
     request(f"GET /{RAW}?delay=x&a=secret HTTP/1.1"),
     request("GET /?%1b%9b=secret HTTP/1.1"),
     request(add=f"{RAW}: secret"),
-    request(Origin="a\x1b[2J secret"),
-    request(
-        f"GET /{RAW}?token=secret HTTP/1.1",
-        without="Upgrade",
-        Content_Type="multipart/form-data; boundary=x",
-    ),
+    request() + text(HOSTILE) + close(),
+    request() + frame(FIN | BINARY, HOSTILE.encode("utf-16")) + close(),
+    request() + close(1000, "secret\x1b\n"),
+    request() + frame(FIN | PING, b"\xff") + frame(FIN | TEXT, b"\xff"),
 ]
 
 
-def assert_lines_are_short_and_printable(server: Process) -> None:
-    """Ends it, and reads what it has said."""
-    assert server.stop() == 0
-    assert all(line.isascii() and line.isprintable() and len(line) < 1000 for line in server.lines)
-
-
-def test_headers_reach_the_log_only_short_and_in_ascii(serve: Serve) -> None:
+def test_what_peers_send_reaches_the_log_only_short_and_in_ascii(serve: Serve) -> None:
     server = serve("--origins=", "--trusted-proxies=127.0.0.1")
-    for data in STRANGE_REQUESTS:
-        with server.dial() as sock, contextlib.suppress(ConnectionError):
+    for data in STRANGE:
+        with server.dial() as sock:
             sock.sendall(data)
             assert re.match(rb"HTTP/1.1 [14]|$", sock.recv(999))
-    assert_lines_are_short_and_printable(server)
-    assert not server.matching("secret") and len(server.lines) < 3 * len(STRANGE_REQUESTS)
-
-
-HOSTILE = "a\x1b[2Jb\x7f\x85\x9b\n\u2028c" + "\xff" * 3000
-
-
-@pytest.mark.parametrize(("level", "shown"), [("debug", 2), ("info", 0)])
-def test_messages_reach_the_log_only_short_and_in_ascii(
-    serve: Serve, level: str, shown: int
-) -> None:
-    server = serve(f"--log-level={level}")
-    for data in (
-        text(HOSTILE) + close(),
-        frame(FIN | BINARY, HOSTILE.encode("utf-16")) + close(),
-        close(1000, "secret\x1b\n"),
-        frame(FIN | PING, b"\xff") + frame(FIN | TEXT, b"\xff"),
-    ):
-        with upgraded(server) as sock:
-            sock.sendall(data)
-            close_code(sock)
-    assert_lines_are_short_and_printable(server)
-    assert len(server.matching(r"a\\x1b\[2J|a\\x00")) == shown
-    assert len(server.matching("close")) == 4 and len(server.matching("1007")) == 2
+            hang_up(sock)
+    assert server.stop() == 0
+    assert all(line.isascii() and line.isprintable() and len(line) < 1000 for line in server.lines)
+    assert not server.matching("secret") and len(server.lines) < 3 * len(STRANGE)
+    assert len(server.matching(r"a\\x1b\[2J|a\\x00")) == len(server.matching("1007")) == 2
 
 
 def test_a_reply_to_a_client_that_has_left_is_one_line(serve: Serve) -> None:
@@ -5556,19 +5223,13 @@ def test_a_reply_to_a_client_that_has_left_is_one_line(serve: Serve) -> None:
 # What a command line that serves nothing ends with, and what its last line of standard error has.
 EXITS = [
     (2, "--port", "--port"),
-    (2, "--nonsense", "--nonsense"),
     (2, "4000", "4000"),
     (2, "--port=0 --certfile", "--certfile"),
-    (2, "--connect= --address=192.0.2.1", "--connect"),
     (2, "--port=0 --keyfile=FOLDER/key", "--keyfile"),
     (2, "--port=0 --client-cafile=FOLDER/key", "--client-cafile"),
     (2, "--config=FOLDER/wrong.toml", "FOLDER/wrong.toml"),
     (1, "--config=FOLDER/missing.toml", "FOLDER/missing.toml"),
-    (1, "--config=FOLDER/.", "FOLDER/."),
-    (1, "--config=FOLDER/wrong.toml/x", "FOLDER/wrong.toml/x"),
-    (1, "--connect=ws://127.0.0.1:1/", "error:ws://127.0.0.1:1/: Connection refused"),
-    (1, "--connect=ws://", "[CLIENT] error:ws://: "),
-    (1, "--connect=ws://localhost:99999/", "[CLIENT] error:ws://localhost:99999/: "),
+    (1, "--connect=ws://127.0.0.1:1/", "[CLIENT] error:ws://127.0.0.1:1/: Connection refused"),
     (1, "--connect=ws://[::1", "[CLIENT] error:ws://[::1: "),
     (1, "--connect=ws://.../", "[CLIENT] error:ws://.../: "),
     (1, "--connect=wss://localhost:1/ --cafile=/nowhere/ca.pem", ": cannot read /nowhere/ca.pem: "),
@@ -5603,17 +5264,11 @@ def test_the_last_line_names_what_is_wrong_and_the_exit_code_tells_its_kind(
 OBSTACLES = [
     "--certfile=FOLDER/missing",
     "--certfile=FOLDER/junk",
-    "--certfile=FOLDER/empty",
-    "--certfile=FOLDER/folder",
     "--certfile=FOLDER/cert",
     "--certfile=FOLDER/cert --keyfile=FOLDER/missing",
-    "--certfile=FOLDER/cert --keyfile=FOLDER/junk",
     "--certfile=FOLDER/cert --keyfile=FOLDER/other-key",
-    "--certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/missing",
     "--certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/junk",
-    "--certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/empty",
     "--address=192.0.2.1",
-    "--address=2001:db8::1",
     "--address=...",
     "--unix-socket=/nowhere/s",
     "--unix-socket=FOLDER/junk",
@@ -5628,12 +5283,6 @@ def test_each_obstacle_to_serving_is_named(files: Path, arguments: str) -> None:
     options = parse_args(arguments.split())
     with pytest.raises(CannotServe, match=re.escape(arguments.rpartition("=")[2])):
         assert tls_context(options) or listening_sockets(options)
-
-
-def test_it_runs_from_any_folder_and_by_any_name(tmp_path: Path) -> None:
-    shutil.copy(MODULE, tmp_path / "other.py")
-    done = ended(sys.executable, "other.py", "--version", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_bare_file_says_what_it_needs() -> None:
