@@ -4699,16 +4699,24 @@ def test_clients_that_never_close_are_dropped_after_drain_timeout(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_replies_that_are_owed_come_before_1001(serve: Serve, number: int) -> None:
-    server = serve()
-    with server.connect("?delay=0.1") as client:
+    """Those that the peer has not read yet, and those that a coroutine has still to make."""
+    server, message = serve(), b"x" * 65536
+    with upgraded(server) as full, server.connect("?delay=0.1") as slow:
+        send_until_refused(full, frame(FIN | BINARY, message))
         for letter in "abc":
-            client.send(letter)
-        assert client.ping().wait(PATIENCE)
+            slow.send(letter)
+        assert slow.ping().wait(PATIENCE)
         server.signal(number)
-        assert [client.recv(PATIENCE) for _ in "abc"] == ["ECHO:a", "ECHO:b", "ECHO:c"]
+        assert [slow.recv(PATIENCE) for _ in "abc"] == ["ECHO:a", "ECHO:b", "ECHO:c"]
         with pytest.raises(ConnectionClosed, match="1001"):
-            client.recv(PATIENCE)
+            slow.recv(PATIENCE)
+        full.settimeout(PATIENCE)
+        with full.makefile("rb") as file:
+            *replies, last = iter(lambda: read_frame(file), (-1, b""))
+        assert set(replies) == {(FIN | BINARY, b"ECHO:" + message)}
+        assert last == (FIN | CLOSE, close_body(1001, "the server is stopping"))
     assert server.exit_code() == 0
+    assert server.matching(rf"close\(\) .* {len(replies)} messages")
 
 
 def test_while_stopping_nobody_is_let_in_and_the_health_check_says_so(serve: Serve) -> None:
