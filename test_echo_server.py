@@ -62,7 +62,7 @@ from tornado.httputil import HTTPHeaders, HTTPInputError
 from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets, bind_unix_socket
 from tornado.web import Application
-from tornado.websocket import WebSocketClosedError, websocket_connect
+from tornado.websocket import WebSocketClosedError
 from websockets.exceptions import ConnectionClosed
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
@@ -3363,31 +3363,17 @@ REFUSED = {
     "another protocol": (request(Upgrade="h2c"), 426, "Upgrade"),
     "no Connection": (request(without="Connection"), 426, "Connection"),
     "Connection: keep-alive": (request(Connection="keep-alive"), 426, "Connection"),
-    "no version": (request(without="Sec-WebSocket-Version"), 426, "Sec-WebSocket-Version"),
-    "version 8": (request(Sec_WebSocket_Version="8"), 426, "Version must be 13: it is 8"),
-    "version 0": (request(Sec_WebSocket_Version="0"), 426, "Sec-WebSocket-Version"),
-    "version 13, 8": (request(Sec_WebSocket_Version="13, 8"), 426, "Sec-WebSocket-Version"),
+    "no version": (request(without="Sec-WebSocket-Version"), 426, "must be 13: it is missing"),
+    "version 8, no key": (request(Sec_WebSocket_Key="", Sec_WebSocket_Version="8"), 426, "it is 8"),
     "version 013": (request(Sec_WebSocket_Version="013"), 426, "Sec-WebSocket-Version"),
-    "no version and no key": (
-        request("GET / HTTP/1.1", without="Sec-WebSocket-Version", Sec_WebSocket_Key=""),
-        426,
-        "Sec-WebSocket-Version must be 13: it is missing",
-    ),
     "two versions": (request(add="Sec-WebSocket-Version: 13"), 426, "Sec-WebSocket-Version"),
     "no key": (request(without="Sec-WebSocket-Key"), 400, "Sec-WebSocket-Key must be"),
-    "an empty key": (request(Sec_WebSocket_Key=""), 400, "Sec-WebSocket-Key"),
     "two keys": (request(add=f"Sec-WebSocket-Key: {NONCE}"), 400, "Sec-WebSocket-Key"),
-    **{
-        f"a key {how}": (request(Sec_WebSocket_Key=key), 400, "Sec-WebSocket-Key")
-        for how, key in {
-            "of 15 bytes": "dGhlIHNhbXBsZSBub25j",
-            "of 17 bytes": "dGhlIHNhbXBsZSBub25jZTE=",
-            "that is not base64": "!" * 24,
-            "with a space": "dGhlIHNhbXBsZSBub25jZ = =",
-            "without its padding": NONCE.rstrip("="),
-            "that is not ASCII": "\xe9" * 24,
-        }.items()
-    },
+    "a key of 15 bytes": (request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25j"), 400, "16 bytes"),
+    "a key of 17 bytes": (request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZTE="), 400, "16 bytes"),
+    "a key that is not base64": (request(Sec_WebSocket_Key="!" * 24), 400, "16 bytes"),
+    "a key without its padding": (request(Sec_WebSocket_Key=NONCE.rstrip("=")), 400, "16 bytes"),
+    "a key that is not ASCII": (request(Sec_WebSocket_Key="\xe9" * 22 + "=="), 400, "16 bytes"),
     "HTTP/1.0": (request("GET / HTTP/1.0"), 400, "HTTP/1.1"),
     "HTTP/1.2": (request("GET / HTTP/1.2"), 400, "HTTP/1.1"),
     "no target": (request("GET  HTTP/1.1"), 400, "request line"),
@@ -3395,49 +3381,24 @@ REFUSED = {
     "no Host": (request(without="Host"), 400, "Missing Host header"),
     "a Host with a space": (request(Host="a b"), 400, "Invalid Host header"),
     "a body": (request(add="Content-Length: 5") + b"hello", 400, "not have a body"),
-    "a body in chunks": (
-        request(add="Transfer-Encoding: chunked") + b"0\r\n\r\n",
-        400,
-        "not have a body",
-    ),
-    **{
-        f"a POST with {body}": (
-            request("POST / HTTP/1.1", add=f"Content-Type: text/plain\r\n{body}"),
-            400,
-            "not have a body",
-        )
-        for body in (
-            "Content-Length: 100000000",
-            "Content-Length: 1000000\r\nExpect: 100-continue",
-            "Transfer-Encoding: chunked",
-        )
-    },
+    "a body in chunks": (request(add="Transfer-Encoding: chunked"), 400, "not have a body"),
+    "a body after 100": (request(add="Content-Length: 5\r\nExpect: 100-continue"), 400, "a body"),
     "two lengths": (request(add="Content-Length: 0\r\nContent-Length: 5"), 400, "not have a body"),
-    "a negative length": (request(add="Content-Length: -1"), 400, "not have a body"),
     "an Origin that is not a URL": (request(Origin="http://[::1"), 403, "Origin"),
     "a POST": (request("POST / HTTP/1.1", add="Content-Length: 0"), 405, "GET: it is POST"),
     "a HEAD": (request("HEAD / HTTP/1.1"), 405, ""),
+    "a plain BREW": (b"BREW /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 405, "GET: it is BREW"),
     "a NUL in a header": (request(Origin="a\0b"), 400, "Invalid header value"),
-    "a control character in a header": (request(Origin="a\x01b"), 400, "Invalid header value"),
     "a bare CR in a header": (request(Origin="a\rb"), 400, "Invalid header value"),
     "a header without a colon": (request(add="nonsense"), 400, "no colon"),
     "a header that is folded": (request(add="X-A: b\r\n c"), 400, "folding not supported"),
-    "a space before the colon": (request(add="X-A : b"), 400, "Invalid header name"),
     "1,001 arguments": (request(f"GET /?{'a=1&' * 1000}a=1 HTTP/1.1"), 400, "number of fields"),
     "a cookie of 17 KB": (request(Cookie="x" * 17_000), 431, "more than 16384 bytes"),
     "1,500 headers": (request(add="X-Many: 1\r\n" * 1_500 + "X-Last: 1"), 431, "more than 16384"),
     "a target of 17 KB": (request(f"GET /{'x' * 17_000} HTTP/1.1"), 414, "more than 16384 bytes"),
     "a protocol that is no token": (request(Sec_WebSocket_Protocol="a b"), 400, "list of tokens"),
-    "a code that may not be": (
-        request("GET /?close=77 HTTP/1.1"),
-        400,
-        "close=77 is not 1000-1003, 1007-1014 or 3000-4999",
-    ),
-    "a delay that is no number": (
-        request("GET /?delay=x HTTP/1.1"),
-        400,
-        "delay=x is not a number of seconds",
-    ),
+    "a code that may not be": (request("GET /?close=77 HTTP/1.1"), 400, "close=77 is not 1000"),
+    "a delay that is no number": (request("GET /?delay=x HTTP/1.1"), 400, "delay=x is not a num"),
     "a scenario twice": (request("GET /?drop=1&drop=0 HTTP/1.1"), 400, "drop=1, 0 is not 0 or 1"),
 }
 
@@ -3447,29 +3408,21 @@ ODD = {
     "a list in Connection": request(Connection="keep-alive, Upgrade"),
     "Connection in two lines": request(add="Connection: keep-alive"),
     "Content-Length: 0": request(add="Content-Length: 0"),
+    "the type of a body that is not there": request(Content_Type="multipart/form-data; boundary=x"),
     "1,000 arguments": request(f"GET /?{'a=1&' * 999}a=1 HTTP/1.1"),
-    "a broken escape": request("GET /%zz?%ff=%zz HTTP/1.1"),
-    "bytes that are not ASCII in the path": request("GET /\xe9 HTTP/1.1"),
-    "an asterisk": request("GET /* HTTP/1.1"),
-    "a path of dots": request("GET /../../etc/passwd HTTP/1.1"),
-    "two slashes": request("GET //x//y HTTP/1.1"),
-    "absolute form, ws": request("GET ws://localhost:4000/ws/chat HTTP/1.1"),
-    "absolute form, http": request("GET http://localhost/ws/chat?x=1 HTTP/1.1"),
-    "absolute form without a path": request("GET ws://localhost:4000 HTTP/1.1"),
+    "bytes and escapes that are not UTF-8": request("GET /\xe9%zz?%ff=%zz HTTP/1.1"),
+    "a path of slashes and dots": request("GET //../etc/passwd HTTP/1.1"),
+    "absolute form": request("GET ws://localhost:4000/ws/chat?x=1 HTTP/1.1"),
+    "absolute form without a path": request("GET http://localhost:4000 HTTP/1.1"),
+    "the path of the health check": request("GET /healthz HTTP/1.1"),
     "a browser's Accept": request(Accept="text/html"),
     "a header of 15 KB": request(X_Filler="x" * 15_000),
-    "an Origin from anywhere": request(Origin="https://elsewhere.example"),
-    "a page of another site": request(Sec_Fetch_Site="cross-site"),
-    "Origin: null": request(Origin="null"),
-    "the path of the health check": request("GET /healthz HTTP/1.1"),
-    "an unknown extension": request(Sec_WebSocket_Extensions="x-webkit-deflate-frame; y=\"1"),
-    "the type of a body that is not there": request(Content_Type="multipart/form-data; boundary=x"),
-}  # fmt: skip
+    "a page of another site": request(Origin="https://other.example", Sec_Fetch_Site="cross-site"),
+    "an unknown extension": request(Sec_WebSocket_Extensions='x-webkit-deflate-frame; y="1'),
+}
 
 
-@pytest.mark.parametrize(
-    ("path", "accept"), [("/healthz", "text/plain"), ("/", "text/html"), ("/test", "text/html")]
-)
+@pytest.mark.parametrize(("path", "accept"), [("/healthz", "text/plain"), ("/test", "text/html")])
 def test_an_answer_is_not_stored_or_sniffed_and_head_is_get_without_a_body(
     server: Process, path: str, accept: str
 ) -> None:
@@ -3482,58 +3435,50 @@ def test_an_answer_is_not_stored_or_sniffed_and_head_is_get_without_a_body(
     assert (bare[0], bare[2]) == (status, "")
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/healthz?x=1", "http://localhost/healthz"])
+@pytest.mark.parametrize("path", ["/healthz?x=1", "http://localhost/healthz"])
 def test_healthz_is_ok(server: Process, path: str) -> None:
     status, headers, body = get(server, path, Accept="text/html,*/*")
     assert (status, headers.get_content_type(), body.strip()) == (200, "text/plain", "ok")
 
 
-@pytest.fixture(scope="module")
-def metered() -> Iterator[Process]:
-    with Process("--port=0", "--metrics") as process:
-        yield process
+FAMILY = re.compile(
+    r"# HELP (\w+) [A-Z].+\.\n# TYPE \1 (counter|gauge)\n"
+    r'(?:\1(?:{[a-z]+="[^"\\]*"(?:,[a-z]+="[^"\\]*")*})? [\d.e+]+\n)*'
+)
 
 
-def families(server: Process) -> dict[str, dict[str, float]]:
-    """The metrics as Prometheus reads them: values by labels, by the name of their family."""
-    text = get(server, "/metrics")[2]
-    found: dict[str, dict[str, float]] = {}
-    assert text.startswith("# HELP ") and text.endswith("\n")
-    for block in text.removeprefix("# HELP ").split("# HELP "):
-        about, kind, *samples = block.splitlines()
-        name = about.partition(" ")[0]
-        assert re.fullmatch(r"[a-z_]+ [A-Z].+\.", about) and name not in found
-        assert kind == f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
-        label = r'[a-z]+="[^"\\]*"'
-        rule = re.compile(rf"{name}((?:{{{label}(?:,{label})*}})?) ([\d.e+]+)")
-        pairs = [cast("re.Match[str]", rule.fullmatch(sample)).groups() for sample in samples]
-        found[name] = {labels: float(value) for labels, value in pairs}
-        assert len(found[name]) == len(samples)
-    return found
+def test_metrics_are_in_the_text_format_of_prometheus(serve: Serve) -> None:
+    text = get(serve("--metrics"), "/metrics")[2]
+    families = list(FAMILY.finditer(text))
+    assert "".join(family[0] for family in families) == text
+    kinds = {family[1]: family[2] for family in families}
+    assert len(kinds) == len(families)
+    assert all((kinds[name] == "counter") == name.endswith("_total") for name in kinds)
 
 
-def test_metrics_of_the_process_have_the_names_that_prometheus_knows(metered: Process) -> None:
-    found = {name: values[""] for name, values in families(metered).items() if "" in values}
+def samples(server: Process) -> dict[str, float]:
+    """The values by their names with labels."""
+    found = re.findall(r"(?m)^([^#].*) (\S+)$", get(server, "/metrics")[2])
+    return {name: float(value) for name, value in found}
+
+
+def test_metrics_of_the_process_have_the_names_that_prometheus_knows(serve: Serve) -> None:
+    found = samples(serve("--metrics"))
     assert time.time() - 60 < found["process_start_time_seconds"] < time.time()
     assert 0 < found["process_cpu_seconds_total"] < 60
     assert 1 << 20 < found["process_resident_memory_bytes"] < 1 << 30
     assert 3 < found["process_open_fds"] < found["process_max_fds"]
 
 
-def test_metrics_have_two_series_for_the_close_codes_of_applications(metered: Process) -> None:
+def test_metrics_have_two_series_for_the_close_codes_of_applications(serve: Serve) -> None:
+    server = serve("--metrics")
     for code in (1000, 3000, 3001, 3999, 4000, 4321, 4999):
-        with upgraded(metered) as sock:
+        with upgraded(server) as sock:
             sock.sendall(close(code))
             assert close_code(sock) == code
-    names = [f'{{code="{name}"}}' for name in ("1000", "3000-3999", "4000-4999")]
-    wanted = dict(zip(names, (1, 3, 3), strict=True))
-    until(lambda: families(metered)["ws_echo_connections_closed_total"] == wanted)
-
-
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
-@pytest.mark.parametrize("path", ["/", "/healthz"])
-def test_other_methods_are_not_allowed(server: Process, method: str, path: str) -> None:
-    assert get(server, path, method=method, Accept="text/html")[0] in (405, 501)
+    name = 'ws_echo_connections_closed_total{code="%s"}'
+    wanted = {name % "1000": 1, name % "3000-3999": 3, name % "4000-4999": 3}
+    until(lambda: {each: n for each, n in samples(server).items() if "closed" in each} == wanted)
 
 
 @pytest.mark.parametrize(("data", "status", "text"), REFUSED.values(), ids=REFUSED.keys())
@@ -3551,16 +3496,15 @@ def test_a_bad_handshake_is_refused_with_the_status_and_the_header_at_fault(
 
 
 def test_each_refusal_is_one_line_with_the_reason_of_the_answer(serve: Serve) -> None:
-    """Forty at a time, since the log has no more than fifty of a kind in a second."""
-    for first in range(0, len(REFUSED), 40):
-        process, expected = serve(), []
-        for data, status, _ in itertools.islice(REFUSED.values(), first, first + 40):
-            with process.dial() as sock:
-                body = answer(sock, data)[2] or "405: the method must be GET: it is HEAD"
-                reason = body.partition("\n")[0].removeprefix(f"{status}: ")
-                expected.append(f"{status} {reason}, 127.0.0.1:{sock.getsockname()[1]}")
-        assert process.stop() == 0
-        assert [found[1] for found in process.matching("error:(.*)")] == expected
+    server, expected = serve(), []
+    # In a second, the log has no more than fifty lines of a kind.
+    for data, status, _ in itertools.islice(REFUSED.values(), 50):
+        with server.dial() as sock:
+            body = answer(sock, data)[2] or "405: the method must be GET: it is HEAD"
+            reason = body.partition("\n")[0].removeprefix(f"{status}: ")
+            expected.append(f"{status} {reason}, 127.0.0.1:{sock.getsockname()[1]}")
+    assert server.stop() == 0
+    assert [found[1] for found in server.matching("error:(.*)")] == expected
 
 
 @pytest.mark.parametrize("data", ODD.values(), ids=ODD.keys())
@@ -3568,25 +3512,21 @@ def test_an_odd_but_valid_handshake_is_taken(server: Process, data: bytes) -> No
     with server.dial() as sock:
         status, headers, _ = answer(sock, data)
         assert (status, headers["Sec-WebSocket-Accept"]) == (101, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
-        sock.sendall(b"\x81\x80\0\0\0\0")
-        assert sock.recv(99) == b"\x81\x05ECHO:"
+        assert raw_echo(sock, "") == "ECHO:"
     assert not server.tracebacks()
 
 
-def test_the_log_shows_the_path_of_a_handshake_but_no_query_and_no_plain_get(
-    serve: Serve,
-) -> None:
-    process = serve()
-    for path, accept in [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*"), ("/x", "*/*")]:
-        get(process, path, Accept=accept)
-    with process.dial() as sock:
-        answer(sock, request("GET ws://localhost:4000/ws/chat?token=secret HTTP/1.1"))
-    assert process.line(r"connection\(\) from 127\.0\.0\.1:\d+ (.*)")[1] == "/ws/chat"
-    process.line(r"close\(\)")
-    assert process.stop() == 0
-    events = [line.split()[3] for line in process.lines]
+def test_the_log_shows_the_path_of_a_handshake_but_no_query_and_no_plain_get(serve: Serve) -> None:
+    server = serve()
+    for path, accept in [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*")]:
+        get(server, path, Accept=accept)
+    upgraded(server, "ws://localhost:4000/ws/chat?token=secret").close()
+    assert server.line(r"connection\(\) from 127\.0\.0\.1:\d+ (.*)")[1] == "/ws/chat"
+    server.line(r"close\(\)")
+    assert server.stop() == 0
+    events = [line.split()[3] for line in server.lines]
     assert events == ["listening", "connection()", "close()", "stopped"]
-    assert not process.matching("secret")
+    assert not server.matching("secret")
 
 
 def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Process) -> None:
@@ -3599,121 +3539,75 @@ def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Proc
 
 # A handshake in one piece does not pass through Tornado's HTTP server, others do.
 
-METHODS = "GET", "get", "HEAD", "POST", "CONNECT", "BREW", "G(T", "GET\t"
-TARGETS = "/", "/x?y=1", "ws://h:1/p?q", "http://h", "http://[::1", "*", "x", "/\xe9", "/ /", ""
-VERSIONS = "HTTP/1.1", "HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "http/1.1", "HTTP/1.1 ", "HTTP/11"
+METHODS = "GET", "get", "POST", "G(T", "GET\t"
+TARGETS = "/", "ws://h:1/p?q", "http://h", "http://[::1", "*", "/ /", ""
+VERSIONS = "HTTP/1.1", "HTTP/1.0", "http/1.1", "HTTP/1.1 ", "HTTP/11"
 
+# The values of each header, with a | in between.
 VALUES = {
-    "Upgrade": ["WEBSOCKET", "websocket,", "h2c, websocket", "websocket/13", '"websocket"', ""],
-    "Connection": [
-        "keep-alive, upgrade",
-        "close, Upgrade",
-        ",,Upgrade,,",
-        "close",
-        "Upgrade\t",
-        "",
-    ],
-    "Host": ["h:1", "[::1]:4000", "", "a,b", "a b", "h:x", "user@h", "\xe9", "a/b"],
-    "Sec-WebSocket-Version": ["13 ", "8, 13", "13,13", "013", "+13", "14", ""],
-    "Sec-WebSocket-Key": [NONCE + " ", NONCE[:-1], NONCE + "=", "_" * 22 + "==", f"{NONCE}, x", ""],
-    "Sec-WebSocket-Protocol": ["a, b", "a,a", "a,,b", "a b", "a;b", "a/b", "\xe9", "x" * 9000, ","],
-    "Sec-WebSocket-Extensions": [
-        "permessage-deflate",
-        "PERMESSAGE-DEFLATE",
-        "x, permessage-deflate; client_max_window_bits",
-        "permessage-deflate; server_max_window_bits=8, permessage-deflate",
-        "permessage-deflate; client_max_window_bits=9; client_max_window_bits=9",
-        "permessage-deflate;;",
-        "permessage-deflate\xa0",
-        '"',
-    ],
-    "Origin": [
-        "null",
-        "*",
-        "http://localhost",
-        "http://a:b",
-        "http://[::1",
-        "http://a\xbd",
-        "\xff",
-    ],
-    "Sec-Fetch-Site": ["cross-site", "same-origin", "none", ""],
-    "Content-Length": ["0", "00", "+0", "0,0", "1", "x", ""],
-    "Transfer-Encoding": ["chunked", "identity", ""],
-    "Expect": ["100-continue", "100-Continue", "x"],
-    "X-Forwarded-For": ["203.0.113.7", "," * 500],
-    "Accept": ["text/html", "*/*"],
-    "Cookie": ["a=b", "x" * 9000],
-    "X-A": ["\t", "\x7f", "a\0b", "a\rb", "\x85"],
+    "Upgrade": "WEBSOCKET|websocket,|h2c, websocket|websocket/13|",
+    "Connection": "keep-alive, upgrade|,,Upgrade,,|close|Upgrade\t|",
+    "Host": "[::1]:4000|h:x|user@h|a,b|a b|\xe9|",
+    "Sec-WebSocket-Version": "13 |8, 13|+13|",
+    "Sec-WebSocket-Key": f"{NONCE} |{NONCE}=|{NONCE}, x|",
+    "Sec-WebSocket-Protocol": f"a, b|a,,b|a;b|a/b|\xe9|,|{'x' * 9000}",
+    "Sec-WebSocket-Extensions": 'x, permessage-deflate; client_max_window_bits|x-webkit; y="|',
+    "Origin": "null|http://a:b|http://a\xbd|\xff",
+    "Content-Length": "0|00|+0|0,0|1|",
+    "Transfer-Encoding": "chunked|identity|",
+    "Expect": "100-continue|x",
+    "Accept": "text/html",
+    "Cookie": "x" * 9000,
+    "X-A": "\t|\x7f|a\0b|\x85",
 }
 
 QUERIES = (
-    "delay=0", "delay=nan", "delay=1e400", "delay=\xff", "delay", "close=1000", "close=%d9%a3000",
-    "close=1001&reason=x", "close=4999&reason=%f0%9f%98%80", "close=1000&reason=%ff", "drop=1",
-    "drop=1&after=1", "drop=0&drop=1", "after=-1", "reason=" + "x" * 124, "push=2", "&&", "a;b",
-)  # fmt: skip
+    "delay=0|delay=nan|delay=\xff|delay|close=1000|close=%d9%a3000|close=1001&reason=x|after=-1|"
+    "close=4999&reason=%f0%9f%98%80|close=1000&reason=%ff|drop=1&after=1|push=2|&&|a;b"
+)
 
 END = b"\r\n\r\n"
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x" + END
 
 FORMS = [
-    request().replace(b"\r\n", b"\n"),
-    request().replace(b"\r\n", b"\r\r\n"),
-    *(lead + request() for lead in (b"\r\n", END, b"\n", b"\n\n", b"\r\n\n", b"\r", b" ", b"\0")),
-    *(
-        request()[:-4] + end
-        for end in (b"\n\r\n", b"\r\n\n", b"\n\n", b"\n\n" + END, b"\r\r" + END)
-    ),
-    *(request().replace(b"\r\nUp", end + b"Up") for end in (b"\n\n", b"\r\n\n", b"\n\r\n", END)),
-    *(
-        line + b"\r\n\r\n"
-        for line in (b"GET /", b"GET", b"hello", b"hello world", b" ", b"*1", b":")
-    ),
-    b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + request(),
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    *(lead + request() for lead in (b"\r\n", b"\n", END, b"\r\n\n", b"\r", b" ", b"\0", HEALTH)),
+    *(request()[:-4] + end for end in (b"\n\n", b"\n\r\n", b"\r\n\n", b"\n\n\r\n", b"\r\r\n\r\n")),
+    *(request().replace(b"\r\nUp", end + b"Up") for end in (b"\n", b"\n\n", b"\r\n\n", b"\r\r\n")),
+    *(line + END for line in (b"GET /", b"hello", b" ", b"PRI * HTTP/2.0", b"HTTP/1.1 200 OK")),
     b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + request(),
-    b"HTTP/1.1 200 OK\r\n\r\n",
-]
-
-
-# Around the limit of 16 KiB: of the head, and of its first line.
-LIMITS = 16_383, 16_384, 16_385, 17_000
-
-LONG = [
-    *(request(X_Filler="x" * (limit - len(request(X_Filler="")))) for limit in LIMITS),
-    *(request(f"GET /{'x' * (limit - len(request()))} HTTP/1.1") for limit in LIMITS),
 ]
 
 
 def all_requests() -> Iterator[bytes]:
     """Right, wrong, and odd ones."""
     yield from (data for data, *_ in REFUSED.values())
-    yield from ODD.values()
+    yield from (*ODD.values(), *FORMS)
+    yield from (request(f"GET /?{query} HTTP/1.1") for query in QUERIES.split("|"))
     for words in itertools.product(METHODS, TARGETS, VERSIONS):
         yield request(" ".join(words))
-    for name, value in ((name, value) for name, values in VALUES.items() for value in values):
-        yield request(without=name, add=f"{name}: {value}")
-        yield request(add=f"{name.lower()}:{value}")
-    for name in VALUES:
-        yield request(without=name)
+    for name, values in VALUES.items():
+        for value in values.split("|"):
+            yield request(without=name, add=f"{name}: {value}")
+            yield request(add=f"{name.lower()}:{value}")
         yield request(without=name, add=f"{name} : {HEADERS.get(name)}")
         yield request(without=name, add=f"{name}:\r\n {HEADERS.get(name)}")
-    yield from (request(f"GET /?{query} HTTP/1.1") for query in QUERIES)
-    yield from (*FORMS, *LONG)
+    # Around the limit of 16 KiB: for the head, and for its first line.
+    for limit in 16_383, 16_384, 16_385:
+        yield request(X_Filler="x" * (limit - len(request(X_Filler=""))))
+        yield request(f"GET /{'x' * (limit - len(request()))} HTTP/1.1")
 
-
-LINE_ENDS = st.sampled_from(["\r\n"] * 9 + ["\n", "\r", " ", "\r\n "])
-
-NAMES = st.sampled_from(["Host", "HOST", "Upgrade", "X-a"]) | st.text(
-    "aZ0-_!: \t\r\x80\xe9", max_size=3
-)
-
-HEADER_VALUES = st.text("ab ,:\t\0\x1f\x7f\x80\x85\xa0\xff\u2028", max_size=5)
 
 HEADER_LINES = st.builds(
-    "{}{}{}{}".format, NAMES, st.sampled_from([":", ": ", " :", ""]), HEADER_VALUES, LINE_ENDS
+    "{}{}{}{}".format,
+    st.sampled_from(["Host", "HOST", "X-a"]) | st.text("aZ0-_!: \t\r\x80\xe9", max_size=3),
+    st.sampled_from([": "] * 5 + [":", " :", ""]),
+    st.just("b") | st.text("b :\t\0\x7f\x85\xff", max_size=3),
+    st.sampled_from(["\r\n"] * 9 + ["\n", "\r", " ", "\r\n "]),
 )
 
 
-@given(st.lists(HEADER_LINES, max_size=4), st.sampled_from(["\r\n", "\n", "", "\r\n\r\n"]))
+@given(st.lists(HEADER_LINES, max_size=4), st.sampled_from(["\r\n"] * 5 + ["\n", ""]))
+@settings(deadline=None, derandomize=True, max_examples=250)
 def test_headers_are_read_as_tornado_reads_them(lines: list[str], end: str) -> None:
     def outcome(read: Callable[[str], HTTPHeaders]) -> Any:
         try:
@@ -3724,60 +3618,35 @@ def test_headers_are_read_as_tornado_reads_them(lines: list[str], end: str) -> N
     assert outcome(echo_server.read_headers) == outcome(HTTPHeaders.parse)
 
 
-@pytest.mark.parametrize("way", ["tcp", "unix"])
 def test_a_request_has_the_same_answer_in_one_piece_in_two_and_after_another(
-    serve: Serve, tmp_path: Path, way: str
+    server: Process,
 ) -> None:
-    path = str(tmp_path / "s")
-    server = serve(*([f"--unix-socket={path}"] if way == "unix" else []))
-    server.line("listening")
+    """A message and a Close follow each request; dates and ports do not matter."""
+    varies = rb"(Date|Etag): .*\r\n|127\.0\.0\.1:\d+"
 
-    def dial() -> socket.socket:
-        if way == "tcp":
-            return server.dial()
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(PATIENCE)
-        sock.connect(path)
-        return sock
+    def answers(*pieces: bytes) -> bytes:
+        with server.dial() as sock:
+            with contextlib.suppress(OSError):
+                for piece in pieces:
+                    sock.sendall(piece)
+                    # Two answers later, the server has looked at what has come.
+                    for _ in range(2):
+                        other.sendall(HEALTH)
+                        assert other.recv(4096).endswith(b"ok\n")
+                sock.shutdown(socket.SHUT_WR)
+            return re.sub(varies, b"", everything(sock))
 
-    def answers(
-        some: list[tuple[int, bytes]], cut: bool = False, second: bool = False
-    ) -> list[bytes]:
-        """A message and a Close follow each request; dates and ports do not matter."""
-        with contextlib.ExitStack() as stack:
-            socks = [stack.enter_context(dial()) for _ in some]
-            for sock in socks if second else ():
-                # Tornado reads whatever comes after a request that was no handshake.
-                assert answer(sock, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
-            ends = [number % (len(data) - 1) + 1 if cut else 0 for number, data in some]
-            for sock, end, (_, data) in zip(socks, ends, some, strict=True):
-                sock.sendall(data[:end])
-            for _ in range(3 if cut else 0):
-                # Three rounds of the server later, it has looked at what has come.
-                raw_echo(other)
-            for sock, end, (_, data) in zip(socks, ends, some, strict=True):
-                with contextlib.suppress(OSError):
-                    sock.sendall(data[end:] + frame(FIN | TEXT, b"Hello!") + close())
-            for _ in range(6 if second else 0):
-                # Tornado does not answer a second request if it sees the end right behind it.
-                raw_echo(other)
-            for sock in socks:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_WR)
-            varies = rb"(Date|Etag): .*\r\n|127\.0\.0\.1:\d+"
-            return [re.sub(varies, b"", everything(sock)) for sock in socks]
-
-    requests = list(enumerate(all_requests()))
-    assert len(requests) > 500
     statuses = Counter[bytes]()
-    with dial() as other:
-        assert answer(other, request())[0] == 101
-        for first in range(0, len(requests), 12):
-            some = requests[first : first + 12]
-            one = answers(some)
-            assert one == answers(some, cut=True), some
-            assert one == answers(some, second=True), some
-            statuses.update(data[9:12] for data in one)
+    with server.dial() as other:
+        healthy = answers(HEALTH)
+        for number, data in enumerate(all_requests()):
+            end = number % (len(data) - 1) + 1
+            rest = frame(FIN | TEXT, b"Hello!") + close()
+            one = answers(data + rest)
+            assert answers(data[:end], data[end:] + rest) == one, data
+            # Tornado reads whatever comes after a request that was no handshake.
+            assert answers(HEALTH, data + rest) == healthy + one, data
+            statuses[one[9:12]] += 1
     assert min(statuses[status] for status in (b"101", b"400", b"405", b"426", b"431", b"")) > 3
 
 
@@ -3793,51 +3662,34 @@ def choosy() -> Iterator[Process]:
         yield process
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Origin": "https://app.example.org"},
-        {"Origin": "HTTPS://APP.example.org:443"},
-        {"Origin": "http://xn--bcher-kva.example:8080"},
-        {"Origin": "http://b\xfccher.example:8080"},
-        {"Origin": "https://[2001:db8::7]"},
-        {"Origin": "http://localhost"},
-        {"Origin": "https://app.example.org", "Sec-Fetch-Site": "cross-site"},
-        {"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"},
-        {"Sec-Fetch-Site": "none"},
-        {},
-    ],
-)
-def test_origins_are_compared_as_browsers_write_them(
-    choosy: Process, headers: dict[str, str]
-) -> None:
-    upgraded(choosy, "/", None, **headers).close()
+# What a browser says about a page, and why it may not connect.
+PAGES = [
+    ({"Origin": "https://app.example.org"}, ""),
+    ({"Origin": "HTTPS://APP.example.org:443", "Sec-Fetch-Site": "cross-site"}, ""),
+    ({"Origin": "http://xn--bcher-kva.example:8080"}, ""),
+    ({"Origin": "http://b\xfccher.example:8080"}, ""),
+    ({"Origin": "https://[2001:db8::7]"}, ""),
+    ({"Origin": "http://localhost"}, ""),
+    ({"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}, ""),
+    ({"Sec-Fetch-Site": "none"}, ""),
+    ({"Origin": "http://app.example.org"}, "http://app.example.org"),
+    ({"Origin": "https://app.example.org:444"}, "https://app.example.org:444"),
+    ({"Origin": "https://x.app.example.org"}, "https://x.app.example.org"),
+    ({"Origin": "https://b.example", "Sec-Fetch-Site": "cross-site"}, "https://b.example"),
+    ({"Origin": "http://localhost:1", "Sec-Fetch-Site": "same-site"}, "http://localhost:1"),
+    ({"Origin": "null"}, "null"),
+    ({"Origin": ""}, "it is empty"),
+    ({"Sec-Fetch-Site": "cross-site"}, "it is cross-site"),
+]
 
 
-@pytest.mark.parametrize(
-    ("headers", "reason"),
-    [
-        ({"Origin": "http://app.example.org"}, "http://app.example.org"),
-        ({"Origin": "https://app.example.org:444"}, "https://app.example.org:444"),
-        ({"Origin": "https://example.org"}, "https://example.org"),
-        ({"Origin": "https://x.app.example.org"}, "https://x.app.example.org"),
-        ({"Origin": "null"}, "null"),
-        ({"Origin": "https://b.example", "Sec-Fetch-Site": "cross-site"}, "https://b.example"),
-        ({"Origin": "http://localhost:1", "Sec-Fetch-Site": "same-site"}, "http://localhost:1"),
-        ({"Sec-Fetch-Site": "cross-site"}, "it is cross-site"),
-        ({"Sec-Fetch-Site": "same-site"}, "it is same-site"),
-    ],
-)
-def test_pages_of_other_origins_are_refused_in_our_words(
+@pytest.mark.parametrize(("headers", "reason"), PAGES)
+def test_origins_are_compared_as_browsers_write_them_and_others_refused_in_our_words(
     choosy: Process, headers: dict[str, str], reason: str
 ) -> None:
     status, _, body = refused(choosy, request(**headers))
-    assert (status, body.partition("\n")[0]) == (403, f"403: this page may not connect: {reason}")
-    choosy.line(f"error:403 this page may not connect: {re.escape(reason)}, 127")
-
-
-def test_an_empty_origin_is_not_our_own(choosy: Process) -> None:
-    assert refused(choosy, request(Origin=""))[0] == 403
+    said = f"403: this page may not connect: {reason}"
+    assert (status, body.partition("\n")[0]) == ((403, said) if reason else (101, ""))
 
 
 @pytest.fixture(scope="module")
@@ -3850,24 +3702,17 @@ def behind_proxies() -> Iterator[Process]:
     ("forwarded", "peer"),
     [
         ("203.0.113.7", "203.0.113.7"),
-        ("203.0.113.9, 203.0.113.7", "203.0.113.7"),
         ("203.0.113.9, 203.0.113.7,198.18.0.1", "203.0.113.7"),
         ("203.0.113.7:41234", "203.0.113.7"),
         ("[2001:db8::7]:41234", "2001:db8::7"),
-        ("[2001:db8::7]", "2001:db8::7"),
-        ('"[2001:db8::7]:41234"', "2001:db8::7"),
+        ('"[2001:db8::7]"', "2001:db8::7"),
         ("::ffff:203.0.113.7", "203.0.113.7"),
-        ("203.0.113.7, ", "203.0.113.7"),
-        ("203.0.113.7,,198.18.0.1:80,", "203.0.113.7"),
-        ("203.0.113.7, ::ffff:198.18.0.1", "203.0.113.7"),
-        ("203.0.113.7, [::1]:80", "203.0.113.7"),
+        ("203.0.113.7,, ::ffff:198.18.0.1,[::1]:80,", "203.0.113.7"),
         ("203.0.113.7\r\nX-Forwarded-For: [::1]", "203.0.113.7"),
-        ("10.0.0.1, nonsense", "127.0.0.1:PORT"),
-        ("[]", "127.0.0.1:PORT"),
         ("203.0.113.7, unknown", "127.0.0.1:PORT"),
-        ("2001:db8::1", "2001:db8::1"),
-        ("2001:db8::1%\x9b31m and more", "2001:db8::1"),
+        ("[]", "127.0.0.1:PORT"),
         ("", "127.0.0.1:PORT"),
+        ("2001:db8::1%\x9b31m and more", "2001:db8::1"),
     ],
 )
 def test_a_trusted_proxy_says_who_the_peer_is(
@@ -3882,11 +3727,9 @@ def test_a_trusted_proxy_says_who_the_peer_is(
 @pytest.mark.parametrize(
     ("proxies", "trusted"),
     [
-        ("127.0.0.1", True),
         ("::ffff:127.0.0.1", True),
         ("::ffff:127.0.0.0/104", True),
         ("[::1], 127.0.0.1", True),
-        ("127.0.0.2", False),
         ("10.0.0.0/8,unix,::/0", False),
         ("", False),
     ],
@@ -3901,107 +3744,79 @@ def test_the_address_of_a_trusted_proxy_may_be_written_in_any_form(
 
 def test_without_trusted_proxies_the_socket_says_who_the_peer_is(choosy: Process) -> None:
     with upgraded(choosy, "/forwarded", X_Forwarded_For="203.0.113.7") as sock:
-        found = choosy.line(r"connection\(\) from (.*) /forwarded$")
-        assert found[1] == f"127.0.0.1:{sock.getsockname()[1]}"
+        choosy.line(rf"connection\(\) from 127\.0\.0\.1:{sock.getsockname()[1]} /forwarded$")
 
 
 def test_on_a_socket_of_both_families_ipv4_and_ipv6_are_named_as_usual(serve: Serve) -> None:
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
-        process = inheriting(serve, listener, "--trusted-proxies=127.0.0.0/8")
-        assert process.url == f"ws://localhost:{listener.getsockname()[1]}/"
-        with upgraded(process, "/a") as sock:
-            peer = f"127.0.0.1:{sock.getsockname()[1]}"
-            assert process.line(r"connection\(\) from (.*) /a$")[1] == peer
-        with upgraded(process, "/b", X_Forwarded_For="203.0.113.7"):
-            assert process.line(r"connection\(\) from (.*) /b$")[1] == "203.0.113.7"
-        with connect(f"ws://[::1]:{process.port}/c"):
-            process.line(r"connection\(\) from \[::1\]:\d+ /c$")
+        server = inheriting(serve, listener, "--trusted-proxies=127.0.0.0/8")
+        assert server.url == f"ws://localhost:{listener.getsockname()[1]}/"
+        with upgraded(server, "/a") as sock:
+            server.line(rf"connection\(\) from 127\.0\.0\.1:{sock.getsockname()[1]} /a$")
+        upgraded(server, "/b", X_Forwarded_For="203.0.113.7").close()
+        server.line(r"connection\(\) from 203\.0\.113\.7 /b$")
+        with connect(f"ws://[::1]:{server.port}/c"):
+            server.line(r"connection\(\) from \[::1\]:\d+ /c$")
 
 
 @pytest.mark.gen_test
-@pytest.mark.parametrize("name", ["X-Real-Ip", "X-Forwarded-For"])
 async def test_embedded_the_peer_is_the_one_that_tornado_found_in_a_header(
-    app: Application, caplog: pytest.LogCaptureFixture, name: str
+    app: Application, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     async with listening(app, xheaders=True) as port:
-        headers = {name: "203.0.113.7"}
-        client = await websocket_connect(
-            HTTPRequest(f"ws://127.0.0.1:{port}/echo", headers=headers)
-        )
-        client.close()
+        peer = await peer_at(port)
+        await peer.upgrade(request("GET /echo HTTP/1.1", X_Real_Ip="203.0.113.7"))
+        peer.leave()
         lines = await log_lines(caplog, 2)
-        assert [" 203.0.113.7 " in line for line in lines] == [True, True]
+        assert all(" 203.0.113.7 " in line for line in lines)
 
 
 # ------------------------------------------------------------------------------------------ Options
 
 FIELDS = echo_server.FIELDS
-NUMBERS = [name for name, field in FIELDS.items() if field.type in ("int", "float")]
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def printed(argument: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What is printed for an argument that ends the program with 0."""
-    with pytest.raises(SystemExit) as end:
-        main([argument])
-    assert end.value.code == 0
-    return capsys.readouterr().out
 
 
 def test_help_has_a_flag_for_every_option_in_at_most_80_columns(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    text = printed("--help", capsys)
+    text = make_parser().format_help()
     flags = set(re.findall(r"--[a-z][a-z-]*", text))
-    negations = {flag(f"no_{name}") for name, field in FIELDS.items() if field.default is True}
-    assert flags - {"--help", "--version"} == {flag(name) for name in FIELDS} | negations
+    names = {*FIELDS, *(f"no_{name}" for name in FIELDS if FIELDS[name].default is True)}
+    assert flags - {"--help", "--version"} == {"--" + name.replace("_", "-") for name in names}
     assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert re.fullmatch(r"ws-echo \d+\.\d+\.\d+\n", printed("--version", capsys))
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert re.fullmatch(r"ws-echo \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_a_value_follows_an_equals_sign_or_a_space() -> None:
     assert parse_args([]) == Options()
-    given = parse_args(["--port=5", "--prefix", "x", "--no-compression", "--send=a", "--send", "b"])
-    assert given == Options(port=5, prefix="x", compression=False, send=("a", "b"))
-    assert parse_args(["--prefix="]) == Options(prefix="")
+    given = parse_args(
+        ["--port", "65535", "--prefix=x", "--no-compression", "--send=a", "--send=b"]
+    )
+    assert given == Options(port=65535, prefix="x", compression=False, send=("a", "b"))
 
 
 USAGE: dict[str, list[str]] = {
     "--port": ["x", "", "1.5", "-1", "65536"],
-    "--max-message-size": ["124", "1e6"],
+    "--max-message-size": ["124"],
     "--max-connections": ["-1"],
     "--handshake-timeout": ["0", "nan"],
-    "--ping-interval": ["-1"],
-    "--stall-timeout": ["nan"],
-    "--drain-timeout": ["inf"],
+    "--stall-timeout": ["inf"],
     "--timeout": ["0"],
     "--log-level": ["loud", "INFO"],
     "--trusted-proxies": ["localhost", "10.0.0.0/33", "[]"],
-    "--origins": [
-        "example.org",
-        "https://example.org/app",
-        "https://example.org, https://",
-        "https://example.org:x",
-        "https://[::1",
-        "https://*.example.org",
-        "https://example.org#app",
-        "https://me@example.org",
-        "wss://example.org",
-    ],
+    "--origins": ["x", "https://x/y", "https://x, https://", "https://*.x", "wss://x"],
     "--prefix": ["\udcff"],
     "--connect": ["", "nonsense", "ftp://localhost/"],
     # There are no such flags, or none with a value.
     "--nonsense": ["1"],
     "--por": ["1"],
-    "--log": ["info"],
     "--no-prefix": [""],
     "--compression": ["yes"],
     "--reuse-port": ["1"],
@@ -4014,24 +3829,9 @@ USAGE: dict[str, list[str]] = {
 def test_a_wrong_option_is_a_usage_error_that_names_it(
     name: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(SystemExit, match="2"):
         parse_args([f"{name}={value}"])
-    assert refusal.value.code == 2
     assert name in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_have_the_range_of_the_dataclass(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    metadata, kind = FIELDS[name].metadata, int if FIELDS[name].type == "int" else float
-    least, most = kind(metadata["least"]), kind(metadata["most"])
-    for value in least, most:
-        assert getattr(parse_args([f"{flag(name)}={value}"]), name) == value
-    for value in least - 1, most * 2:
-        with pytest.raises(SystemExit):
-            parse_args([f"{flag(name)}={value}"])
-        assert flag(name) in capsys.readouterr().err
 
 
 def test_the_file_has_the_same_names_and_flags_override_it_also_with_a_default(
@@ -4055,26 +3855,16 @@ def test_the_file_has_the_same_names_and_flags_override_it_also_with_a_default(
         ('port = "4000"', "port"),
         ("port = 4000.0", "port"),
         ("port = true", "port"),
-        ("port = 65536", "port"),
+        ("max_message_size = 1", "max_message_size"),
         (f"ping-interval = {'9' * 400}", "ping-interval"),
         (f"prefix = {'[' * 3000}{']' * 3000}", ""),
-        ("max_message_size = 1", "max_message_size"),
-        ("ping-interval = nan", "ping-interval"),
-        ("compression = 1", "compression"),
-        ('log_level = "loud"', "log_level"),
-        ('trusted-proxies = ["127.0.0.1"]', "trusted-proxies"),
-        ("prefix = 1", "prefix"),
         ('connect = "ws://localhost/"', "connect"),
-        ('send = ["x"]', "send"),
-        ("insecure = true", "insecure"),
         ('config = "other.toml"', "config"),
         ('certfile = "a\\u0000b"', "certfile"),
-        ("[port]", "port"),
         ("port", ""),
-        ("port = 1\nport = 2", ""),
-        ("prefix = \"\xff", ""),
+        ('prefix = "\xff', ""),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_file_is_an_error_of_one_line_that_names_the_option(
     text: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -4087,13 +3877,6 @@ def test_a_wrong_file_is_an_error_of_one_line_that_names_the_option(
 
 
 # ------------------------------------------------------------------------------------------- Server
-
-
-def assert_cannot_serve(arguments: list[str], *words: str) -> None:
-    """It ends with 1, after one line that has these words, and asks nothing at the terminal."""
-    done = ended(sys.executable, str(MODULE), *arguments, input="", start_new_session=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert all(word in done.stderr for word in words), done.stderr
 
 
 @pytest.fixture
@@ -4145,24 +3928,22 @@ def listening_at(**options: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("address", "url"),
+    ("address", "host"),
     [
-        ("", "ws://localhost:PORT/"),
-        ("127.0.0.1", "ws://127.0.0.1:PORT/"),
-        ("0.0.0.0", "ws://127.0.0.1:PORT/"),  # noqa: S104  # only for a moment
-        ("127.0.0.2", "ws://127.0.0.2:PORT/"),
-        ("::1", "ws://[::1]:PORT/"),
-        ("::", "ws://[::1]:PORT/"),
+        ("", "localhost"),
+        ("127.0.0.2", "127.0.0.2"),
+        ("0.0.0.0", "127.0.0.1"),  # noqa: S104  # only for a moment
+        ("::1", "::1"),
+        ("::", "::1"),
     ],
 )
 def test_each_printed_url_can_be_connected_to_and_localhost_means_both_families(
-    address: str, url: str
+    address: str, host: str
 ) -> None:
-    with listening_at(address=address, port=0) as found:
-        host, port = urlsplit(found).hostname, urlsplit(found).port
-        assert found == url.replace("PORT", str(port))
+    with listening_at(address=address, port=0) as url:
+        assert urlsplit(url).hostname == host
         for each in ["127.0.0.1", "::1"] if host == "localhost" else [host]:
-            socket.create_connection((each, port), PATIENCE).close()
+            socket.create_connection((each, urlsplit(url).port), PATIENCE).close()
 
 
 def test_a_port_is_shared_with_a_server_that_asks_for_it_as_well(serve: Serve) -> None:
@@ -4178,31 +3959,34 @@ def test_a_unix_socket_is_for_the_group_and_goes_with_the_server(
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    process = serve(f"--unix-socket={path}")
-    assert process.line(r"listening on (\S+)")[1].endswith(str(path))
+    server = serve(f"--unix-socket={path}")
+    assert server.line(r"listening on (\S+)")[1] == f"ws+unix:{path}"
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
     with unix_connect(str(path), "ws://localhost/test") as client:
         assert echoed(client) == "ECHO:Hello!"
-        process.line(r"connection\(\) from unix /test$")
-    assert process.stop() == 0
+        server.line(r"connection\(\) from unix /test$")
+    assert server.stop() == 0
     assert not path.exists()
 
 
 def test_a_unix_socket_that_another_server_has_taken_over_stays(
     serve: Serve, tmp_path: Path
 ) -> None:
-    path = tmp_path / "s"
+    path = str(tmp_path / "s")
     first = serve(f"--unix-socket={path}")
     first.line("listening")
-    path.unlink()
-    with listening_at(unix_socket=str(path)):
+    os.unlink(path)
+    with listening_at(unix_socket=path):
         assert first.stop() == 0
-        assert listens(str(path))
+        assert listens(path)
 
 
-def test_a_port_in_use_is_named(listener: socket.socket) -> None:
-    port = str(listener.getsockname()[1])
-    assert_cannot_serve([f"--port={port}"], port, "in use")
+@pytest.mark.filterwarnings("ignore:unclosed <socket")
+def test_a_port_in_use_is_named() -> None:
+    with listening_at(port=0) as url:
+        port = urlsplit(url).port or 0
+        with pytest.raises(CannotServe, match=f"port {port}: .* in use"):
+            listening_sockets(Options(port=port))
 
 
 @pytest.mark.parametrize("backlog", [0, 8], ids=["its queue is full", "it has room"])
@@ -4212,7 +3996,8 @@ def test_a_unix_socket_in_use_is_named_and_stays(tmp_path: Path, backlog: int) -
         other.bind(path)
         other.listen(backlog)
         client.connect(path)
-        assert_cannot_serve([f"--unix-socket={path}"], path, "in use")
+        with pytest.raises(CannotServe, match=f"{path}: it is in use"):
+            listening_sockets(Options(unix_socket=path))
         other.listen(8)
         assert listens(path)
 
@@ -4220,14 +4005,13 @@ def test_a_unix_socket_in_use_is_named_and_stays(tmp_path: Path, backlog: int) -
 def test_without_epoll_it_serves_as_well(serve: Serve) -> None:
     run_it = "import asyncio, runpy, select, sys; del select.epoll; sys.argv = sys.argv[2:]; "
     run_it += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    process = serve(before=[sys.executable, "-c", run_it])
-    with process.connect() as client:
-        assert echoed(client) == "ECHO:Hello!"
-        assert get(process, "/healthz")[0] == 200
-        assert refused(process, request(Sec_WebSocket_Version="12"))[0] == 426
-        assert process.stop() == 0
-        with pytest.raises(ConnectionClosed, match="1001"):
-            client.recv(PATIENCE)
+    server = serve(before=[sys.executable, "-c", run_it])
+    with upgraded(server) as sock:
+        assert raw_echo(sock) == "ECHO:Hello!"
+        assert refused(server, request(Sec_WebSocket_Version="12"))[0] == 426
+        server.signal(signal.SIGTERM)
+        assert close_code(sock) == 1001
+    assert server.exit_code() == 0
 
 
 # ---- TLS
@@ -4237,9 +4021,9 @@ def test_without_epoll_it_serves_as_well(serve: Serve) -> None:
 def test_over_tls_it_echoes(tls: Process, trust: ssl.SSLContext, version: ssl.TLSVersion) -> None:
     trust.minimum_version = trust.maximum_version = version
     assert tls.url.startswith("wss://localhost:")
-    with upgraded(tls, trust=trust) as client:
+    with upgraded(tls, trust=trust) as sock:
         for text in "Hello!", "x" * 300_000:
-            assert raw_echo(client, text) == "ECHO:" + text
+            assert raw_echo(sock, text) == "ECHO:" + text
 
 
 def test_tls_below_1_2_is_refused(tls: Process, trust: ssl.SSLContext) -> None:
@@ -4267,27 +4051,25 @@ def test_only_a_client_with_a_certificate_of_the_authority_asked_for_is_let_in(
     """The key of the server is in a file of its own."""
     clients = trustme.CA()
     clients.cert_pem.write_to_path(str(files / "ca"))
-    process = serve(
-        f"--certfile={files}/cert", f"--keyfile={files}/key", f"--client-cafile={files}/ca"
-    )
+    options = f"--certfile={files}/cert --keyfile={files}/key --client-cafile={files}/ca"
+    server = serve(*options.split())
     for issuer in None, trustme.CA(), clients:
         if issuer:
             issuer.issue_cert("me@example.com").configure_cert(trust)
         refusal = pytest.raises((ssl.SSLError, ConnectionError))
         with (
-            process.dial() as plain,
+            server.dial() as plain,
             contextlib.nullcontext() if issuer is clients else refusal,
             trust.wrap_socket(plain, server_hostname="localhost") as sock,
         ):
             assert answer(sock, request())[0] == 101
 
 
-@pytest.mark.parametrize("last", [close(), b"\x00\x00"], ids=["close", "fault"])
-def test_tls_ends_with_close_notify(tls: Process, trust: ssl.SSLContext, last: bytes) -> None:
+def test_tls_ends_with_close_notify(tls: Process, trust: ssl.SSLContext) -> None:
     sock = trust.wrap_socket(tls.dial(), suppress_ragged_eofs=False, server_hostname="localhost")
     with sock, sock.makefile("rb") as file:
         assert answer(sock, request())[0] == 101
-        sock.sendall(last)
+        sock.sendall(close())
         assert read_frame(file)[0] == FIN | CLOSE
         # Without close_notify, this would raise SSLEOFError.
         assert file.read() == b""
@@ -4295,7 +4077,6 @@ def test_tls_ends_with_close_notify(tls: Process, trust: ssl.SSLContext, last: b
 
 def test_close_notify_is_answered(tls: Process, trust: ssl.SSLContext) -> None:
     with upgraded(tls, trust=trust) as sock:
-        assert raw_echo(sock) == "ECHO:Hello!"
         # Without an answer, this would raise SSLEOFError.
         cast(ssl.SSLSocket, sock).unwrap()
 
@@ -4306,60 +4087,46 @@ OPENSSL = ctypes.CDLL(_ssl.__file__)
 
 def request_key_update(sock: ssl.SSLSocket) -> None:
     """SSL_key_update(3), past Python, whose object has the SSL* behind its header and a pointer."""
-    assert (
-        OPENSSL.SSL_key_update(ctypes.c_void_p.from_address(id(cast(Any, sock)._sslobj) + 24), 1)
-        == 1
-    )
+    pointer = ctypes.c_void_p.from_address(id(cast(Any, sock)._sslobj) + 24)
+    assert OPENSSL.SSL_key_update(pointer, 1) == 1
 
 
 @pytest.mark.skipif(
     not hasattr(OPENSSL, "SSL_key_update"), reason="OpenSSL cannot be called past Python"
 )
-def test_a_key_update_harms_no_replies_that_wait(
-    serve: Serve, listener: socket.socket, certificate: Path, trust: ssl.SSLContext
-) -> None:
-    # Some hundred kilobytes fill these buffers, and then the server has to wait.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
-    process = inheriting(serve, listener, f"--certfile={certificate}")
+def test_a_key_update_harms_no_replies_that_wait(tls: Process, trust: ssl.SSLContext) -> None:
     plain = socket.socket()
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    plain.connect(("127.0.0.1", process.port))
-    message, count, sent = frame(FIN | BINARY, bytes(1000)), 2000, 0
-    owed = count * len(reply_frame(FIN | BINARY, b"ECHO:" + bytes(1000)))
+    plain.connect(("127.0.0.1", tls.port))
+    sent = 0
     with trust.wrap_socket(plain, server_hostname="localhost") as sock:
         assert answer(sock, request())[0] == 101
-        sock.setblocking(False)
-        while owed:
-            # Replies are read only when no message is taken any more.
-            with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                while sent < count:
-                    sock.send(message)
-                    sent += 1
-                    if sent % 5 == 0:
-                        request_key_update(sock)
-            if sent == count or not select.select([], [sock], [], 0.02)[1]:
-                assert select.select([sock], [], [], PATIENCE)[0]
-                with contextlib.suppress(ssl.SSLWantReadError):
-                    owed -= len(sock.recv(16384))
+        sock.settimeout(0.1)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                sock.sendall(frame(FIN | BINARY, bytes(1000)))
+                sent += 1
+                if sent % 5 == 0:
+                    request_key_update(sock)
+        sock.settimeout(PATIENCE)
+        with sock.makefile("rb") as file:
+            for _ in range(sent):
+                assert read_frame(file) == (FIN | BINARY, b"ECHO:" + bytes(1000))
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
 def test_messages_that_came_before_sigterm_are_answered(
     serve: Serve, certificate: Path, trust: ssl.SSLContext, secure: bool
 ) -> None:
-    process = serve(*[f"--certfile={certificate}"] if secure else [])
-    with contextlib.ExitStack() as stack:
-        clients = [
-            stack.enter_context(upgraded(process, trust=trust if secure else None))
-            for _ in range(5)
-        ]
-        for client in clients * 40:
-            client.sendall(frame(FIN | TEXT, b"x" * 1000))
-        process.signal(signal.SIGTERM)
-        for client in clients:
-            with client.makefile("rb") as file:
-                assert [read_frame(file)[1] for _ in range(40)] == [b"ECHO:" + b"x" * 1000] * 40
-                assert read_frame(file) == (FIN | CLOSE, close_body(1001, "the server is stopping"))
+    server = serve(*[f"--certfile={certificate}"] if secure else [])
+    with upgraded(server, trust=trust if secure else None) as sock, sock.makefile("rb") as file:
+        server.signal(signal.SIGSTOP)
+        for _ in range(50):
+            sock.sendall(text("Hello!"))
+        server.signal(signal.SIGTERM)
+        server.signal(signal.SIGCONT)
+        assert [read_frame(file)[1] for _ in range(50)] == [b"ECHO:Hello!"] * 50
+        assert read_frame(file) == (FIN | CLOSE, close_body(1001, "the server is stopping"))
 
 
 def test_the_password_of_a_key_is_not_asked_for_at_the_terminal(files: Path) -> None:
@@ -4367,49 +4134,35 @@ def test_the_password_of_a_key_is_not_asked_for_at_the_terminal(files: Path) -> 
     encrypted = f"-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,{'0' * 32}\n\n"
     key = (files / "key").read_text().replace("-----\n", encrypted, 1)
     (files / "locked").write_text(key)
-    assert_cannot_serve(
-        ["--port=0", f"--certfile={files}/cert", f"--keyfile={files}/locked"], f"{files}/locked"
-    )
-
-
-def test_a_key_that_may_not_be_read_is_named(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (files / "key").chmod(0)
-    # Root may read it all the same, so this is another user's attempt, from a folder of everybody.
-    files.chmod(0o755)
-    monkeypatch.chdir(files)
-    os.seteuid(os.getuid() or 65534)
-    try:
-        with pytest.raises(CannotServe, match="cannot read key: Permission denied"):
-            tls_context(Options(certfile="cert", keyfile="key"))
-    finally:
-        os.seteuid(os.getuid())
+    arguments = f"--certfile={files}/cert", f"--keyfile={files}/locked"
+    done = ended(sys.executable, str(MODULE), *arguments, input="", start_new_session=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "locked" in done.stderr
 
 
 # ---- SIGHUP
 
 
-def serial(process: Process, trust: ssl.SSLContext) -> object:
-    with process.dial() as sock, trust.wrap_socket(sock, server_hostname="localhost") as tls:
+def serial(server: Process, trust: ssl.SSLContext) -> object:
+    with server.dial() as sock, trust.wrap_socket(sock, server_hostname="localhost") as tls:
         return (tls.getpeercert() or {})["serialNumber"]
 
 
 def test_sighup_takes_a_renewed_certificate_but_no_broken_one_and_keeps_connections(
     serve: Serve, authority: trustme.CA, certificate: Path, trust: ssl.SSLContext
 ) -> None:
-    process = serve(f"--certfile={certificate}")
-    with upgraded(process, trust=trust) as client:
-        before = serial(process, trust)
+    server = serve(f"--certfile={certificate}")
+    with upgraded(server, trust=trust) as sock:
+        before = serial(server, trust)
         renewed = authority.issue_cert("localhost").private_key_and_cert_chain_pem
         renewed.write_to_path(str(certificate))
-        process.signal(signal.SIGHUP)
-        until(lambda: serial(process, trust) != before)
-        after = serial(process, trust)
+        server.signal(signal.SIGHUP)
+        server.line("reloaded")
+        after = serial(server, trust)
         certificate.write_text("junk")
-        process.signal(signal.SIGHUP)
-        assert str(certificate) in process.line("error:").string
-        assert serial(process, trust) == after
-        assert raw_echo(client) == "ECHO:Hello!"
-    assert len(process.matching("error:")) == 1
+        server.signal(signal.SIGHUP)
+        assert str(certificate) in server.line("error:").string
+        assert serial(server, trust) == after != before
+        assert raw_echo(sock) == "ECHO:Hello!"
 
 
 @pytest.mark.parametrize(("arguments", "shown"), [([], ["after"]), (["--log-level=info"], [])])
@@ -4418,43 +4171,33 @@ def test_sighup_takes_the_log_level_from_the_file_unless_the_command_line_has_on
 ) -> None:
     config = tmp_path / "ws-echo.toml"
     config.write_text("log-level = 'info'")
-    process = serve(f"--config={config}", *arguments)
-    with process.connect() as client:
-        assert echoed(client, "before") == "ECHO:before"
+    server = serve(f"--config={config}", *arguments)
+    with upgraded(server) as sock:
+        assert raw_echo(sock, "before") == "ECHO:before"
         config.write_text("log-level = 'debug'")
-        process.signal(signal.SIGHUP)
-        process.line("reloaded")
-        assert echoed(client, "after") == "ECHO:after"
-    assert process.stop() == 0
-    assert [found[1] for found in process.matching(r"\[SERVER\] Received:(.*)")] == shown
-
-
-BROKEN_FILES = [
-    "log-level = 'loud'",
-    "nonsense = 1",
-    "=",
-    f"ping-interval = {'9' * 400}",
-    f"a = {'[' * 3000}",
-    None,
-]
+        server.signal(signal.SIGHUP)
+        server.line("reloaded")
+        assert raw_echo(sock, "after") == "ECHO:after"
+    assert server.stop() == 0
+    assert [found[1] for found in server.matching(r"\[SERVER\] Received:(.*)")] == shown
 
 
 def test_sighup_with_a_broken_file_or_none_changes_nothing_and_says_so(
     serve: Serve, systemd: socket.socket, tmp_path: Path
 ) -> None:
     config = tmp_path / "ws-echo.toml"
-    config.touch()
-    process = serve(f"--config={config}", env={"NOTIFY_SOCKET": systemd.getsockname()})
-    with process.connect() as client:
-        for number, text in enumerate(BROKEN_FILES, 1):
+    config.write_text("log-level = 'info'")
+    server = serve(f"--config={config}", env={"NOTIFY_SOCKET": systemd.getsockname()})
+    with upgraded(server) as sock:
+        for count, text in enumerate(["log-level = 'debug'\nnonsense = 1", None], 1):
             config.write_text(text) if text else config.unlink()
-            process.signal(signal.SIGHUP)
+            server.signal(signal.SIGHUP)
             told(systemd, "(?m)^RELOADING=1$")
             told(systemd, "^READY=1")
-            process.line(f"error:.*{config}", count=number)
-            assert echoed(client) == "ECHO:Hello!"
-    assert process.stop() == 0
-    assert len(process.matching("error:")) == len(BROKEN_FILES)
+            server.line(f"error:.*{config}", count=count)
+            assert raw_echo(sock) == "ECHO:Hello!"
+    assert server.stop() == 0
+    assert not server.matching("Received|reloaded")
 
 
 # ---- Limits
