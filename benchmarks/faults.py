@@ -407,6 +407,8 @@ class Fault:
 
 PINGS = client_frame(PING, b"p" * 125, MASKS[0])
 BYTES = client_frame(TEXT, b"x", MASKS[1])
+# In fragments of 1 byte: all but the last without FIN, all but the first a continuation.
+FRAGMENTS = b"\x01" + BYTES[1:] + (b"\x00" + BYTES[1:]) * 30_000 + b"\x80" + BYTES[1:]
 FEW = ("sh", "-c", 'ulimit -n 64; exec "$@"', "sh")
 
 FAULTS = (
@@ -429,6 +431,11 @@ FAULTS = (
         "bytes-unread",
         "the same, with replies that nobody reads",
         _flooding(BYTES, read=False, taken=50 * 1.1),
+    ),
+    Fault(
+        "fragments",
+        "messages in 30,000 fragments from 50 peers",
+        _flooding(FRAGMENTS, read=True),
     ),
     Fault("bombs", "50 peers with bombs of just 1 MiB, replies not read", bombs_below),
     Fault("big-bombs", "1,000 bombs of 16 MiB, 50 at a time", bombs_above),
