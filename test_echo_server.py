@@ -350,10 +350,6 @@ def trust(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
-with_proc = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="needs /proc to look into a process"
-)
-
 # The largest message in bytes, if a test needs to reach it quickly.
 LIMIT = 4096
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
@@ -902,20 +898,6 @@ def descriptors(server: Process) -> int:
     """The number of descriptors that a server has open."""
     folder = Path(f"/proc/{server.popen.pid}/fd")
     return len(list(folder.iterdir())) if folder.is_dir() else 0
-
-
-def memory(server: Process, key: str = "VmRSS") -> int:
-    """Its bytes in memory; with VmHWM the most that they were since forget_peak()."""
-    status = Path(f"/proc/{server.popen.pid}/status").read_text()
-    return int(status.partition(key + ":")[2].split()[0]) * 1024
-
-
-def forget_peak(server: Process) -> int:
-    """Lets the peak of memory begin anew, at the bytes that it returns."""
-    server.line("listening")
-    # See proc(5).
-    Path(f"/proc/{server.popen.pid}/clear_refs").write_text("5")
-    return memory(server, "VmHWM")
 
 
 def cut_off(sock: socket.socket) -> None:
