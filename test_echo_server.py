@@ -63,12 +63,10 @@ from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets, bind_unix_socket
 from tornado.web import Application
 from tornado.websocket import WebSocketClosedError
-from websockets.exceptions import ConnectionClosed
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
 from websockets.protocol import CLIENT, Protocol
-from websockets.sync.client import ClientConnection, unix_connect
-from websockets.sync.client import connect as websockets_connect
+from websockets.sync.client import ClientConnection, connect
 
 import echo_server
 from echo_server import (
@@ -190,9 +188,6 @@ class Process:
         sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
         return trust.wrap_socket(sock, server_hostname="localhost") if trust else sock
 
-    def connect(self, path: str = "", **options: Any) -> ClientConnection:
-        return connect(self.url + path.lstrip("/"), **options)
-
 
 Serve = Callable[..., Process]
 
@@ -209,20 +204,6 @@ def listens(address: tuple[str, int] | str) -> bool:
     """Whether anybody listens at an address, or at the path of a Unix socket."""
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as probe:
         return probe.connect_ex(address) == 0
-
-
-def connect(url: str, **options: Any) -> ClientConnection:
-    """A client of the websockets library."""
-    client: ClientConnection = websockets_connect(
-        url, open_timeout=PATIENCE, close_timeout=PATIENCE, proxy=None, **options
-    )
-    return client
-
-
-def echoed(client: ClientConnection, message: str | bytes = "Hello!") -> str | bytes:
-    """The reply to a message."""
-    client.send(message)
-    return client.recv(PATIENCE)
 
 
 def request(
@@ -257,10 +238,15 @@ def get(
 
 
 def upgraded(
-    server: Process, path: str = "/", trust: ssl.SSLContext | None = None, **changed: str
+    server: Process | str, path: str = "/", trust: ssl.SSLContext | None = None, **changed: str
 ) -> socket.socket:
-    """A socket after its handshake; over TLS if `trust` is given."""
-    sock = server.dial(trust)
+    """A socket after its handshake with a server, over TLS if `trust` is given; or with what
+    listens at the path of a Unix socket."""
+    if isinstance(server, str):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(server)
+    else:
+        sock = server.dial(trust)
     sock.sendall(request(f"GET {path} HTTP/1.1", **changed))
     assert is_let_in(sock)
     return sock
@@ -274,10 +260,9 @@ def is_let_in(sock: socket.socket) -> bool:
     return head.startswith(b"HTTP/1.1 101")
 
 
-def raw_echo(sock: socket.socket, text: str = "Hello!") -> str:
-    """The reply to a text. This takes no thread, which would have to share a TLS socket: some
-    versions of Python do not allow that."""
-    sock.sendall(frame(FIN | TEXT, text.encode()))
+def echoed(sock: socket.socket, message: str = "Hello!") -> str:
+    """The reply to a text."""
+    sock.sendall(text(message))
     with sock.makefile("rb") as file:
         return read_frame(file)[1].decode()
 
@@ -889,7 +874,7 @@ def keep_echoing(sock: socket.socket, over: threading.Event) -> float:
     while not last:
         last = over.wait(0.005)
         began = time.monotonic()
-        assert raw_echo(sock) == "ECHO:Hello!"
+        assert echoed(sock) == "ECHO:Hello!"
         longest = max(longest, time.monotonic() - began)
     return longest
 
@@ -3388,7 +3373,7 @@ def test_an_odd_but_valid_handshake_is_taken(server: Process, data: bytes) -> No
     with server.dial() as sock:
         status, headers, _ = answer(sock, data)
         assert (status, headers["Sec-WebSocket-Accept"]) == (101, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
-        assert raw_echo(sock, "") == "ECHO:"
+        assert echoed(sock, "") == "ECHO:"
     assert not server.tracebacks()
 
 
@@ -3631,7 +3616,7 @@ def test_on_a_socket_of_both_families_ipv4_and_ipv6_are_named_as_usual(serve: Se
             server.line(rf"connection\(\) from 127\.0\.0\.1:{sock.getsockname()[1]} /a$")
         upgraded(server, "/b", X_Forwarded_For="203.0.113.7").close()
         server.line(r"connection\(\) from 203\.0\.113\.7 /b$")
-        with connect(f"ws://[::1]:{server.port}/c"):
+        with connect(f"ws://[::1]:{server.port}/c", proxy=None):
             server.line(r"connection\(\) from \[::1\]:\d+ /c$")
 
 
@@ -3838,7 +3823,7 @@ def test_a_unix_socket_is_for_the_group_and_goes_with_the_server(
     server = serve(f"--unix-socket={path}")
     assert server.line(r"listening on (\S+)")[1] == f"ws+unix:{path}"
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
-    with unix_connect(str(path), "ws://localhost/test") as client:
+    with upgraded(str(path), "/test") as client:
         assert echoed(client) == "ECHO:Hello!"
         server.line(r"connection\(\) from unix /test$")
     assert server.stop() == 0
@@ -3883,7 +3868,7 @@ def test_without_epoll_it_serves_as_well(serve: Serve) -> None:
     run_it += "runpy.run_path(sys.argv[0], run_name='__main__')"
     server = serve(before=[sys.executable, "-c", run_it])
     with upgraded(server) as sock:
-        assert raw_echo(sock) == "ECHO:Hello!"
+        assert echoed(sock) == "ECHO:Hello!"
         assert refused(server, request(Sec_WebSocket_Version="12"))[0] == 426
         server.signal(signal.SIGTERM)
         assert close_code(sock) == 1001
@@ -3899,7 +3884,7 @@ def test_over_tls_it_echoes(tls: Process, trust: ssl.SSLContext, version: ssl.TL
     assert tls.url.startswith("wss://localhost:")
     with upgraded(tls, trust=trust) as sock:
         for text in "Hello!", "x" * 300_000:
-            assert raw_echo(sock, text) == "ECHO:" + text
+            assert echoed(sock, text) == "ECHO:" + text
 
 
 def test_tls_below_1_2_is_refused(tls: Process, trust: ssl.SSLContext) -> None:
@@ -4038,7 +4023,7 @@ def test_sighup_takes_a_renewed_certificate_but_no_broken_one_and_keeps_connecti
         server.signal(signal.SIGHUP)
         assert str(certificate) in server.line("error:").string
         assert serial(server, trust) == after != before
-        assert raw_echo(sock) == "ECHO:Hello!"
+        assert echoed(sock) == "ECHO:Hello!"
 
 
 @pytest.mark.parametrize(("arguments", "shown"), [([], ["after"]), (["--log-level=info"], [])])
@@ -4049,11 +4034,11 @@ def test_sighup_takes_the_log_level_from_the_file_unless_the_command_line_has_on
     config.write_text("log-level = 'info'")
     server = serve(f"--config={config}", *arguments)
     with upgraded(server) as sock:
-        assert raw_echo(sock, "before") == "ECHO:before"
+        assert echoed(sock, "before") == "ECHO:before"
         config.write_text("log-level = 'debug'")
         server.signal(signal.SIGHUP)
         server.line("reloaded")
-        assert raw_echo(sock, "after") == "ECHO:after"
+        assert echoed(sock, "after") == "ECHO:after"
     assert server.stop() == 0
     assert [found[1] for found in server.matching(r"\[SERVER\] Received:(.*)")] == shown
 
@@ -4071,7 +4056,7 @@ def test_sighup_with_a_broken_file_or_none_changes_nothing_and_says_so(
             told(systemd, "(?m)^RELOADING=1$")
             told(systemd, "^READY=1")
             server.line(f"error:.*{config}", count=count)
-            assert raw_echo(sock) == "ECHO:Hello!"
+            assert echoed(sock) == "ECHO:Hello!"
     assert server.stop() == 0
     assert not server.matching("Received|reloaded")
 
@@ -4081,12 +4066,12 @@ def test_sighup_with_a_broken_file_or_none_changes_nothing_and_says_so(
 
 def test_above_max_connections_a_handshake_gets_503_and_the_health_check_200(serve: Serve) -> None:
     process = serve("--max-connections=1")
-    with process.connect() as client:
+    with upgraded(process) as client:
         status, headers, _ = refused(process, request())
         assert status == 503 and int(headers["Retry-After"]) > 0
         assert get(process, "/healthz")[0] == 200
         assert echoed(client) == "ECHO:Hello!"
-    with process.connect() as client:
+    with upgraded(process) as client:
         assert echoed(client) == "ECHO:Hello!"
 
 
@@ -4105,7 +4090,7 @@ def test_when_descriptors_run_out_the_longest_idle_is_closed_and_open_connection
     serve: Serve,
 ) -> None:
     process = serve(before=limited(64))
-    with process.connect() as client, process.dial() as first, process.dial() as second:
+    with upgraded(process) as client, process.dial() as first, process.dial() as second:
         assert ask(second) == ask(first) == (200, None)
         with contextlib.ExitStack() as stack:
             while not process.matching("out of descriptors"):
@@ -4144,7 +4129,7 @@ def test_a_handshake_needs_no_further_descriptor(serve: Serve) -> None:
         resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, (3, 3))
         for sock in (one, two):
             assert answer(sock, request())[0] == 101
-            assert raw_echo(sock) == "ECHO:Hello!"
+            assert echoed(sock) == "ECHO:Hello!"
         process.line(r"connection\(\) from", 2)
 
 
@@ -4276,8 +4261,8 @@ def test_another_protocol_is_recognised_at_once_and_is_worth_one_line(
 def test_a_second_signal_ends_it_at_once_with_128_and_its_number(serve: Serve, second: int) -> None:
     """A coroutine that runs is no error."""
     server = serve()
-    with server.connect("?delay=60") as client:
-        client.send("Hello!")
+    with upgraded(server, "/?delay=60") as client:
+        client.sendall(text("Hello!"))
         server.line("Received:Hello!")
         server.signal(signal.SIGTERM)
         until(lambda: not listens(("127.0.0.1", server.port)))
@@ -4313,20 +4298,18 @@ def test_clients_that_never_close_are_dropped_after_drain_timeout(
 def test_replies_that_are_owed_come_before_1001(serve: Serve, number: int) -> None:
     """Those that the peer has not read yet, and those that a coroutine has still to make."""
     server, message = serve(), b"x" * 65536
-    with upgraded(server) as full, server.connect("?delay=0.1") as slow:
+    with upgraded(server) as full, upgraded(server, "/?delay=0.1") as slow:
         send_until_refused(full, frame(FIN | BINARY, message))
-        for letter in "abc":
-            slow.send(letter)
-        assert slow.ping().wait(PATIENCE)
+        slow.sendall(text("a") + text("b") + text("c") + frame(FIN | PING))
+        assert slow.recv(2) == pong()
         server.signal(number)
-        assert [slow.recv(PATIENCE) for _ in "abc"] == ["ECHO:a", "ECHO:b", "ECHO:c"]
-        with pytest.raises(ConnectionClosed, match="1001"):
-            slow.recv(PATIENCE)
         full.settimeout(PATIENCE)
-        with full.makefile("rb") as file:
+        stopped = FIN | CLOSE, close_body(1001, "the server is stopping")
+        with full.makefile("rb") as file, slow.makefile("rb") as slowly:
+            expected = [(FIN | TEXT, b"ECHO:" + letter) for letter in (b"a", b"b", b"c")]
+            assert list(iter(lambda: read_frame(slowly), (-1, b""))) == [*expected, stopped]
             *replies, last = iter(lambda: read_frame(file), (-1, b""))
-        assert set(replies) == {(FIN | BINARY, b"ECHO:" + message)}
-        assert last == (FIN | CLOSE, close_body(1001, "the server is stopping"))
+        assert set(replies) == {(FIN | BINARY, b"ECHO:" + message)} and last == stopped
     assert server.exit_code() == 0
     assert server.matching(rf"close\(\) .* {len(replies)} messages")
 
@@ -4433,7 +4416,7 @@ def test_the_notify_socket_may_be_abstract(serve: Serve) -> None:
 
 def test_a_notify_socket_that_is_not_there_does_not_matter(serve: Serve, tmp_path: Path) -> None:
     server = serve(env={"NOTIFY_SOCKET": str(tmp_path / "nothing"), "WATCHDOG_USEC": "200000"})
-    with server.connect() as client:
+    with upgraded(server) as client:
         assert echoed(client) == "ECHO:Hello!"
     assert server.stop() == 0
     assert len(server.matching("error:")) == 1
@@ -4461,7 +4444,7 @@ def test_sockets_that_systemd_has_opened_for_this_process_and_no_other_are_serve
     server = inheriting(serve, listener, offset=offset)
     assert (server.port == listener.getsockname()[1]) == is_ours
     assert bool(server.matching(r"systemd.*--address")) == is_ours
-    with server.connect() as client:
+    with upgraded(server) as client:
         assert echoed(client) == "ECHO:Hello!"
 
 
@@ -4501,7 +4484,7 @@ def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with Process(before=[activate, f"--listen={path}"]) as server:
         until(lambda: os.path.exists(path))
-        with unix_connect(path, "ws://localhost/") as client:
+        with upgraded(path) as client:
             assert echoed(client) == "ECHO:Hello!"
         server.line(r"systemd.*--address")
         assert server.stop() == 0
@@ -4535,8 +4518,9 @@ def test_it_serves_in_unusual_surroundings(serve: Serve, script: str) -> None:
     if "unshare" in script:
         skip_without_namespaces()
     server = serve(before=["sh", "-c", script, "sh"])
-    with server.connect("é€") as client:
+    with upgraded(server, "/%C3%A9%E2%82%AC") as client:
         assert echoed(client, "é\ud7ff€") == "ECHO:é\ud7ff€"
+        client.sendall(close())
     assert get(server, "/", Accept="text/html")[0] == 200
     server.line(r"close\(\) 1000")
     assert server.stop() == 0 and all(line.isascii() for line in server.lines)
@@ -4554,7 +4538,7 @@ def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> N
         before = ["sh", "-c", f'exec "$@" 2>{where}', "sh"]
         with Process(f"--unix-socket={path}", before=before) as server:
             until(lambda: listens(path))
-            with unix_connect(path, "ws://localhost/") as client:
+            with upgraded(path) as client:
                 assert echoed(client) == "ECHO:Hello!"
             assert server.stop() == 0
 
@@ -4776,7 +4760,7 @@ def test_in_the_journal_lines_have_a_priority_and_no_time(serve: Serve) -> None:
     server = serve(before=["sh", "-c", JOURNAL, "sh"])
     assert refused(server, request(Sec_WebSocket_Key="x"))[0] == 400
     with upgraded(server) as sock:
-        raw_echo(sock)
+        echoed(sock)
     server.line("close")
     assert server.stop() == 0
     assert [re.split(r"\(| on|:", line)[0] for line in server.lines] == [
@@ -5107,7 +5091,7 @@ def browser(
         stack.callback(process.terminate)
         until(lambda: re.search(pattern, said.read_text()), said.read_text)
         (port,) = re.findall(pattern, said.read_text())
-        with connect(f"ws://127.0.0.1:{port}/session", max_size=None) as connection:
+        with connect(f"ws://127.0.0.1:{port}/session", max_size=None, proxy=None) as connection:
             browser = Browser(connection, wanted)
             yield browser
             browser.call("session.end")
