@@ -44,6 +44,7 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import Path
 from subprocess import PIPE
@@ -650,20 +651,17 @@ async def eventually(condition: Callable[[], Any]) -> None:
 NO_HEADERS: Mapping[str, str] = {}
 
 
+@dataclass
 class Host:
     """An application with our handler, and what connects to it."""
 
-    def __init__(
-        self,
-        app: Application,
-        address: int | str,
-        trust: ssl.SSLContext | None,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
-        self.app, self.address, self.trust, self.caplog = app, address, trust, caplog
-        self.peers: list[Peer] = []
-        self.seen = 0
-        self.url = f"{'wss' if trust else 'ws'}://localhost:{address}"
+    app: Application
+    address: int | str
+    trust: ssl.SSLContext | None
+    caplog: pytest.LogCaptureFixture
+    peers: list[Peer] = field(default_factory=list)
+    # How many errors a test has asked for.
+    seen: int = 0
 
     def errors(self) -> list[str]:
         """The loggers of errors since its last call."""
