@@ -101,7 +101,7 @@ class EchoHandler(websocket.WebSocketHandler):
         self.__say(LEFT, self.__protocol)
 
     def __say(self, line: str, *args: object) -> None:
-        if not Connections.current().omits(line):
+        if self.__protocol is None or not self.__protocol.registry.omits(line):
             log.info(line, *args)
 
     # The defaults, in case the `initialize` of a subclass does not call ours. All but the prefix
@@ -226,11 +226,11 @@ class EchoHandler(websocket.WebSocketHandler):
         """Calls `on_close`, once, if `open` has been called. Tornado's method would not run an
         `async def on_close`."""
         protocol, self.ws_connection = self.__protocol, None
-        if protocol and protocol.opened:
+        if protocol and protocol.connection:
             if not protocol.is_closing():
                 # It is the host that has called this method.
                 protocol.connection.drop(reset=False)
-            protocol.run(self.on_close)
+            protocol.call_on_close()
         # Both are parts of reference cycles, which only the garbage collector would free. But an
         # `async def on_close` may still call ours.
         if protocol and not protocol.is_busy():
@@ -332,11 +332,11 @@ class Scenario:
         await protocol.sleep(self.delay)
         with contextlib.suppress(WebSocketClosedError):
             await handler.write_message(payload, binary)
-            if protocol.connection.traffic.received()[0] >= self.after:
+            if protocol.traffic.received()[0] >= self.after:
                 self._strike(handler, protocol)
 
     def _strike(self, handler: EchoHandler, protocol: EchoProtocol) -> None:
-        if self.drop:
+        if self.drop and protocol.connection:
             protocol.connection.drop()
         elif self.code:
             handler.close(self.code, self.reason)
@@ -1361,20 +1361,27 @@ class EchoProtocol(websocket.WebSocketProtocol):
     # The code and the reason of the peer's Close.
     close_code: int | None = None
     close_reason: str | None = None
-    # Made when the handshake is done.
-    connection: Connection
 
     def __init__(self, handler: EchoHandler, peer: str, stall_timeout: float) -> None:
         super().__init__(handler)
-        self.peer = peer
-        self.stall_timeout = stall_timeout
+        # Exists from the end of the handshake to the end of the connection.
+        self.connection: Connection | None = None
+        self.registry = Connections.current()
+        self.deadlines = Deadlines(handler, stall_timeout, self.registry.now)
         self.inbox = Inbox(handler.max_message_size)
         # What the handshake has agreed on.
         self.deflate: Deflate | None = None
-        # When the handshake was done, in time.monotonic(); 0 before.
+        # For the log and the metrics: when the handshake was done, in time.monotonic(); and the
+        # code of our Close, or 1005 if it had none. Without a Close, the outcome is 1006 (section
+        # 7.1.5), or 1008 if the peer took no bytes.
+        self.peer = peer
+        self.traffic = Traffic()
         self.opened = 0.0
-        # `on_close` has been called. The future, for a host's own `get`, is done then.
-        self.told = False
+        self.outcome = 1006
+        # `on_close` has been called. The handler has been told of the end, by all of its methods;
+        # the future, for a host's own `get`, is done then.
+        self._has_closed = False
+        self.finished = False
         self._ended: asyncio.Future[None] | None = None
 
     # ---- The handshake
@@ -1391,7 +1398,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
         stream.set_nodelay(True)
         self.stream, early = stream, take_over(stream, self.on_connection_close)
         self.start(make_wire(stream), early)
-        if type(handler).get is not EchoHandler.get and not self.told:
+        if type(handler).get is not EchoHandler.get and not self.finished:
             # As in Tornado, a host's own `get` goes on when the connection has ended.
             self._ended = asyncio.Future()
             await self._ended
@@ -1407,9 +1414,9 @@ class EchoProtocol(websocket.WebSocketProtocol):
         # All methods of this handler run in this context, and those of no other handler.
         self._context = contextvars.copy_context()
         self._wire = wire
-        self.connection = Connection(self, wire)
+        self.connection = connection = Connection(self, wire)
         self.opened = time.monotonic()
-        self.connection.enter(self.connection.start, early)
+        connection.enter(connection.start, early)
 
     # ---- Calls of the handler
 
@@ -1435,9 +1442,10 @@ class EchoProtocol(websocket.WebSocketProtocol):
         return self.inbox.running > 0
 
     def wait_for(self, future: asyncio.Future[Any]) -> None:
-        resume = functools.partial(self.connection.enter, self._resume)
-        outside(IOLoop.current().add_future, future, resume)
-        self.inbox.running += 1
+        if self.connection:
+            resume = functools.partial(self.connection.enter, self._resume)
+            outside(IOLoop.current().add_future, future, resume)
+            self.inbox.running += 1
 
     def _resume(self, future: asyncio.Future[Any]) -> None:
         """Called when a coroutine of the handler is done, or a write that `on_message` returned."""
@@ -1447,31 +1455,45 @@ class EchoProtocol(websocket.WebSocketProtocol):
         except (Exception, asyncio.CancelledError):
             # If EchoHandler.on_message has returned a write, `on_sent` already reports its failure.
             self._context.run(self._report, isinstance(future, asyncio.Task))
-        self.connection.resume()
+        if self.connection:
+            self.connection.resume()
 
     def _report(self, say: bool = True) -> None:
         """Logs the traceback of an error in the handler, and closes with 1011. A write that fails
         because the connection is closing is no error, and worth a line only if `say` is set; nor is
         a coroutine that is cancelled after the end."""
-        error, connection = sys.exc_info()[1], self.connection
-        if connection.state != OPEN and isinstance(error, WebSocketClosedError):
+        error = sys.exc_info()[1]
+        if self.is_closing() and isinstance(error, WebSocketClosedError):
             if say:
                 self.warn("reply not sent")
-        elif connection.state != CLOSED or not isinstance(error, asyncio.CancelledError):
+        elif not (self.is_closed() and isinstance(error, asyncio.CancelledError)):
             self.handler.log_exception(*sys.exc_info())
-            connection.fail(1011)
+            if self.connection:
+                self.connection.fail(1011)
 
     def finish(self) -> None:
-        """Calls `on_close`, the handler's last call, once."""
-        if self.told:
+        """Tells the handler of the end, once."""
+        if self.finished:
             return
-        self.told = True
+        self.finished = True
         close = self.handler.on_ws_connection_close
         try:
             self._context.run(close, self.close_code, self.close_reason)
         finally:
             if self._ended:
                 future_set_result_unless_cancelled(self._ended, None)
+
+    def call_on_close(self) -> None:
+        """Calls `on_close` once: a host may call `on_connection_close`, too."""
+        if not self._has_closed:
+            self._has_closed = True
+            self.run(self.handler.on_close)
+
+    def release(self) -> None:
+        """Called after the end. Only the garbage collector would free two objects that refer to
+        each other. But a coroutine that still runs may need the connection."""
+        if not self.inbox.running:
+            self.connection = None
 
     # ---- What Tornado and the handler ask for
 
@@ -1481,35 +1503,38 @@ class EchoProtocol(websocket.WebSocketProtocol):
         """Returns a future. If more than HIGH_WATER bytes wait, it is done when the kernel has
         taken them; otherwise at once or, outside a turn when the round is over, in the next round.
         It fails with WebSocketClosedError if the connection is closing."""
-        if self.is_closing():
+        if self.connection is None or self.is_closing():
             return failed_write()
         payload = utf8(json_encode(message) if isinstance(message, dict) else message)
         return self.connection.write(BINARY if binary else TEXT, payload)
 
     def write_ping(self, data: bytes) -> None:
-        if self.opened:
+        if self.connection:
             self.connection.ping(data)
 
     def close(self, code: int | None = None, reason: str | None = None) -> None:
         """Begins the closing handshake; during the opening one, makes `accept_connection` give up.
         As in Tornado, a reason alone goes with 1000."""
-        if self.opened:
+        if self.connection:
             self.connection.close(1000 if code is None and reason is not None else code, reason)
         self.server_terminated = True
 
     def is_closing(self) -> bool:
-        return not self.opened or self.connection.state != OPEN
+        return self.connection is None or self.connection.state != OPEN
+
+    def is_closed(self) -> bool:
+        return self.connection is None or self.connection.state == CLOSED
 
     def on_connection_close(self) -> None:
         """Called when the stream has been closed. If it was not by us, the connection ends."""
         self.server_terminated = True
-        if self.opened:
+        if self.connection:
             self.connection.close_socket(reset=False)
 
     def _abort(self) -> None:
         """Some hosts call this method of Tornado's to get rid of a connection."""
         self.server_terminated = True
-        if self.opened:
+        if self.connection:
             self.connection.drop(reset=False)
 
     def set_nodelay(self, x: bool) -> None:
@@ -1517,16 +1542,16 @@ class EchoProtocol(websocket.WebSocketProtocol):
 
     async def sleep(self, seconds: float) -> None:
         """Lets the handler sleep, but no longer than until the socket is closed."""
-        if self.connection.state != CLOSED:
+        if not self.is_closed():
             await asyncio.wait([self._wire.until_closed()], timeout=seconds)
 
     def warn(self, text: str) -> None:
         log.warning("[SERVER] error:%s, %s", text, self.peer)
 
     def __str__(self) -> str:
-        seconds, connection = time.monotonic() - self.opened, self.connection
-        messages, size = connection.traffic.received()
-        about = f"{connection.outcome} from {self.peer} after {seconds:.1f} s"
+        seconds = time.monotonic() - self.opened
+        messages, size = self.traffic.received()
+        about = f"{self.outcome} from {self.peer} after {seconds:.1f} s"
         return f"{about}, {messages} messages, {size} bytes"
 
     # The sweep and the turns replace the first two; the third is for clients only.
@@ -1566,19 +1591,15 @@ class Connection:
     """
 
     def __init__(self, protocol: EchoProtocol, wire: Wire) -> None:
-        self._protocol = protocol
+        self.protocol = protocol
         self._inbox = protocol.inbox
         self.handler = protocol.handler
         self._wire = wire
         self._receiver = Receiver(self.handler.max_message_size, protocol.deflate)
         self._sender = Sender(protocol.deflate)
-        self._registry = Connections.current()
-        self._deadlines = Deadlines(self.handler, protocol.stall_timeout, self._registry.now)
-
-        # For the log and the metrics. The outcome is the code of our Close, or 1005 if it
-        # had none; without a Close 1006 (section 7.1.5), or 1008 if the peer took no bytes.
-        self.traffic = Traffic()
-        self.outcome = 1006
+        self._registry = protocol.registry
+        self._deadlines = protocol.deadlines
+        self.traffic = protocol.traffic
 
         self.state = OPEN
         # What the socket is watched for.
@@ -1605,13 +1626,13 @@ class Connection:
             return
         # This logs last, since a host's log handler may write to the connection.
         self.drop()
-        log.exception("[SERVER] error:unhandled exception, %s", self._protocol.peer)
+        log.exception("[SERVER] error:unhandled exception, %s", self.protocol.peer)
 
     def start(self, early: bytes) -> None:
-        self._registry.add(self, self._wire.fd, self._deadlines.shortest())
         self._corked = True
         try:
-            self._protocol.open()
+            self.enter(self._registry.add, self, self._wire.fd, self._deadlines.shortest())
+            self.protocol.open()
         finally:
             self._corked = False
         self.resume(early)
@@ -1673,9 +1694,10 @@ class Connection:
         """Closes the socket without a closing handshake. The handler gets no more messages. If
         there is no reset, bytes that our kernel has taken may still arrive."""
         self._discard_messages()
-        self._receiver.take_rest()
-        with contextlib.suppress(OSError):
-            self._wire.flush()
+        if self.state != CLOSED:
+            self._receiver.take_rest()
+            with contextlib.suppress(OSError):
+                self._send_last()
         self.close_socket(reset)
 
     def end(self) -> None:
@@ -1739,7 +1761,7 @@ class Connection:
         if receiver.fault:
             self.fail(receiver.fault.code, receiver.fault.reason)
         elif wire.eof and not receiver.more:
-            self._protocol.client_terminated = True
+            self.protocol.client_terminated = True
             self.state = ENDING
         elif self.handler.application in self._registry.leaving and not receiver.more:
             receiver.skip()
@@ -1753,7 +1775,7 @@ class Connection:
         wire.flush()
         if self.state == CLOSING and self._sender.our_close is None:
             self.state = AWAITING
-        came = receiver.closed or self._protocol.client_terminated
+        came = receiver.closed or self.protocol.client_terminated
         idle = self._inbox.is_empty() and not receiver.more
         if self.state == AWAITING and (came or not receiver.in_sync or (wire.eof and idle)):
             self.state = ENDING
@@ -1764,14 +1786,14 @@ class Connection:
         inbox, more = self._inbox, self._receiver.more and not self._discards()
         if (more and inbox.has_place()) or inbox.has_next():
             self._registry.again(self)
-        elif self.state >= LINGERING and not (self._protocol.told or inbox.running):
+        elif self.state >= LINGERING and not (self.protocol.finished or inbox.running):
             # Later, so that `on_close` is not called within another method of the handler.
             outside(self._registry.loop.call_soon, self.finish)
 
     def finish(self) -> None:
         """Has `on_close` called: in LINGERING already, since a peer that does not read may delay
         its FIN until the deadline."""
-        self.enter(self._protocol.finish)
+        self.enter(self.protocol.finish)
         if self.state == CLOSED:
             self._registry.remove(self)
 
@@ -1784,7 +1806,7 @@ class Connection:
 
     def _discards(self) -> bool:
         """Whether what arrives is thrown away: no frame counts any more, or none can be parsed."""
-        over = self._protocol.told or self.state in (ENDING, LINGERING)
+        over = self.protocol.finished or self.state in (ENDING, LINGERING)
         return over or not self._receiver.in_sync
 
     # ---- A turn
@@ -1820,9 +1842,9 @@ class Connection:
                 continue
             if opcode == PING:
                 self._answer(bytes(payload))
-                self._protocol.call(self.handler.on_ping, payload)
+                self.protocol.call(self.handler.on_ping, payload)
             elif opcode == PONG:
-                self._protocol.call(self.handler.on_pong, payload)
+                self.protocol.call(self.handler.on_pong, payload)
             elif self._inbox.is_empty():
                 self._deliver(opcode, payload)
             else:
@@ -1845,14 +1867,14 @@ class Connection:
         self.traffic.count_received(opcode, len(payload))
         if self._prefix is None or self._registry.shows:
             message = payload.decode() if opcode == TEXT else bytes(payload)
-            self._protocol.call(self.handler.on_message, message)
+            self.protocol.call(self.handler.on_message, message)
         else:
             # This does what EchoHandler.on_message does, without making a str of the message.
             self._registry.omitted[RECEIVED] += 1
             sent = self.write(opcode, payload, self._prefix)
             if not sent.done():
                 sent.add_done_callback(self.handler.on_sent)
-                self._protocol.wait_for(sent)
+                self.protocol.wait_for(sent)
         self._inbox.hold(len(payload))
 
     def _look_at_handler(self) -> None:
@@ -1876,12 +1898,12 @@ class Connection:
         if self.state == OPEN:
             self._sender.our_close = close_frame(code, reason)
             self.state = CLOSING
-            self._protocol.server_terminated = True
-            self.outcome = code or 1005
+            self.protocol.server_terminated = True
+            self.protocol.outcome = code or 1005
 
     def _take_close(self, body: bytes) -> None:
         """Section 5.5.1: answers the peer's Close with its code."""
-        protocol = self._protocol
+        protocol = self.protocol
         protocol.client_terminated = True
         if body:
             protocol.close_code = int.from_bytes(body[:2], "big")
@@ -1893,7 +1915,7 @@ class Connection:
         self._discard_messages()
         self._begin_closing(code, reason)
         if reason:
-            self._protocol.warn(f"{code} {reason}")
+            self.protocol.warn(f"{code} {reason}")
 
     def _discard_messages(self) -> None:
         """From now on, no message counts, not even one that waits; but the peer's Close does."""
@@ -1906,17 +1928,17 @@ class Connection:
         owed = self._wire.backlog or (self._wire.waiting and self.state == OPEN)
         self.close_socket(reset=False)
         if owed and not self._inbox.running:
-            self._protocol.warn(f"reply not sent: {error.strerror or error}")
+            self.protocol.warn(f"reply not sent: {error.strerror or error}")
 
     def close_socket(self, reset: bool) -> None:
         if self.state == CLOSED:
             return
         self.state = CLOSED
         self._heads = None
-        self._protocol.client_terminated = self._protocol.server_terminated = True
+        self.protocol.client_terminated = self.protocol.server_terminated = True
         self._registry.forget(self._wire.fd, self)
         self._wire.close(reset)
-        if self._protocol.told:
+        if self.protocol.finished:
             self._registry.remove(self)
         self.settle()
 
@@ -1933,10 +1955,10 @@ class Connection:
         reads = bool(self._watched & READ) and not receiver.closed
         late = self._deadlines.passed(now, self.state, self._wire, receiver.unfinished, reads)
         if late == "taking":
-            self.outcome = 1008
+            self.protocol.outcome = 1008
             self._registry.cut["stalled"] += 1
             self.drop()
-            self._protocol.warn("1008 takes nothing")
+            self.protocol.warn("1008 takes nothing")
         elif late == "message":
             # What came before it is handled first.
             receiver.fault = Fault(1008, "message does not go on")
@@ -1945,7 +1967,7 @@ class Connection:
             self._registry.cut["silent"] += 1
             self.fail(1008, "no answer to a ping")
             # Our Close would not be answered either.
-            self._protocol.client_terminated = True
+            self.protocol.client_terminated = True
         elif late == "silence":
             self._deadlines.pinged = now
             self._wire.put(control_frame(PING, b""))
@@ -2118,8 +2140,9 @@ class Connections:
         if connection not in self.open:
             return
         self.open.remove(connection)
-        self.closed[connection.outcome] += 1
+        self.closed[connection.protocol.outcome] += 1
         self.traffic.add(connection.traffic)
+        connection.protocol.release()
         if not self.watched and not self.open:
             self._end()
 
