@@ -88,10 +88,11 @@ class EchoHandler(websocket.WebSocketHandler):
             sent = self.write_message(self.prefix + message)
         else:
             sent = self.write_message(utf8(self.prefix) + message, binary=True)
-        if not sent.done() or sent.exception():
-            sent.add_done_callback(self.on_sent)
-            return sent
-        return None
+        if sent.done():
+            # It has left, or the connection has ended and has logged why.
+            return None
+        sent.add_done_callback(self.on_sent)
+        return sent
 
     def on_sent(self, sent: asyncio.Future[None]) -> None:
         if not sent.cancelled() and sent.exception():
