@@ -280,7 +280,7 @@ def read_frame(file: BinaryIO) -> tuple[int, bytes]:
 
 def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Runs the program, if it ends by itself."""
-    return ended(sys.executable, str(MODULE), *args, input=stdin)
+    return ended(sys.executable, str(MODULE), *args, input=stdin, errors="surrogateescape")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -4242,11 +4242,8 @@ def test_another_protocol_is_recognised_at_once_and_is_worth_one_line(
     until(lambda: any(peer in text for text in process.lines[before:]))
     (found,) = [text for text in process.lines[before:] if peer in text]
     assert f"error:{kind}, from {peer}: " in found and found.endswith(detail)
-    assert (
-        (b"400: this port speaks TLS" in said)
-        == (kind == "plain HTTP on a TLS port")
-        == (said != b"")
-    )
+    answer = b"HTTP/1.1 400 .*400: this port speaks TLS.*" if "plain HTTP" in kind else b""
+    assert re.fullmatch(answer, said, re.DOTALL)
 
 
 # ---- Stopping
@@ -4366,11 +4363,11 @@ def test_behind_haproxy_a_server_that_stops_under_load_refuses_nobody(
         stack.callback(haproxy.kill)
         clients = [stack.enter_context(come()) for _ in range(20)]
         with ThreadPoolExecutor(4) as threads:
-            visits = threads.map(lambda _: come().close(), range(200))
+            first = threads.map(lambda _: come().close(), range(200))
             one.signal(signal.SIGTERM)
             until(lambda: not listens(("127.0.0.1", one.port)))
-            visits = itertools.chain(visits, threads.map(lambda _: come().close(), range(200)))
-            assert len(list(visits)) == 400
+            second = threads.map(lambda _: come().close(), range(200))
+            assert len([*first, *second]) == 400
         for client in clients:
             client.sendall(text("Hello!"))
         ends = Counter(client.recv(4) for client in clients)
@@ -4399,9 +4396,8 @@ def test_systemd_is_told_of_start_reload_and_stop_and_the_watchdog_is_fed_in_tim
     assert server.exit_code() == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract sockets")
 def test_the_notify_socket_may_be_abstract(serve: Serve) -> None:
-    if sys.platform != "linux":
-        pytest.skip("only Linux has abstract sockets")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.settimeout(PATIENCE)
         sock.bind("")
@@ -4472,12 +4468,10 @@ def test_an_inherited_descriptor_that_is_no_socket_is_named() -> None:
         inherited_socket(file.fileno())
 
 
+@pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="it is not installed")
 def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
-    activate = shutil.which("systemd-socket-activate") or pytest.skip(
-        "there is no systemd-socket-activate"
-    )
     path = str(tmp_path / "s")
-    with Process(before=[activate, f"--listen={path}"]) as server:
+    with Process(before=["systemd-socket-activate", f"--listen={path}"]) as server:
         until(lambda: os.path.exists(path))
         with upgraded(path) as client:
             assert echoed(client) == "ECHO:Hello!"
@@ -4669,10 +4663,9 @@ def test_the_client_ends_with_1_and_one_line_when_a_reply_is_missing(
     server: Process, query: str, arguments: str, stdin: str, said: str
 ) -> None:
     url = server.url + query
-    command = [sys.executable, str(MODULE), f"--connect={url}", *arguments.split()]
-    done = ended(*command, input=stdin, errors="surrogateescape")
-    assert done.returncode == 1
-    assert re.fullmatch(rf"{re.escape(f'[CLIENT] error:{url}: {said}')}.*\n", done.stderr)
+    done = run(f"--connect={url}", *arguments.split(), stdin=stdin)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"[CLIENT] error:{url}: {said}")
 
 
 # ------------------------------------------------------------------------------------- Command line
@@ -4824,10 +4817,8 @@ def test_a_reply_to_a_client_that_has_left_is_one_line(serve: Serve) -> None:
 EXITS = [
     (2, "--port", "--port"),
     (2, "4000", "4000"),
-    (2, "--port=0 --certfile", "--certfile"),
     (2, "--port=0 --keyfile=FOLDER/key", "--keyfile"),
     (2, "--port=0 --client-cafile=FOLDER/key", "--client-cafile"),
-    (2, "--config=FOLDER/wrong.toml", "FOLDER/wrong.toml"),
     (1, "--config=FOLDER/missing.toml", "FOLDER/missing.toml"),
     (1, "--connect=ws://127.0.0.1:1/", "[CLIENT] error:ws://127.0.0.1:1/: Connection refused"),
     (1, "--connect=ws://[::1", "[CLIENT] error:ws://[::1: "),
