@@ -4317,26 +4317,35 @@ def test_while_stopping_nobody_is_let_in_and_the_health_check_says_so(serve: Ser
             server.dial()
 
 
-def test_clients_that_connected_before_sigterm_are_let_in_and_sent_away(serve: Serve) -> None:
-    """Those in the queue of the listening socket, also if they send their handshake when the others
-    have gone."""
+def test_clients_in_the_queue_of_the_listening_socket_are_answered_and_sent_away(
+    serve: Serve,
+) -> None:
+    """Also if there are more of them, or of their messages, than are taken at a time."""
     server = serve()
     server.line("listening")
     server.signal(signal.SIGSTOP)
+    goodbye = reply_frame(FIN | CLOSE, close_body(1001, "the server is stopping"))
+    owed = reply_frame(FIN | TEXT, b"ECHO:a") * 300 + goodbye
     with contextlib.ExitStack() as stack:
-        early, late = ([stack.enter_context(server.dial()) for _ in range(10)] for _ in range(2))
-        for sock in early:
-            sock.sendall(request())
+        socks = [stack.enter_context(server.dial()) for _ in range(100)]
+        for sock in socks:
+            sock.sendall(request() + text("a") * 300)
         server.signal(signal.SIGTERM)
         server.signal(signal.SIGCONT)
-        for sock in early:
-            assert is_let_in(sock) and close_code(sock) == 1001
-            sock.close()
-        server.line(r"close\(\)", len(early))
-        for sock in late:
-            sock.sendall(request())
-        for sock in late:
-            assert is_let_in(sock) and close_code(sock) == 1001
+        for sock in socks:
+            assert is_let_in(sock)
+            with sock.makefile("rb") as file:
+                assert file.read(len(owed)) == owed
+    assert server.exit_code() == 0
+
+
+def test_a_handshake_that_comes_after_sigterm_is_followed_by_1001(serve: Serve) -> None:
+    server = serve()
+    with server.dial() as sock:
+        server.signal(signal.SIGTERM)
+        until(lambda: not listens(("127.0.0.1", server.port)))
+        sock.sendall(request())
+        assert is_let_in(sock) and close_code(sock) == 1001
     assert server.exit_code() == 0
 
 
