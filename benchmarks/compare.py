@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Measure ws-echo and other WebSocket servers in the same run.
 
-Every server answers X with ECHO:X. In each round, the servers take turns, each as a
-new process on one core; the load generator has another core. Absolute figures depend
-on the machine, and drift if it is shared: compare figures of the same run only.
+Every server answers X with ECHO:X. In each round, the servers take turns, each as a new process
+on one core; the load generator has another core. Absolute figures depend on the machine, and drift
+if it is shared: compare figures of the same run only.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -20,18 +21,15 @@ from types import FrameType
 
 import report
 from loads import LOADS, Load, Result, Settings
+from options import add_ws_echo, chosen, split
 from report import Board
-from servers import HERE, Candidate, ad_hoc, find, pin, raise_file_limit, running
-from wire import ClosedError, MeasurementError
+from servers import Candidate, ad_hoc, find, pin, raise_file_limit, running
+from wire import MeasurementError, described
 
 # Descriptors needed in addition to those of the connections.
 OTHER_FILES = 500
-# The share of the time spent waiting for a core from which on it is reported.
+# The share of the time above which it is reported that a measurement waited for a core.
 WAITED = 0.1
-
-
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -39,8 +37,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare WebSocket echo servers.")
     add = parser.add_argument
     default = "(default: %(default)s)"
-    add("--only", type=names, metavar="A,B", help="measure these servers only")
-    add("--loads", type=names, metavar="A,B", help=f"measure these loads only, of {loads}")
+    add("--only", type=split, metavar="A,B", help="measure these servers only")
+    add("--loads", type=split, metavar="A,B", help=f"measure these loads only, of {loads}")
     add("--rounds", type=int, default=3, help=f"number of rounds for each load {default}")
     add("--seconds", type=float, default=2.0, help=f"seconds that a measurement takes {default}")
     add("--warm-up", type=float, default=0.3, help=f"seconds before a measurement {default}")
@@ -53,8 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--server", action="append", default=[], metavar="NAME=COMMAND", help=text)
     text = "server that the others are compared with (default: the first --server, or ws-echo)"
     add("--subject", help=text)
-    text = "directory of echo_server.py"
-    add("--ws-echo", type=Path, default=HERE.parent, metavar="DIR", help=text)
+    add_ws_echo(parser)
     add("--node-modules", metavar="DIR", help="directory in which ws and bun are installed")
     add("--server-core", type=int, default=0, help=f"core of the server {default}")
     add("--client-core", type=int, default=1, help=f"core of the load generator {default}")
@@ -65,28 +62,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def chosen_servers(options: argparse.Namespace) -> list[Candidate]:
-    found, missing = find(options.ws_echo.resolve(), options.node_modules)
-    candidates = [ad_hoc(text) for text in options.server] + found
+def candidates_of(options: argparse.Namespace) -> list[Candidate]:
+    found, missing = find(options.ws_echo, options.node_modules)
     if missing:
         say(f"not found: {', '.join(missing)}")
-    if options.only is None:
-        return candidates
-    known = {candidate.name.lower(): candidate for candidate in candidates}
-    unknown = [name for name in options.only if name.lower() not in known]
-    if unknown:
-        raise ValueError(f"unknown: {', '.join(unknown)}; here are {', '.join(known)}")
-    return [known[name.lower()] for name in options.only]
-
-
-def chosen_loads(options: argparse.Namespace) -> list[Load]:
-    if options.loads is None:
-        return list(LOADS)
-    known = {load.name: load for load in LOADS}
-    unknown = [name for name in options.loads if name not in known]
-    if unknown:
-        raise ValueError(f"unknown loads: {', '.join(unknown)}; here are {', '.join(known)}")
-    return [known[name] for name in options.loads]
+    return chosen(options.only, [*map(ad_hoc, options.server), *found])
 
 
 def subject_of(options: argparse.Namespace, board: Board) -> str | None:
@@ -101,11 +81,8 @@ def say(text: str) -> None:
 
 
 def cores(options: argparse.Namespace) -> tuple[int | None, int | None]:
-    here = os.sched_getaffinity(0)
-    if {
-        options.server_core,
-        options.client_core,
-    } <= here and options.server_core != options.client_core:
+    both = {options.server_core, options.client_core}
+    if len(both) == 2 and both <= os.sched_getaffinity(0):
         return options.server_core, options.client_core
     say("warning: the server and the load generator do not have a core each")
     return None, None
@@ -121,8 +98,7 @@ class Run:
         self._candidates = candidates
         self._rounds = options.rounds
         self._settings = Settings(options.seconds, options.warm_up, options.idle)
-        self._cores = cores(options)
-        self.client_core = self._cores[1]
+        self._server_core, self.client_core = cores(options)
         self._done = 0
 
     def run(self) -> None:
@@ -140,46 +116,33 @@ class Run:
         total = len(self.board.loads) * self._rounds * len(self._candidates)
         where = f"[{self._done}/{total}] {load.name} {number + 1}/{self._rounds} {candidate.name}"
         if outcome.error:
-            return say(f"{where}: left out, {outcome.error.partition(':')[0]} before")
-        result, outcome.error = self._attempt(load, candidate)
-        outcome.rounds.append(result)
-        say(f"{where}: {outcome.error or summary(load, result)}")
-
-    def _attempt(self, load: Load, candidate: Candidate) -> tuple[Result | None, str]:
+            return say(f"{where}: left out, {outcome.label} before")
         try:
-            with running(candidate, load.deflate, *self._cores) as server:
-                try:
-                    return load.run(server, self._settings), ""
-                except (MeasurementError, OSError):
-                    # If the server has ended, that explains more than this error.
-                    server.check_alive()
-                    raise
-        except MeasurementError as error:
-            return None, f"{error.label}: {error}"
-        except ConnectionError as error:
-            return None, f"{ClosedError.label}: {error}"
-        except OSError as error:
-            return None, f"{MeasurementError.label}: {error}"
+            with running(candidate, load.deflate, self._server_core) as server:
+                result = load.run(server, self._settings)
+        except (MeasurementError, OSError) as error:
+            outcome.rounds.append(None)
+            outcome.error = described(error)
+            return say(f"{where}: {outcome.error}")
+        outcome.rounds.append(result)
+        say(f"{where}: {summary(load, result)}")
 
 
-def summary(load: Load, result: Result | None) -> str:
-    shown = [metric for metric in load.metrics if result is not None and metric.key in result]
-    parts = [f"{m.title} {report.number((result or {})[m.key], m.digits)}" for m in shown]
-    share = (result or {}).get("waited", 0.0)
-    if share > WAITED:
-        parts.append(f"waited for a core {share:.0%} of the time")
+def summary(load: Load, result: Result) -> str:
+    shown = [metric for metric in load.metrics if metric.key in result]
+    parts = [f"{m.title} {report.number(result[m.key], m.digits)}" for m in shown]
+    waited = result.get("waited", 0.0)
+    if waited > WAITED:
+        parts.append(f"waited for a core {waited:.0%} of the time")
     return "; ".join(parts)
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next(
-        (x.partition(":")[2].strip() for x in lines if x.startswith("model name")),
-        platform.machine(),
-    )
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def machine() -> dict[str, object]:
@@ -213,27 +176,28 @@ def tables(options: argparse.Namespace, board: Board, candidates: list[Candidate
     return "\n\n".join(parts) + "\n"
 
 
+def everything(
+    options: argparse.Namespace, board: Board, candidates: list[Candidate]
+) -> dict[str, object]:
+    return {
+        "machine": machine(),
+        "settings": {key: getattr(options, key) for key in ("rounds", "seconds", "idle")},
+        "versions": {c.name: c.version for c in candidates},
+        "results": report.as_json(board, subject_of(options, board)),
+    }
+
+
 def write(options: argparse.Namespace, board: Board, candidates: list[Candidate]) -> None:
     text = tables(options, board, candidates)
     print(text)
     if options.markdown:
         options.markdown.write_text(text)
     if options.json:
-        data = {
-            "machine": machine(),
-            "settings": {
-                "rounds": options.rounds,
-                "seconds": options.seconds,
-                "idle": options.idle,
-            },
-            "versions": {c.name: c.version for c in candidates},
-            "results": report.as_json(board, subject_of(options, board)),
-        }
+        data = everything(options, board, candidates)
         options.json.write_text(json.dumps(data, indent=1) + "\n")
     if options.svg:
-        options.svg.write_text(
-            report.svg(board, "WebSocket echo servers, one core", footer(options))
-        )
+        picture = report.svg(board, "WebSocket echo servers, one core", footer(options))
+        options.svg.write_text(picture)
 
 
 def stop(number: int, frame: FrameType | None) -> None:
@@ -252,7 +216,7 @@ def prepare(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        candidates, loads = chosen_servers(options), chosen_loads(options)
+        candidates, loads = candidates_of(options), chosen(options.loads, LOADS)
     except ValueError as error:
         say(f"compare.py: {error}")
         return 2
@@ -262,16 +226,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare(options)
     run = Run(options, candidates, loads)
     pin(run.client_core)
-    # The garbage collector would make the generator pause, and nothing here makes cycles.
+    # The garbage collector would make the load generator pause, and nothing here makes cycles.
     gc.disable()
-    interrupted = False
+    status = 0
     try:
         run.run()
     except KeyboardInterrupt:
-        interrupted = True
+        status = 130
         say("interrupted; what was measured until now:")
     write(options, run.board, candidates)
-    return 130 if interrupted else 1 if report.errors(run.board) else 0
+    return status or (1 if report.errors(run.board) else 0)
 
 
 if __name__ == "__main__":

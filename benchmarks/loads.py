@@ -1,11 +1,12 @@
 """The load generator: plain sockets, epoll, and frames that are built in advance.
 
-It runs in one thread on one core, and has to use less CPU than the fastest server.
-So the loops below do nothing that could be done before they start.
+It runs in one thread on one core, and has to use less CPU than the fastest server. So the
+loops below do nothing that could be done before they start.
 """
 
 import array
 import contextlib
+import math
 import os
 import select
 import socket
@@ -15,12 +16,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from errno import EINPROGRESS
+from functools import partial
+from typing import TypeVar
 
-from servers import Process, core_wait
+from servers import Address, Process, core_wait
 from wire import (
     BINARY,
     CLOSE,
     MASKS,
+    MIB,
+    NORMAL,
     PREFIX,
     TEXT,
     Check,
@@ -34,20 +39,24 @@ from wire import (
     exactly,
     handshake,
     inflating,
-    reply_frame,
+    message_and_reply,
     server_frame,
+    short,
+    text,
     upgraded,
 )
 
-Address = tuple[str, int]
 Result = dict[str, float]
-# The bytes to send, and the check of what is received.
+# What to send, and the check of what comes back.
 Step = tuple[bytes, Check]
+T = TypeVar("T")
 
 STALL = 10.0
 OPEN_TIMEOUT = 90.0
 PARALLEL = 50
 CHUNK = 256 * 1024
+# The time between two short messages on a connection that sends them at fixed times.
+INTERVAL = 0.005
 # The addresses to connect from. A single one would have too few ports for a long run.
 SOURCES = [(f"127.0.0.{n}", 0) for n in range(2, 10)]
 BIND_ADDRESS_NO_PORT = 24
@@ -64,6 +73,16 @@ class Settings:
 # Opening connections
 
 
+def client_socket(number: int) -> socket.socket:
+    """Return a socket to connect with. Its close is a reset, which leaves no TIME_WAIT."""
+    sock = socket.socket()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    sock.setsockopt(socket.IPPROTO_IP, BIND_ADDRESS_NO_PORT, 1)
+    sock.bind(SOURCES[number % len(SOURCES)])
+    return sock
+
+
 @dataclass(slots=True)
 class Call:
     """A connection that has not finished its steps."""
@@ -76,8 +95,8 @@ class Call:
 class Caller:
     """Opens connections and takes each through the same steps, several at a time.
 
-    With `hang_up`, a connection is finished when the server has closed it. Without, it
-    is finished after the last step, and stays open.
+    With `hang_up`, a connection is finished when the server has closed it. Without, it is
+    finished after the last step, and stays open.
     """
 
     def __init__(self, address: Address, steps: list[Step], hang_up: bool = False) -> None:
@@ -90,22 +109,28 @@ class Caller:
         self._calls: dict[int, Call] = {}
         self._poll = select.epoll()
 
-    def run(self, count: int | None = None, until: float = 0.0) -> None:
-        """Finish `count` connections, or as many as possible until then."""
-        limit = time.perf_counter() + OPEN_TIMEOUT if count is not None else until + STALL
+    def run(self, count: int) -> None:
+        """Finish that many connections."""
+        limit = time.perf_counter() + OPEN_TIMEOUT
         self._fill(count)
-        while self._calls and (count is not None or time.perf_counter() < until):
-            events = self._poll.poll(STALL)
-            if not events or time.perf_counter() > limit:
-                raise StalledError(
-                    f"{len(self._calls)} connections wait for an answer, {self.finished} had it"
-                )
-            for fd, event in events:
-                self._advance(fd, event)
+        while self._calls:
+            self._wait()
+            if time.perf_counter() > limit:
+                raise self._stalled()
             self._fill(count)
 
+    def run_for(self, seconds: float) -> int:
+        """Finish as many connections as possible in that time; return how many."""
+        before = self.finished
+        until = time.perf_counter() + seconds
+        self._fill()
+        while time.perf_counter() < until:
+            self._wait()
+            self._fill()
+        return self.finished - before
+
     def go_on(self, count: int) -> None:
-        """Take the steps that are possible now. Start as many connections as `count` lacks."""
+        """Take the steps that are possible now. Start connections until that many were started."""
         for fd, event in self._poll.poll(0):
             self._advance(fd, event)
         self._fill(count)
@@ -115,20 +140,26 @@ class Caller:
         close_all(self.open)
         self._poll.close()
 
-    def _fill(self, count: int | None) -> None:
-        room = PARALLEL - len(self._calls)
-        for _ in range(room if count is None else min(room, count - self._started)):
+    def _wait(self) -> None:
+        events = self._poll.poll(STALL)
+        if not events:
+            raise self._stalled()
+        for fd, event in events:
+            self._advance(fd, event)
+
+    def _stalled(self) -> StalledError:
+        waiting = len(self._calls)
+        return StalledError(f"{waiting} connections wait for an answer, {self.finished} had it")
+
+    def _fill(self, count: float = math.inf) -> None:
+        while len(self._calls) < PARALLEL and self._started < count:
             self._start()
 
     def _start(self) -> None:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = client_socket(self._started)
+        sock.setblocking(False)
         fd = sock.fileno()
         self._calls[fd] = Call(sock)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Closing by a reset leaves neither end in TIME_WAIT.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        sock.setsockopt(socket.IPPROTO_IP, BIND_ADDRESS_NO_PORT, 1)
-        sock.bind(SOURCES[self._started % len(SOURCES)])
         self._started += 1
         code = sock.connect_ex(self._address)
         if code not in (0, EINPROGRESS):
@@ -194,39 +225,40 @@ def close_all(sockets: Iterable[socket.socket]) -> None:
             sock.close()
 
 
-def greeting(server: Process) -> Step:
-    return handshake(server.address[1]), upgraded
+def greeting(server: Process, deflate: bool = False) -> Step:
+    return handshake(server.address[1], deflate), upgraded
 
 
-def echo(opcode: int, payload: bytes, mask: bytes) -> Step:
-    return client_frame(opcode, payload, mask), exactly(reply_frame(opcode, payload))
+def _echo() -> Step:
+    message, reply = short(1)
+    return message, exactly(reply)
 
 
-def farewell() -> Step:
-    code = (1000).to_bytes(2, "big")
-    return client_frame(CLOSE, code, MASKS[0]), exactly(server_frame(CLOSE, code))
+ECHO = _echo()
+FAREWELL: Step = (client_frame(CLOSE, NORMAL, MASKS[0]), exactly(server_frame(CLOSE, NORMAL)))
 
 
 @contextlib.contextmanager
-def connections(server: Process, count: int, *steps: Step) -> Iterator[list[socket.socket]]:
-    caller = Caller(server.address, [greeting(server), *steps])
-    try:
+def connections(
+    server: Process, count: int, *steps: Step, deflate: bool = False
+) -> Iterator[list[socket.socket]]:
+    """Open connections, take these steps on each, and close them in the end."""
+    caller = Caller(server.address, [greeting(server, deflate), *steps])
+    with contextlib.closing(caller):
         caller.run(count)
         yield caller.open
-    finally:
-        caller.close()
 
 
-def message(number: int) -> bytes:
-    """Return 32 bytes, different for each number."""
-    return b"message %024d" % number
+def visits(server: Process) -> "contextlib.closing[Caller]":
+    steps = [greeting(server), ECHO, FAREWELL]
+    return contextlib.closing(Caller(server.address, steps, hang_up=True))
 
 
 # Measuring
 
 
 class Meter:
-    """Measures what the server and the load generator use from its creation on."""
+    """Measures what the server and the load generator use from the time it is created."""
 
     def __init__(self, server: Process) -> None:
         self._server = server
@@ -237,9 +269,9 @@ class Meter:
         return lost, time.perf_counter(), self._server.cpu(), time.process_time()
 
     def per(self, count: int, unit: float, names: tuple[str, str, str]) -> Result:
-        """Return time, CPU of the server and CPU of the generator, each divided by `count`.
+        """Return the time, the CPU of the server and that of the generator, divided by `count`.
 
-        The result also has the share of the time that the two waited for their cores.
+        The result also contains the share of the time that the two waited for their cores.
         """
         spent = [b - a for a, b in zip(self._start, self._now(), strict=True)]
         if not count:
@@ -250,6 +282,13 @@ class Meter:
     def per_message(self, count: int) -> Result:
         result = self.per(count, 1e6, ("wall", "cpu", "client"))
         return result | {"rate": 1e6 / result["wall"]}
+
+
+def measured(server: Process, settings: Settings, run: Callable[[float], T]) -> tuple[Meter, T]:
+    """Warm up, then run again with a meter; return the meter and what the run has returned."""
+    run(settings.warm_up)
+    meter = Meter(server)
+    return meter, run(settings.seconds)
 
 
 def percentiles(latencies: "array.array[float]") -> Result:
@@ -266,25 +305,24 @@ class Exchange:
 
     def __init__(self, sockets: list[socket.socket]) -> None:
         size = max(sock.fileno() for sock in sockets) + 1
-        self._blobs = [b""] * size
+        self._messages = [b""] * size
         self._replies = [b""] * size
         self._sent = [0.0] * size
         self._poll = select.epoll()
         for number, sock in enumerate(sockets):
             fd = sock.fileno()
-            self._blobs[fd] = client_frame(TEXT, message(number), MASKS[number % len(MASKS)])
-            self._replies[fd] = reply_frame(TEXT, message(number))
+            self._messages[fd], self._replies[fd] = short(number)
             self._poll.register(fd, select.EPOLLIN)
             self._sent[fd] = time.perf_counter()
-            os.write(fd, self._blobs[fd])
+            os.write(fd, self._messages[fd])
 
     def close(self) -> None:
         self._poll.close()
 
     def run(self, seconds: float) -> "array.array[float]":
-        """Exchange messages for so long; return the latency of each."""
-        poll, blobs, replies, sent = self._poll.poll, self._blobs, self._replies, self._sent
-        read, write, clock = os.read, os.write, time.perf_counter
+        """Exchange messages for that time; return the latency of each."""
+        poll, messages, replies = self._poll.poll, self._messages, self._replies
+        sent, read, write, clock = self._sent, os.read, os.write, time.perf_counter
         latencies = array.array("d")
         add = latencies.append
         now = clock()
@@ -300,11 +338,11 @@ class Exchange:
                     self._complete(fd, data)
                 add(now - sent[fd])
                 sent[fd] = now
-                write(fd, blobs[fd])
+                write(fd, messages[fd])
         return latencies
 
     def _complete(self, fd: int, data: bytes) -> None:
-        """Receive the rest of a reply that arrives in parts. Raise WrongError if it is wrong."""
+        """Receive the rest of a reply that has come in part, or raise WrongError."""
         check = exactly(self._replies[fd])
         while not check(data):
             if not select.select([fd], [], [], STALL)[0]:
@@ -317,9 +355,7 @@ class Exchange:
 
 def _exchange(server: Process, settings: Settings, sockets: list[socket.socket]) -> Result:
     with contextlib.closing(Exchange(sockets)) as exchange:
-        exchange.run(settings.warm_up)
-        meter = Meter(server)
-        latencies = exchange.run(settings.seconds)
+        meter, latencies = measured(server, settings, exchange.run)
         return meter.per_message(len(latencies)) | percentiles(latencies)
 
 
@@ -334,8 +370,7 @@ def one(server: Process, settings: Settings) -> Result:
 
 
 def many(server: Process, settings: Settings) -> Result:
-    first = echo(TEXT, message(0), MASKS[0])
-    with connections(server, settings.idle, first) as sockets:
+    with connections(server, settings.idle, ECHO) as sockets:
         step = max(1, len(sockets) // 100)
         busy = sockets[::step][:100]
         result = _exchange(server, settings, busy)
@@ -356,19 +391,18 @@ def _check_quiet(sockets: Iterable[socket.socket]) -> None:
 
 
 class Stream:
-    """A connection that sends the same messages over and over."""
+    """A connection on which the same messages are sent over and over."""
 
-    def __init__(self, sock: socket.socket, blob: bytes, reply: bytes) -> None:
+    def __init__(self, sock: socket.socket, messages: bytes, replies: bytes) -> None:
         self.sock = sock
         self.fd = sock.fileno()
-        # How many times the blob is still to be sent.
+        # How many times the messages are still to be sent.
         self.due = 0
-        self._blob = memoryview(blob)
+        self._messages = memoryview(messages)
         self._offset = 0
-        self._size = len(reply)
-        # Enough replies to compare any chunk that recv() returns in one step, wherever in a
-        # reply it begins.
-        self._expected = reply + (reply * (CHUNK // self._size + 1))[:CHUNK]
+        self._size = len(replies)
+        # The replies over and over: enough to compare a whole chunk, wherever it begins.
+        self._expected = replies + (replies * (CHUNK // self._size + 1))[:CHUNK]
         self._position = 0
 
     def send(self) -> bool:
@@ -376,14 +410,14 @@ class Stream:
         if not self.due:
             return False
         with contextlib.suppress(BlockingIOError):
-            self._offset += self.sock.send(self._blob[self._offset : self._offset + CHUNK])
-        if self._offset == len(self._blob):
+            self._offset += self.sock.send(self._messages[self._offset : self._offset + CHUNK])
+        if self._offset == len(self._messages):
             self._offset = 0
             self.due -= 1
         return self.due > 0
 
     def receive(self, buffer: memoryview) -> int:
-        """Receive and compare a chunk; return how many replies it completes."""
+        """Receive and compare a chunk; return how many times it completes the replies."""
         try:
             data = buffer[: self.sock.recv_into(buffer)]
         except BlockingIOError:
@@ -413,7 +447,7 @@ class Streams:
         self.poll.close()
 
     def handle(self, fd: int, event: int) -> int:
-        """Handle an event; send a new message for each reply; return the number of replies."""
+        """Handle an event. Send again what has been answered, and return how many times it was."""
         stream = self._streams[fd]
         completed = stream.receive(self._buffer) if event & ~select.EPOLLOUT else 0
         stream.due += completed
@@ -432,7 +466,7 @@ class Streams:
             self.poll.modify(fd, select.EPOLLIN)
 
     def run(self, seconds: float) -> int:
-        """Exchange messages for so long; return the number of complete replies."""
+        """Exchange messages for that time; return how many times they were answered."""
         poll, handle, clock = self.poll.poll, self.handle, time.perf_counter
         count = 0
         until = clock() + seconds
@@ -449,10 +483,8 @@ def _stream(
     server: Process, settings: Settings, streams: list[Stream], window: int, batch: int
 ) -> Result:
     with contextlib.closing(Streams(streams, window)) as running:
-        running.run(settings.warm_up)
-        meter = Meter(server)
-        count = running.run(settings.seconds) * batch
-        return meter.per_message(count)
+        meter, count = measured(server, settings, running.run)
+        return meter.per_message(count * batch)
 
 
 def pipelined(server: Process, settings: Settings) -> Result:
@@ -464,21 +496,18 @@ def pipelined(server: Process, settings: Settings) -> Result:
 
 
 def _batch(sock: socket.socket, first: int, count: int) -> Stream:
-    numbers = range(first, first + count)
-    blob = b"".join(client_frame(TEXT, message(n), MASKS[n % len(MASKS)]) for n in numbers)
-    return Stream(sock, blob, b"".join(reply_frame(TEXT, message(n)) for n in numbers))
+    messages, replies = zip(*map(short, range(first, first + count)), strict=True)
+    return Stream(sock, b"".join(messages), b"".join(replies))
 
 
 def _payload(opcode: int, size: int, number: int) -> bytes:
-    """Return a payload of ASCII for text, and of all byte values for binary."""
-    line = message(number) if opcode == TEXT else bytes(range(256)) + message(number)
+    """Return ASCII if it is to be text, and bytes of all values if it is to be binary."""
+    line = text(number) if opcode == TEXT else bytes(range(256)) + text(number)
     return (line * (size // len(line) + 1))[:size]
 
 
 def _single(sock: socket.socket, opcode: int, size: int, number: int) -> Stream:
-    payload = _payload(opcode, size, number)
-    blob = client_frame(opcode, payload, MASKS[number % len(MASKS)])
-    return Stream(sock, blob, reply_frame(opcode, payload))
+    return Stream(sock, *message_and_reply(opcode, _payload(opcode, size, number), number))
 
 
 def _large(server: Process, settings: Settings, opcode: int) -> Result:
@@ -497,23 +526,21 @@ def large_binary(server: Process, settings: Settings) -> Result:
 
 # One huge message at a time, among short ones
 
-HUGE_SIZE = 8 * 1024 * 1024
+HUGE_SIZE = 8 * MIB
 BACKGROUND = 10
-INTERVAL = 0.005
 
 
 class Background:
-    """Connections that send short messages at fixed times, whether or not earlier ones have been
-    answered."""
+    """Connections on which short messages are sent at fixed times, answered or not."""
 
     def __init__(self, sockets: list[socket.socket], poll: select.epoll) -> None:
-        self._streams = [_single(sock, TEXT, 32, number) for number, sock in enumerate(sockets)]
+        self._streams = [Stream(sock, *short(number)) for number, sock in enumerate(sockets)]
         self._sent: dict[int, deque[float]] = {stream.fd: deque() for stream in self._streams}
         self._by_fd = {stream.fd: stream for stream in self._streams}
         self._buffer = memoryview(bytearray(4096))
-        self.poll = poll
         self._next = time.perf_counter()
         self._number = 0
+        self.poll = poll
         self.latencies = array.array("d")
         for fd in self._sent:
             poll.register(fd, select.EPOLLIN)
@@ -522,6 +549,7 @@ class Background:
         return fd in self._sent
 
     def pause(self) -> float:
+        """Return the seconds until the next message is due."""
         return max(0.0, self._next - time.perf_counter())
 
     def send_due(self) -> None:
@@ -542,27 +570,31 @@ class Background:
             self.latencies.append(now - sent.popleft())
 
 
+def _huge_turn(big: Streams, background: Background) -> int:
+    """Handle what comes before the next short message is due; return the number of huge replies."""
+    answered = 0
+    for fd, event in big.poll.poll(background.pause()):
+        if fd in background:
+            background.handle(fd)
+        else:
+            answered += big.handle(fd, event)
+    return answered
+
+
 def _huge_run(big: Streams, background: Background, seconds: float) -> int:
-    """Return the number of huge messages that were answered. The first answer after `seconds`
-    ends the run."""
+    """Return how many huge messages were answered. The first after that time is the last."""
+    background.latencies = array.array("d")
     count = 0
     last = time.perf_counter()
     until = last + seconds
-    while True:
+    while not count or last < until:
         background.send_due()
-        for fd, event in big.poll.poll(background.pause()):
-            if fd in background:
-                background.handle(fd)
-                continue
-            answered = big.handle(fd, event)
+        if answered := _huge_turn(big, background):
             count += answered
-            last = time.perf_counter() if answered else last
-        if count and last >= until:
-            return count
-        if time.perf_counter() > last + 2 * STALL:
-            raise StalledError(
-                f"a message of {HUGE_SIZE} bytes was not answered in {2 * STALL:.0f} s"
-            )
+            last = time.perf_counter()
+        elif time.perf_counter() > last + 2 * STALL:
+            raise StalledError(f"no answer to {HUGE_SIZE} bytes in {2 * STALL:.0f} s")
+    return count
 
 
 def huge(server: Process, settings: Settings) -> Result:
@@ -570,10 +602,8 @@ def huge(server: Process, settings: Settings) -> Result:
         streams = [_single(sockets[0], TEXT, HUGE_SIZE, 1)]
         with contextlib.closing(Streams(streams, window=1)) as big:
             background = Background(sockets[1:], big.poll)
-            _huge_run(big, background, settings.warm_up)
-            background.latencies = array.array("d")
-            meter = Meter(server)
-            count = _huge_run(big, background, settings.seconds)
+            run = partial(_huge_run, big, background)
+            meter, count = measured(server, settings, run)
             result = meter.per(count * HUGE_SIZE, 1e9, ("wall_byte", "cpu_byte", "client_byte"))
     return result | (percentiles(background.latencies) if background.latencies else {})
 
@@ -581,15 +611,13 @@ def huge(server: Process, settings: Settings) -> Result:
 # Memory
 
 
-def _memory(server: Process, count: int, steps: list[Step]) -> Result:
+def _memory(server: Process, count: int, *steps: Step) -> Result:
     # Without these, the result would include what the first connections cost.
-    first = Caller(server.address, [*steps, farewell()], hang_up=True)
-    with contextlib.closing(first):
+    with contextlib.closing(Caller(server.address, [*steps, FAREWELL], hang_up=True)) as first:
         first.run(2 * PARALLEL)
     time.sleep(0.5)
     before = server.memory()
-    caller = Caller(server.address, steps)
-    with contextlib.closing(caller):
+    with contextlib.closing(Caller(server.address, list(steps))) as caller:
         caller.run(count)
         time.sleep(1.0)
         _check_quiet(caller.open)
@@ -597,11 +625,11 @@ def _memory(server: Process, count: int, steps: list[Step]) -> Result:
 
 
 def idle_memory(server: Process, settings: Settings) -> Result:
-    steps = [greeting(server), echo(TEXT, message(1), MASKS[1])]
-    return _memory(server, settings.idle, steps)
+    return _memory(server, settings.idle, greeting(server), ECHO)
 
 
-def _negotiated(server: Process, request: bytes) -> bool:
+def _negotiates_deflate(server: Process) -> bool:
+    request, _ = greeting(server, deflate=True)
     answers: list[bytes] = []
 
     def check(data: bytes) -> bool:
@@ -614,16 +642,14 @@ def _negotiated(server: Process, request: bytes) -> bool:
 
 
 def idle_memory_deflate(server: Process, settings: Settings) -> Result:
-    request = handshake(server.address[1], deflate=True)
-    negotiated = _negotiated(server, request)
+    negotiated = _negotiates_deflate(server)
     long = b"".join(b'{"number": %d, "name": "name %d"}' % (n, n * n) for n in range(100))[:2048]
-    first = client_frame(TEXT, message(1), MASKS[1])
-    second = client_frame(
-        TEXT, deflated(long) if negotiated else long, MASKS[2], compressed=negotiated
-    )
-    check = inflating(((TEXT, PREFIX + message(1)), (TEXT, PREFIX + long)))
-    steps: list[Step] = [(request, upgraded), (first + second, check)]
-    return _memory(server, settings.idle, steps) | {"deflate": float(negotiated)}
+    first = client_frame(TEXT, text(1), MASKS[1])
+    body = deflated(long) if negotiated else long
+    second = client_frame(TEXT, body, MASKS[2], compressed=negotiated)
+    check = inflating(((TEXT, PREFIX + text(1)), (TEXT, PREFIX + long)))
+    result = _memory(server, settings.idle, greeting(server, deflate=True), (first + second, check))
+    return result | {"deflate": float(negotiated)}
 
 
 # Connections that come and go
@@ -631,22 +657,15 @@ def idle_memory_deflate(server: Process, settings: Settings) -> Result:
 ARRIVALS = 2000
 
 
-def visits(server: Process) -> "contextlib.closing[Caller]":
-    steps = [greeting(server), echo(TEXT, message(1), MASKS[1]), farewell()]
-    return contextlib.closing(Caller(server.address, steps, hang_up=True))
-
-
 def connects(server: Process, settings: Settings) -> Result:
     with visits(server) as caller:
-        caller.run(until=time.perf_counter() + settings.warm_up)
-        meter = Meter(server)
-        before = caller.finished
-        caller.run(until=time.perf_counter() + settings.seconds)
-        return meter.per_message(caller.finished - before)
+        meter, count = measured(server, settings, caller.run_for)
+        return meter.per_message(count)
 
 
 def _arrivals_run(caller: Caller, background: Background, seconds: float) -> float:
-    """Return the connections per second that were finished."""
+    """Return how many connections a second were finished."""
+    background.latencies = array.array("d")
     before, began = caller.finished, time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds:
         background.send_due()
@@ -663,12 +682,13 @@ def arrivals(server: Process, settings: Settings) -> Result:
         contextlib.closing(select.epoll()) as poll,
     ):
         background = Background(sockets, poll)
-        _arrivals_run(caller, background, settings.warm_up)
-        background.latencies = array.array("d")
-        meter = Meter(server)
-        rate = _arrivals_run(caller, background, settings.seconds)
-        result = meter.per_message(len(background.latencies)) | percentiles(background.latencies)
-        return result | {"arrivals": rate}
+        run = partial(_arrivals_run, caller, background)
+        meter, rate = measured(server, settings, run)
+        latencies = background.latencies
+        return meter.per_message(len(latencies)) | percentiles(latencies) | {"arrivals": rate}
+
+
+# The loads and the columns of the tables
 
 
 @dataclass(frozen=True)
@@ -677,7 +697,7 @@ class Metric:
     title: str
     digits: int
     more_is_better: bool = False
-    # The generator's CPU time, for one, is not compared.
+    # Whether servers are compared by it.
     compared: bool = True
 
 
@@ -687,8 +707,8 @@ class Load:
     title: str
     run: Callable[[Process, Settings], Result]
     metrics: tuple[Metric, ...]
-    # The keys of the metrics that the picture shows for this load.
-    overview: tuple[str, ...]
+    # The keys of the metrics that the picture shows.
+    overview: tuple[str, ...] = ("rate", "cpu")
     deflate: bool = False
 
 
@@ -699,93 +719,77 @@ P50 = Metric("p50", "p50, ms", 3)
 P99 = Metric("p99", "p99, ms", 2)
 KILOBYTES = Metric("kilobytes", "kB per connection", 2)
 
+STREAM = (RATE, CPU, CLIENT)
+EXCHANGE = (RATE, CPU, P50, P99, CLIENT)
+HUGE = (
+    Metric("cpu_byte", "CPU, ns/byte", 3),
+    Metric("wall_byte", "time, ns/byte", 3),
+    Metric("p50", "p50 of the short, ms", 2),
+    Metric("p99", "p99 of the short, ms", 2),
+    Metric("client_byte", "generator, ns/byte", 3, compared=False),
+)
+CONNECTS = (
+    Metric("rate", "connects/s", 0, more_is_better=True),
+    Metric("cpu", "CPU per connection, µs", 1),
+    Metric("client", "generator, µs", 1, compared=False),
+)
+
 LOADS = (
     Load(
         "single",
         "1 connection, one message of 32 bytes in flight",
         single,
         (P50, P99, RATE, CPU, CLIENT),
-        ("p50",),
+        overview=("p50",),
     ),
-    Load(
-        "one",
-        "100 connections, one message of 32 bytes in flight each",
-        one,
-        (RATE, CPU, P50, P99, CLIENT),
-        ("rate", "cpu"),
-    ),
-    Load(
-        "pipelined",
-        "10 connections, 100 messages of 32 bytes in flight each",
-        pipelined,
-        (RATE, CPU, CLIENT),
-        ("rate", "cpu"),
-    ),
+    Load("one", "100 connections, one message of 32 bytes in flight each", one, EXCHANGE),
+    Load("pipelined", "10 connections, 100 messages of 32 bytes in flight each", pipelined, STREAM),
     Load(
         "large-text",
         "10 connections, one text message of 64 KiB in flight each",
         large_text,
-        (RATE, CPU, CLIENT),
-        ("rate", "cpu"),
+        STREAM,
     ),
     Load(
         "large-binary",
         "10 connections, one binary message of 64 KiB in flight each",
         large_binary,
-        (RATE, CPU, CLIENT),
-        ("rate", "cpu"),
+        STREAM,
     ),
     Load(
         "huge",
         "one text message of 8 MiB at a time; 10 others each send 32 bytes every 5 ms",
         huge,
-        (
-            Metric("cpu_byte", "CPU, ns/byte", 3),
-            Metric("wall_byte", "time, ns/byte", 3),
-            Metric("p50", "p50 of the short, ms", 2),
-            Metric("p99", "p99 of the short, ms", 2),
-            Metric("client_byte", "generator, ns/byte", 3, compared=False),
-        ),
-        ("cpu_byte", "p99"),
+        HUGE,
+        overview=("cpu_byte", "p99"),
     ),
-    Load(
-        "many",
-        "like one, while 9,900 other connections are idle",
-        many,
-        (RATE, CPU, P50, P99, CLIENT),
-        ("rate", "cpu"),
-    ),
+    Load("many", "like one, while 9,900 other connections are idle", many, EXCHANGE),
     Load(
         "idle-memory",
         "memory of an idle connection after one echo",
         idle_memory,
         (KILOBYTES,),
-        ("kilobytes",),
+        overview=("kilobytes",),
     ),
     Load(
         "idle-memory-deflate",
-        "the same, with permessage-deflate and a compressed message of 2 KiB",
+        "memory of an idle connection with permessage-deflate, after a compressed message of 2 KiB",
         idle_memory_deflate,
         (KILOBYTES, Metric("deflate", "negotiated", 0, compared=False)),
-        ("kilobytes",),
+        overview=("kilobytes",),
         deflate=True,
     ),
     Load(
         "connects",
         "connect, handshake, one echo, close handshake; 50 at a time",
         connects,
-        (
-            Metric("rate", "connects/s", 0, more_is_better=True),
-            Metric("cpu", "CPU per connection, µs", 1),
-            Metric("client", "generator, µs", 1, compared=False),
-        ),
-        ("rate", "cpu"),
+        CONNECTS,
     ),
     Load(
         "arrivals",
         "100 connections send 32 bytes every 5 ms each, while 2,000 a second do as in connects",
         arrivals,
         (P50, P99, Metric("arrivals", "connects/s", 0, more_is_better=True)),
-        ("p99",),
+        overview=("p99",),
     ),
 )

@@ -6,15 +6,17 @@ from html import escape
 
 from loads import Load, Metric, Result
 
-Row = tuple[str, list[str]]
-
 
 @dataclass
 class Outcome:
-    """One server under one load: the result of each round, or None if the round failed."""
+    """One server under one load: the result of each round, or None where it has failed."""
 
     rounds: list[Result | None] = field(default_factory=list)
     error: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.error.partition(":")[0]
 
     def values(self, key: str) -> list[float]:
         return [result[key] for result in self.rounds if result is not None and key in result]
@@ -32,14 +34,16 @@ class Board:
     loads: list[Load]
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
 
+    def rows(self) -> list[tuple[Load, Metric]]:
+        return [(load, metric) for load in self.loads for metric in load.metrics]
+
     def outcome(self, load: Load, server: str) -> Outcome:
         return self.outcomes.setdefault((load.name, server), Outcome())
 
     def ratio(self, load: Load, metric: Metric, subject: str, peer: str) -> float | None:
-        """Return how many times better the subject is, as the median over the rounds.
+        """Return how many times better the subject is: the median of the ratios of the rounds.
 
-        Each round has a ratio of its own: if the machine is slow for a while, it is slow
-        for all servers of that round.
+        If the machine is slow for a while, it is so for all servers of a round.
         """
         ours, theirs = self.outcome(load, subject), self.outcome(load, peer)
         if ours.error or theirs.error:
@@ -64,6 +68,10 @@ class Board:
         return max(known) if metric.more_is_better else min(known)
 
 
+def _title(load: Load, metric: Metric) -> str:
+    return f"{load.name}: {metric.title}"
+
+
 def number(value: float, digits: int) -> str:
     return f"{value:,.{digits}f}"
 
@@ -71,7 +79,7 @@ def number(value: float, digits: int) -> str:
 def _cell(board: Board, load: Load, metric: Metric, server: str) -> str:
     outcome = board.outcome(load, server)
     if outcome.error:
-        return outcome.error.partition(":")[0]
+        return outcome.label
     value = outcome.median(metric.key)
     if value is None:
         return ""
@@ -84,44 +92,36 @@ def _times(board: Board, load: Load, metric: Metric, subject: str, peer: str) ->
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
-def _markdown(header: list[str], rows: list[Row]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|:--|" + "--:|" * (len(header) - 1)]
-    lines += ["| " + " | ".join([title, *cells]) + " |" for title, cells in rows]
+def _markdown(*rows: list[str]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|:--|" + "--:|" * (len(rows[0]) - 1))
     return "\n".join(lines)
 
 
 def medians(board: Board) -> str:
-    rows = [
-        (
-            f"{load.name}: {metric.title}",
-            [_cell(board, load, metric, server) for server in board.servers],
-        )
-        for load in board.loads
-        for metric in load.metrics
-    ]
-    return _markdown(["median", *board.servers], rows)
+    rows = (
+        [_title(load, metric), *(_cell(board, load, metric, name) for name in board.servers)]
+        for load, metric in board.rows()
+    )
+    return _markdown(["median", *board.servers], *rows)
 
 
 def ratios(board: Board, subject: str) -> str:
     peers = [server for server in board.servers if server != subject]
-    rows = [
-        (
-            f"{load.name}: {metric.title}",
-            [_times(board, load, metric, subject, peer) for peer in peers],
-        )
-        for load in board.loads
-        for metric in load.metrics
+    rows = (
+        [_title(load, metric), *(_times(board, load, metric, subject, peer) for peer in peers)]
+        for load, metric in board.rows()
         if metric.compared
-    ]
-    return _markdown([f"{subject} is better by", *peers], rows)
+    )
+    return _markdown([f"{subject} is better by", *peers], *rows)
 
 
 def errors(board: Board) -> list[str]:
     return [
-        f"{load.name}, {server}: {board.outcome(load, server).error}"
+        f"{load.name}, {server}: {error}"
         for load in board.loads
         for server in board.servers
-        if board.outcome(load, server).error
+        if (error := board.outcome(load, server).error)
     ]
 
 
@@ -133,16 +133,14 @@ def as_json(board: Board, subject: str | None) -> list[dict[str, object]]:
 
 def _entry(board: Board, load: Load, server: str, subject: str | None) -> dict[str, object]:
     outcome = board.outcome(load, server)
-    keys = [metric.key for metric in load.metrics]
-    compared = [
-        metric for metric in load.metrics if metric.compared and subject not in (None, server)
-    ]
+    others = subject is not None and subject != server
+    compared = [metric for metric in load.metrics if metric.compared and others]
     return {
         "load": load.name,
         "server": server,
         "error": outcome.error,
         "rounds": outcome.rounds,
-        "median": {key: outcome.median(key) for key in keys},
+        "median": {m.key: outcome.median(m.key) for m in load.metrics},
         "ratio": {m.key: board.ratio(load, m, subject or "", server) for m in compared},
     }
 
@@ -190,11 +188,12 @@ def _svg_cell(
     value, best = outcome.median(metric.key), board.best(load, metric)
     right = x + COLUMN - 10
     if value is None or best is None:
-        return [_text(right, y + 16, outcome.error.partition(":")[0], "note", end=True)]
-    # The best server has the full bar. Half of its length means half as good.
-    share = value / best if metric.more_is_better else best / value if value > 0 else 1.0
+        return [_text(right, y + 16, outcome.label, "note", end=True)]
+    # The bar of the best server has the full length. Half of that means half as good.
+    less, more = sorted((value, best))
+    share = less / more if less > 0 else float(value == best)
     style = "best" if value == best else ""
-    width = max(1.0, (COLUMN - 20) * min(1.0, share))
+    width = max(1.0, (COLUMN - 20) * share)
     place = f'x="{right - width:.1f}" y="{y + 21}" width="{width:.1f}" height="4"'
     bar = f'<rect {place} class="bar {style}"/>'
     return [_text(right, y + 16, number(value, metric.digits), style, end=True), bar]
@@ -202,14 +201,14 @@ def _svg_cell(
 
 def _svg_row(board: Board, load: Load, metric: Metric, y: float, width: float) -> list[str]:
     parts = [f'<line x1="0" y1="{y}" x2="{width}" y2="{y}" class="line"/>']
-    parts.append(_text(8, y + 19, f"{load.name}: {metric.title}"))
+    parts.append(_text(8, y + 19, _title(load, metric)))
     for column, server in enumerate(board.servers):
         parts += _svg_cell(board, load, metric, server, FIRST + column * COLUMN, y)
     return parts
 
 
 def svg(board: Board, title: str, note: str) -> str:
-    shown = [(load, m) for load in board.loads for m in load.metrics if m.key in load.overview]
+    shown = [(load, metric) for load, metric in board.rows() if metric.key in load.overview]
     width = FIRST + COLUMN * len(board.servers)
     height = TOP + ROW * len(shown) + 30
     parts = ['<rect width="100%" height="100%" class="back"/>', _text(8, 20, title, "title")]
