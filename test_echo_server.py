@@ -1953,6 +1953,20 @@ class TestLeaving:
         with pytest.raises(WebSocketClosedError):
             calls.handler.write_message("too late")
 
+    @over_tcp
+    async def test_the_last_peers_may_leave_at_once(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # So that one round serves all of them, also on a machine that is busy.
+        monkeypatch.setattr(echo_server, "ROUND", PATIENCE)
+        peers = [await host.connect() for _ in range(8)]
+        for peer in peers:
+            peer.send(close())
+            assert await peer.close_code() == 1000 and await peer.reader.read() == b""
+        for peer in peers:
+            peer.leave()
+        await eventually(lambda: not Connections.current().open)
+
     async def test_a_coroutine_that_writes_to_a_lost_peer_gets_an_exception_logged_in_one_line(
         self, host: Host, caplog: pytest.LogCaptureFixture
     ) -> None:
