@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs the tests of other projects with EchoHandler as the base of their handlers, in place of
-# Tornado's WebSocketHandler, to show that it can replace that: hosts.sh [--install] [SUITE ...]
+# Shows that EchoHandler can replace Tornado's WebSocketHandler: runs the tests of other projects
+# with EchoHandler as the base of their handlers. Usage: hosts.sh [--install] [SUITE ...]
 #
-# Tests that fail are run again with Tornado's own class, since some fail in any case, for instance
-# without a network. Those that pass there are run again alone, since some depend on chance. The
-# exit code is 1 if a test that is not listed below fails with EchoHandler alone. The script needs
-# PyPI, about ten minutes, and a machine that does nothing else. With HOSTS_DIR=DIRECTORY, it keeps
-# what it has installed for the next time; with --install, it only installs.
+# A test that fails is run again with Tornado's own class ("stock"), since some fail in any case,
+# for instance without a network. If it passes there, it is run again by itself, since some depend
+# on chance. The exit code is 1 if a test fails with EchoHandler only and is not listed below. The
+# script needs PyPI, about ten minutes, and a machine that does nothing else. In HOSTS_DIR, if that
+# is set, it keeps what it has installed for the next time. With --install, it only installs.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -n "${HOSTS_DIR:-}" ]; then
@@ -22,6 +22,7 @@ if [ "${1:-}" = --install ]; then
   shift
 fi
 [ $# -gt 0 ] || set -- tornado-6.6 tornado-6.5 terminado jupyter_server
+export PIP_RETRIES=10 PIP_DISABLE_PIP_VERSION_CHECK=1
 pytest=pytest==9.2.0
 tornado=6.6.1
 
@@ -45,21 +46,21 @@ install() {
   [ -e "$env/installed" ] && return
   rm -rf "$env"
   python3 -m venv "$env"
-  "$env/bin/pip" install -q --no-compile --retries 10 --disable-pip-version-check "$@"
+  "$env/bin/pip" install -q --no-compile "$@"
   touch "$env/installed"
 }
 
 # unpack NAME VERSION: fetches the source distribution, since wheels come without their tests.
 unpack() {
   [ -e "$work/$1-$2/pyproject.toml" ] && return
-  "$work/$1/bin/pip" download -q --retries 10 --disable-pip-version-check --no-deps \
-    --no-binary "$1" -d "$work" "$1==$2"
+  "$work/$1/bin/pip" download -q --no-deps --no-binary "$1" -d "$work" "$1==$2"
   tar -xzf "$work/$1-$2.tar.gz" -C "$work"
 }
 
-# try WHOSE NAME DIRECTORY ARGUMENT ...: runs pytest in that directory, with the handler of "ours"
-# or "stock". Returns 1 if a test has failed; pytest keeps in its cache which. The shells that
-# terminado starts keep their history in a home directory of their own, not in the caller's.
+# try WHOSE NAME DIRECTORY ARGUMENT ...: runs pytest in that directory, with EchoHandler if WHOSE is
+# "ours" and with Tornado's class if it is "stock". Returns 1 if a test has failed; pytest notes in
+# its cache which. The home directory is not the caller's, since the shells that terminado starts
+# write their history there.
 try() {
   local whose=$1 name=$2 folder=$3 status=0
   shift 3
@@ -76,14 +77,14 @@ try() {
   return $status
 }
 
-# failed NAME: prints the tests that have failed, according to pytest's cache.
+# failed NAME: prints the tests that have failed according to pytest's cache.
 failed() {
   sed -n 's/^ *"\(.*\)": true,\{0,1\}$/\1/p' "$work/$1/cache/v/cache/lastfailed" 2>/dev/null || true
 }
 
-# again TEST NAME DIRECTORY ARGUMENT ...: runs a test alone, on ours and on stock in turns, until it
-# passes on ours or fails on stock, and prints which. Returns 1 if neither happens in five rounds.
-# For a test that fails on both every other time, by chance, the probability of that is 1 in 1,000.
+# again TEST NAME DIRECTORY ARGUMENT ...: runs a test by itself, on ours and on stock in turns,
+# until it passes on ours or fails on stock, and prints which. Returns 1 if neither happens in five
+# rounds, which has a probability of 1 in 1,000 if the test fails every other time on both.
 again() {
   local test=$1 _
   shift
@@ -102,8 +103,8 @@ again() {
   return 1
 }
 
-# compare NAME VERSION DIRECTORY FILE ARGUMENT ...: runs the suite on ours, and what has failed on
-# stock. FILE contains the tests; if it is "", pytest finds them.
+# compare NAME VERSION DIRECTORY FILE ARGUMENT ...: runs the suite on ours, and then on stock what
+# has failed. FILE contains the tests; if it is "", pytest finds them.
 compare() {
   local name=$1 version=$2 folder=$3 files=$4 log=$work/$1/ours.log
   local test ours stock="" may=0 both=0 later=0 number=0 passed
@@ -155,7 +156,7 @@ terminado() {
 }
 
 # jupyter_server: its tests turn warnings into errors, but call what Tornado has since deprecated.
-# With the timeout_method that they set, a test that hangs would end pytest rather than fail.
+# The timeout method that they set would make a test that hangs end pytest rather than fail.
 jupyter_server() {
   install jupyter_server 'jupyter_server[test]==2.21.1' "tornado==$tornado" "$pytest"
   unpack jupyter_server 2.21.1

@@ -1,8 +1,8 @@
 """A pytest plugin that replaces Tornado's WebSocketHandler with EchoHandler.
 
-Load it with `-p hosts_plugin`: pytest imports it before the tests, which then find EchoHandler
-under the name `tornado.websocket.WebSocketHandler`. With WS_ECHO_STOCK=1, Tornado's own class
-stays, so that the results can be compared.
+With `-p hosts_plugin`, pytest imports it before the tests, which then find EchoHandler under the
+name `tornado.websocket.WebSocketHandler`. With WS_ECHO_STOCK=1, they find Tornado's own class, so
+that the results can be compared.
 """
 
 import logging
@@ -21,8 +21,8 @@ STOCK = os.environ.get("WS_ECHO_STOCK") == "1"
 # A single test need not open a WebSocket.
 ALONE = os.environ.get("WS_ECHO_ALONE") == "1"
 
-# The number of WebSockets by the handler that made their protocol object, which is the last step
-# before the handshake is answered.
+# How many WebSockets each handler has served. They are counted when their protocol object is made,
+# which is the last step before the handshake is answered.
 served: Counter[str] = Counter()
 
 
@@ -42,8 +42,8 @@ count(WebSocketHandler, "Tornado")
 if not STOCK:
     tornado.websocket.WebSocketHandler = EchoHandler  # type: ignore[misc]
 
-# Tornado's tests fail if anything is logged at INFO. Every request is, so Tornado's own runner,
-# tornado.test.runtests, does the first of these; our handler has another logger.
+# Tornado's tests fail if anything is logged at INFO, as every request is. So Tornado's own runner,
+# tornado.test.runtests, has the first of these lines; our handler has a logger of its own.
 logging.getLogger("tornado.access").setLevel(logging.CRITICAL)
 logging.getLogger("echo_server").setLevel(logging.CRITICAL)
 
@@ -58,7 +58,7 @@ def mistake() -> str:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Let the run fail if other handlers than the intended ones were tested."""
+    """Let the run fail if it has tested other handlers than it should have."""
     if mistake():
         session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
 
