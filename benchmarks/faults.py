@@ -70,12 +70,12 @@ class Figure:
     unit: str = ""
 
     @property
-    def kept(self) -> bool:
+    def within(self) -> bool:
         return self.value <= self.bound
 
     def __str__(self) -> str:
         value = f"{self.title} {self.value:,.4g} {self.unit}".rstrip()
-        return f"{value} (at most {self.bound:,.4g}){'' if self.kept else ' EXCEEDED'}"
+        return f"{value} (at most {self.bound:,.4g}){'' if self.within else ' EXCEEDED'}"
 
 
 # Takes a running server, and the seconds that a flood lasts.
@@ -97,7 +97,7 @@ def _echo(sock: socket.socket) -> float:
 
 
 def _keep_echoing(address: Address, pipe: "Connection[Any, Any]") -> None:
-    """Send messages until the pipe has something; then send it the error and the latencies."""
+    """Send messages until the pipe has something; then put the error and the latencies into it."""
     latencies = array.array("d")
     error = ""
     with socket.create_connection(address, timeout=PATIENCE) as sock:
@@ -227,13 +227,13 @@ def churn(server: Process, seconds: float) -> list[Figure]:
     return [Figure("time for 20,000 connections", time.perf_counter() - start, 60, "s")]
 
 
-def _flooding(data: bytes, read: bool, taken: float = 16.0) -> Run:
+def _flooding(data: bytes, read: bool, bound: float = 16.0) -> Run:
     def run(server: Process, seconds: float) -> list[Figure]:
         before = server.memory()
         with connections(server, 50) as sockets:
             Flood(sockets, data * (CHUNK // len(data)), read).run(seconds)
             held = (server.memory() - before) / MIB
-        return [Figure("held meanwhile", held, taken, "MiB")]
+        return [Figure("held meanwhile", held, bound, "MiB")]
 
     return run
 
@@ -356,7 +356,7 @@ FAULTS = (
     Fault(
         "pings-unread",
         "pings from 50 peers that do not read the pongs",
-        _flooding(PINGS, read=False, taken=50 * 0.4),
+        _flooding(PINGS, read=False, bound=50 * 0.4),
     ),
     Fault(
         "bytes",
@@ -366,7 +366,7 @@ FAULTS = (
     Fault(
         "bytes-unread",
         "messages of 1 byte from 50 peers that do not read the replies",
-        _flooding(BYTES, read=False, taken=50 * 1.1),
+        _flooding(BYTES, read=False, bound=50 * 1.1),
     ),
     Fault(
         "fragments",
@@ -410,7 +410,7 @@ def attempt(fault: Fault, options: argparse.Namespace) -> int:
         print(f"    {described(error)}", flush=True)
         return 1
     print("".join(f"    {figure}\n" for figure in figures), end="", flush=True)
-    return sum(not figure.kept for figure in figures)
+    return sum(not figure.within for figure in figures)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

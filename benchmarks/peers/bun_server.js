@@ -12,12 +12,13 @@ Bun.serve({
   },
   websocket: {
     maxPayloadLength: limit,
-    // Bun drops what does not fit; an 8 MiB reply must.
+    // Bun drops a reply that exceeds this limit, and the largest has to fit.
     backpressureLimit: 2 * limit,
     perMessageDeflate: deflate,
     message(socket, data) {
       // A string is sent as text, a Buffer as binary.
-      socket.send(typeof data === "string" ? "ECHO:" + data : Buffer.concat([prefix, data]), deflate);
+      const isText = typeof data === "string";
+      socket.send(isText ? "ECHO:" + data : Buffer.concat([prefix, data]), deflate);
     },
   },
 });
