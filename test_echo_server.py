@@ -2189,8 +2189,10 @@ class TestAsTornado:
         self, host: Host, end: Callable[[EchoHandler], None]
     ) -> None:
         peer, calls = await host.record(Recorder)
+        protocol = cast(Any, calls.handler.ws_connection)
         end(calls.handler)
         await eventually(lambda: calls.closes and not Connections.current().open)
+        assert protocol.client_terminated and protocol.server_terminated
         assert await peer.rest() == b""
 
     async def test_the_get_of_a_host_goes_on_when_the_connection_has_ended(
