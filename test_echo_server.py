@@ -4557,15 +4557,11 @@ def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> N
             assert server.stop() == 0
 
 
-@pytest.mark.parametrize(
-    ("log", "config", "code"), [("/dev/full", "missing.toml", 1), ("&-", "wrong.toml", 2)]
-)
-def test_a_log_that_cannot_be_written_leaves_the_exit_code_right(
-    files: Path, log: str, config: str, code: int
-) -> None:
-    command = f'exec "$@" --config={files / config} 2>{log}'
+@pytest.mark.parametrize("log", ["/dev/full", "&-"])
+def test_a_log_that_cannot_be_written_leaves_the_exit_code_right(files: Path, log: str) -> None:
+    command = f'exec "$@" --config={files}/wrong.toml 2>{log}'
     done = ended("sh", "-c", command, "sh", sys.executable, str(MODULE))
-    assert (done.returncode, done.stdout) == (code, "")
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 HALF_OPEN = """
