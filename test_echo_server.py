@@ -3256,7 +3256,6 @@ REFUSED = {
     "a header that is folded": (request(add="X-A: b\r\n c"), 400, "folding not supported"),
     "1,001 arguments": (request(f"GET /?{'a=1&' * 1000}a=1 HTTP/1.1"), 400, "number of fields"),
     "a cookie of 17 KB": (request(Cookie="x" * 17_000), 431, "more than 16384 bytes"),
-    "1,500 headers": (request(add="X-Many: 1\r\n" * 1_500 + "X-Last: 1"), 431, "more than 16384"),
     "a target of 17 KB": (request(f"GET /{'x' * 17_000} HTTP/1.1"), 414, "more than 16384 bytes"),
     "a protocol that is no token": (request(Sec_WebSocket_Protocol="a b"), 400, "list of tokens"),
     "a code that may not be": (request("GET /?close=77 HTTP/1.1"), 400, "close=77 is not 1000"),
@@ -3280,7 +3279,6 @@ ODD = {
     "a browser's Accept": request(Accept="text/html"),
     "a header of 15 KB": request(X_Filler="x" * 15_000),
     "a page of another site": request(Origin="https://other.example", Sec_Fetch_Site="cross-site"),
-    "an unknown extension": request(Sec_WebSocket_Extensions='x-webkit-deflate-frame; y="1'),
 }
 
 
@@ -3297,35 +3295,27 @@ def test_an_answer_is_not_stored_or_sniffed_and_head_is_get_without_a_body(
     assert (bare[0], bare[2]) == (status, "")
 
 
-@pytest.mark.parametrize("path", ["/healthz?x=1", "http://localhost/healthz"])
-def test_healthz_is_ok(server: Process, path: str) -> None:
-    status, headers, body = get(server, path, Accept="text/html,*/*")
+def test_healthz_is_ok(server: Process) -> None:
+    status, headers, body = get(server, "http://localhost/healthz?x=1", Accept="text/html,*/*")
     assert (status, headers.get_content_type(), body.strip()) == (200, "text/plain", "ok")
 
 
-FAMILY = re.compile(
-    r"# HELP (\w+) [A-Z].+\.\n# TYPE \1 (counter|gauge)\n"
-    r'(?:\1(?:{[a-z]+="[^"\\]*"(?:,[a-z]+="[^"\\]*")*})? [\d.e+]+\n)*'
+# The text format of Prometheus.
+METRICS = re.compile(
+    r"(# HELP (\w+) [A-Z].+\.\n# TYPE \2 ((?<=_total )counter|(?<!_total )gauge)\n"
+    r'(\2({[a-z]+="[^"\\]*"(,[a-z]+="[^"\\]*")*})? [\d.e+]+\n)*)+'
 )
 
 
-def test_metrics_are_in_the_text_format_of_prometheus(serve: Serve) -> None:
-    text = get(serve("--metrics"), "/metrics")[2]
-    families = list(FAMILY.finditer(text))
-    assert "".join(family[0] for family in families) == text
-    kinds = {family[1]: family[2] for family in families}
-    assert len(kinds) == len(families)
-    assert all((kinds[name] == "counter") == name.endswith("_total") for name in kinds)
-
-
-def samples(server: Process) -> dict[str, float]:
-    """The values by their names with labels."""
-    found = re.findall(r"(?m)^([^#].*) (\S+)$", get(server, "/metrics")[2])
-    return {name: float(value) for name, value in found}
+def measured_by(server: Process) -> dict[str, float]:
+    """The metrics by their names with labels."""
+    text = get(server, "/metrics")[2]
+    assert METRICS.fullmatch(text)
+    return {name: float(value) for name, value in re.findall(r"(?m)^([^#].*) (\S+)$", text)}
 
 
 def test_metrics_of_the_process_have_the_names_that_prometheus_knows(serve: Serve) -> None:
-    found = samples(serve("--metrics"))
+    found = measured_by(serve("--metrics"))
     assert time.time() - 60 < found["process_start_time_seconds"] < time.time()
     assert 0 < found["process_cpu_seconds_total"] < 60
     assert 1 << 20 < found["process_resident_memory_bytes"] < 1 << 30
@@ -3340,7 +3330,9 @@ def test_metrics_have_two_series_for_the_close_codes_of_applications(serve: Serv
             assert close_code(sock) == code
     name = 'ws_echo_connections_closed_total{code="%s"}'
     wanted = {name % "1000": 1, name % "3000-3999": 3, name % "4000-4999": 3}
-    until(lambda: {each: n for each, n in samples(server).items() if "closed" in each} == wanted)
+    until(
+        lambda: {each: n for each, n in measured_by(server).items() if "closed" in each} == wanted
+    )
 
 
 @pytest.mark.parametrize(("data", "status", "text"), REFUSED.values(), ids=REFUSED.keys())
@@ -3383,12 +3375,10 @@ def test_the_log_shows_the_path_of_a_handshake_but_no_query_and_no_plain_get(ser
     for path, accept in [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*")]:
         get(server, path, Accept=accept)
     upgraded(server, "ws://localhost:4000/ws/chat?token=secret").close()
-    assert server.line(r"connection\(\) from 127\.0\.0\.1:\d+ (.*)")[1] == "/ws/chat"
-    server.line(r"close\(\)")
+    server.line(r"connection\(\) from 127\.0\.0\.1:\d+ /ws/chat$")
     assert server.stop() == 0
     events = [line.split()[3] for line in server.lines]
     assert events == ["listening", "connection()", "close()", "stopped"]
-    assert not server.matching("secret")
 
 
 def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Process) -> None:
@@ -3423,11 +3413,6 @@ VALUES = {
     "X-A": "\t|\x7f|a\0b|\x85",
 }
 
-QUERIES = (
-    "delay=0|delay=nan|delay=\xff|delay|close=1000|close=%d9%a3000|close=1001&reason=x|after=-1|"
-    "close=4999&reason=%f0%9f%98%80|close=1000&reason=%ff|drop=1&after=1|push=2|&&|a;b"
-)
-
 END = b"\r\n\r\n"
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x" + END
 
@@ -3444,7 +3429,8 @@ def all_requests() -> Iterator[bytes]:
     """Right, wrong, and odd ones."""
     yield from (data for data, *_ in REFUSED.values())
     yield from (*ODD.values(), *FORMS)
-    yield from (request(f"GET /?{query} HTTP/1.1") for query in QUERIES.split("|"))
+    for query in "delay=0", "close=4999&reason=%f0%9f%98%80", "drop=1", "push=2&after=-1", "&&a;b":
+        yield request(f"GET /?{query} HTTP/1.1")
     for words in itertools.product(METHODS, TARGETS, VERSIONS):
         yield request(" ".join(words))
     for name, values in VALUES.items():
@@ -3459,25 +3445,16 @@ def all_requests() -> Iterator[bytes]:
         yield request(f"GET /{'x' * (limit - len(request()))} HTTP/1.1")
 
 
-HEADER_LINES = st.builds(
-    "{}{}{}{}".format,
-    st.sampled_from(["Host", "HOST", "X-a"]) | st.text("aZ0-_!: \t\r\x80\xe9", max_size=3),
-    st.sampled_from([": "] * 5 + [":", " :", ""]),
-    st.just("b") | st.text("b :\t\0\x7f\x85\xff", max_size=3),
-    st.sampled_from(["\r\n"] * 9 + ["\n", "\r", " ", "\r\n "]),
-)
-
-
-@given(st.lists(HEADER_LINES, max_size=4), st.sampled_from(["\r\n"] * 5 + ["\n", ""]))
-@settings(deadline=None, derandomize=True, max_examples=250)
-def test_headers_are_read_as_tornado_reads_them(lines: list[str], end: str) -> None:
-    def outcome(read: Callable[[str], HTTPHeaders]) -> Any:
+def test_headers_are_read_as_tornado_reads_them() -> None:
+    def outcome(read: Callable[[str], HTTPHeaders], text: str) -> Any:
         try:
-            return list(read("".join(lines) + end).get_all())
+            return list(read(text).get_all())
         except HTTPInputError as error:
             return str(error)
 
-    assert outcome(echo_server.read_headers) == outcome(HTTPHeaders.parse)
+    for data in all_requests():
+        text = data.decode("latin-1").partition("\n")[2]
+        assert outcome(echo_server.read_headers, text) == outcome(HTTPHeaders.parse, text)
 
 
 def test_a_request_has_the_same_answer_in_one_piece_in_two_and_after_another(
@@ -3498,7 +3475,7 @@ def test_a_request_has_the_same_answer_in_one_piece_in_two_and_after_another(
                 sock.shutdown(socket.SHUT_WR)
             return re.sub(varies, b"", everything(sock))
 
-    statuses = Counter[bytes]()
+    statuses = set()
     with server.dial() as other:
         healthy = answers(HEALTH)
         for number, data in enumerate(all_requests()):
@@ -3508,8 +3485,8 @@ def test_a_request_has_the_same_answer_in_one_piece_in_two_and_after_another(
             assert answers(data[:end], data[end:] + rest) == one, data
             # Tornado reads whatever comes after a request that was no handshake.
             assert answers(HEALTH, data + rest) == healthy + one, data
-            statuses[one[9:12]] += 1
-    assert min(statuses[status] for status in (b"101", b"400", b"405", b"426", b"431", b"")) > 3
+            statuses.add(one[9:12])
+    assert statuses >= {b"101", b"400", b"403", b"405", b"414", b"426", b"431", b""}
 
 
 # ---- Who the peer is
@@ -3529,7 +3506,6 @@ PAGES = [
     ({"Origin": "https://app.example.org"}, ""),
     ({"Origin": "HTTPS://APP.example.org:443", "Sec-Fetch-Site": "cross-site"}, ""),
     ({"Origin": "http://xn--bcher-kva.example:8080"}, ""),
-    ({"Origin": "http://b\xfccher.example:8080"}, ""),
     ({"Origin": "https://[2001:db8::7]"}, ""),
     ({"Origin": "http://localhost"}, ""),
     ({"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}, ""),
@@ -3537,9 +3513,8 @@ PAGES = [
     ({"Origin": "http://app.example.org"}, "http://app.example.org"),
     ({"Origin": "https://app.example.org:444"}, "https://app.example.org:444"),
     ({"Origin": "https://x.app.example.org"}, "https://x.app.example.org"),
-    ({"Origin": "https://b.example", "Sec-Fetch-Site": "cross-site"}, "https://b.example"),
     ({"Origin": "http://localhost:1", "Sec-Fetch-Site": "same-site"}, "http://localhost:1"),
-    ({"Origin": "null"}, "null"),
+    ({"Origin": "null", "Sec-Fetch-Site": "cross-site"}, "null"),
     ({"Origin": ""}, "it is empty"),
     ({"Sec-Fetch-Site": "cross-site"}, "it is cross-site"),
 ]
@@ -3635,19 +3610,6 @@ async def test_embedded_the_peer_is_the_one_that_tornado_found_in_a_header(
 
 
 # ------------------------------------------------------------------------------------------ Options
-
-FIELDS = echo_server.FIELDS
-
-
-def test_help_has_a_flag_for_every_option_in_at_most_80_columns(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    text = make_parser().format_help()
-    flags = set(re.findall(r"--[a-z][a-z-]*", text))
-    names = {*FIELDS, *(f"no_{name}" for name in FIELDS if FIELDS[name].default is True)}
-    assert flags - {"--help", "--version"} == {"--" + name.replace("_", "-") for name in names}
-    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -3782,11 +3744,10 @@ def client_hello() -> bytes:
 def listening_at(**options: Any) -> Iterator[str]:
     """Sockets of a server with these options, which accepts nobody, and the URL of them."""
     sockets = listening_sockets(Options(**options))
-    with contextlib.ExitStack() as stack:
-        for sock in sockets:
-            stack.enter_context(sock)
-        (url,) = echo_server.urls_of(sockets, tls=False)
-        yield url
+    (url,) = echo_server.urls_of(sockets, tls=False)
+    yield url
+    for sock in sockets:
+        sock.close()
 
 
 @pytest.mark.parametrize(
@@ -3879,16 +3840,11 @@ def test_without_epoll_it_serves_as_well(serve: Serve) -> None:
 # ---- TLS
 
 
-@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_over_tls_it_echoes(tls: Process, trust: ssl.SSLContext, version: ssl.TLSVersion) -> None:
-    trust.minimum_version = trust.maximum_version = version
+def test_tls_1_2_is_spoken_and_1_1_is_not(tls: Process, trust: ssl.SSLContext) -> None:
+    trust.maximum_version = ssl.TLSVersion.TLSv1_2
     assert tls.url.startswith("wss://localhost:")
     with upgraded(tls, trust=trust) as sock:
-        for text in "Hello!", "x" * 300_000:
-            assert echoed(sock, text) == "ECHO:" + text
-
-
-def test_tls_below_1_2_is_refused(tls: Process, trust: ssl.SSLContext) -> None:
+        assert echoed(sock, "x" * 300_000) == "ECHO:" + "x" * 300_000
     with pytest.warns(DeprecationWarning, match="TLSv1"):
         trust.minimum_version, trust.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     trust.set_ciphers("DEFAULT:@SECLEVEL=0")
@@ -3896,15 +3852,10 @@ def test_tls_below_1_2_is_refused(tls: Process, trust: ssl.SSLContext) -> None:
         trust.wrap_socket(sock, server_hostname="localhost")
 
 
-@pytest.mark.parametrize(
-    ("offered", "selected"), [(["h2", "http/1.1"], "http/1.1"), (["h2"], None)]
-)
-def test_alpn_selects_http_1_1(
-    tls: Process, trust: ssl.SSLContext, offered: list[str], selected: str | None
-) -> None:
-    trust.set_alpn_protocols(offered)
+def test_alpn_selects_http_1_1(tls: Process, trust: ssl.SSLContext) -> None:
+    trust.set_alpn_protocols(["h2", "http/1.1"])
     with upgraded(tls, trust=trust) as sock:
-        assert cast(ssl.SSLSocket, sock).selected_alpn_protocol() == selected
+        assert cast(ssl.SSLSocket, sock).selected_alpn_protocol() == "http/1.1"
 
 
 def test_only_a_client_with_a_certificate_of_the_authority_asked_for_is_let_in(
@@ -3927,19 +3878,13 @@ def test_only_a_client_with_a_certificate_of_the_authority_asked_for_is_let_in(
             assert answer(sock, request())[0] == 101
 
 
-def test_tls_ends_with_close_notify(tls: Process, trust: ssl.SSLContext) -> None:
-    sock = trust.wrap_socket(tls.dial(), suppress_ragged_eofs=False, server_hostname="localhost")
-    with sock, sock.makefile("rb") as file:
-        assert answer(sock, request())[0] == 101
-        sock.sendall(close())
-        assert read_frame(file)[0] == FIN | CLOSE
-        # Without close_notify, this would raise SSLEOFError.
-        assert file.read() == b""
-
-
-def test_close_notify_is_answered(tls: Process, trust: ssl.SSLContext) -> None:
+@pytest.mark.parametrize("last", [b"", close()], ids=["the peer's is answered", "after a Close"])
+def test_tls_ends_with_close_notify(tls: Process, trust: ssl.SSLContext, last: bytes) -> None:
     with upgraded(tls, trust=trust) as sock:
-        # Without an answer, this would raise SSLEOFError.
+        sock.sendall(last)
+        if last:
+            assert close_code(sock) == 1000
+        # Without a close_notify from the server, this would raise SSLEOFError.
         cast(ssl.SSLSocket, sock).unwrap()
 
 
@@ -4027,39 +3972,37 @@ def test_sighup_takes_a_renewed_certificate_but_no_broken_one_and_keeps_connecti
         assert echoed(sock) == "ECHO:Hello!"
 
 
-@pytest.mark.parametrize(("arguments", "shown"), [([], ["after"]), (["--log-level=info"], [])])
-def test_sighup_takes_the_log_level_from_the_file_unless_the_command_line_has_one(
-    serve: Serve, tmp_path: Path, arguments: list[str], shown: list[str]
+@pytest.mark.parametrize(
+    ("arguments", "text", "said", "shown"),
+    [
+        ([], "log-level = 'debug'", "reloaded", True),
+        (["--log-level=info"], "log-level = 'debug'", "reloaded", False),
+        ([], "log-level = 'debug'\nnonsense = 1", "error:.*ws-echo.toml", False),
+        ([], None, "error:.*ws-echo.toml", False),
+    ],
+    ids=["the file is right", "the command line wins", "the file is broken", "there is no file"],
+)
+def test_sighup_takes_the_log_level_from_the_file_and_says_what_is_wrong_with_it(
+    serve: Serve,
+    systemd: socket.socket,
+    tmp_path: Path,
+    arguments: list[str],
+    text: str | None,
+    said: str,
+    shown: bool,
 ) -> None:
     config = tmp_path / "ws-echo.toml"
     config.write_text("log-level = 'info'")
-    server = serve(f"--config={config}", *arguments)
+    server = serve(f"--config={config}", *arguments, env={"NOTIFY_SOCKET": systemd.getsockname()})
     with upgraded(server) as sock:
-        assert echoed(sock, "before") == "ECHO:before"
-        config.write_text("log-level = 'debug'")
+        config.write_text(text) if text else config.unlink()
         server.signal(signal.SIGHUP)
-        server.line("reloaded")
-        assert echoed(sock, "after") == "ECHO:after"
+        told(systemd, "(?m)^RELOADING=1$")
+        told(systemd, "^READY=1")
+        server.line(said)
+        assert echoed(sock) == "ECHO:Hello!"
     assert server.stop() == 0
-    assert [found[1] for found in server.matching(r"\[SERVER\] Received:(.*)")] == shown
-
-
-def test_sighup_with_a_broken_file_or_none_changes_nothing_and_says_so(
-    serve: Serve, systemd: socket.socket, tmp_path: Path
-) -> None:
-    config = tmp_path / "ws-echo.toml"
-    config.write_text("log-level = 'info'")
-    server = serve(f"--config={config}", env={"NOTIFY_SOCKET": systemd.getsockname()})
-    with upgraded(server) as sock:
-        for count, text in enumerate(["log-level = 'debug'\nnonsense = 1", None], 1):
-            config.write_text(text) if text else config.unlink()
-            server.signal(signal.SIGHUP)
-            told(systemd, "(?m)^RELOADING=1$")
-            told(systemd, "^READY=1")
-            server.line(f"error:.*{config}", count=count)
-            assert echoed(sock) == "ECHO:Hello!"
-    assert server.stop() == 0
-    assert not server.matching("Received|reloaded")
+    assert bool(server.matching("Received")) == shown
 
 
 # ---- Limits
