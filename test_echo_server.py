@@ -3267,7 +3267,6 @@ ODD = {
     "Upgrade: WebSocket": request(Upgrade="WebSocket"),
     "a list in Upgrade": request(Upgrade="websocket, h2c"),
     "a list in Connection": request(Connection="keep-alive, Upgrade"),
-    "Connection in two lines": request(add="Connection: keep-alive"),
     "Content-Length: 0": request(add="Content-Length: 0"),
     "the type of a body that is not there": request(Content_Type="multipart/form-data; boundary=x"),
     "1,000 arguments": request(f"GET /?{'a=1&' * 999}a=1 HTTP/1.1"),
@@ -3463,15 +3462,18 @@ def test_a_request_has_the_same_answer_in_one_piece_in_two_and_after_another(
     """A message and a Close follow each request; dates and ports do not matter."""
     varies = rb"(Date|Etag): .*\r\n|127\.0\.0\.1:\d+"
 
+    def let_it_look() -> None:
+        """Two answers later, the server has looked at what came before."""
+        for _ in range(2):
+            other.sendall(HEALTH)
+            assert other.recv(4096).endswith(b"ok\n")
+
     def answers(*pieces: bytes) -> bytes:
         with server.dial() as sock:
             with contextlib.suppress(OSError):
                 for piece in pieces:
                     sock.sendall(piece)
-                    # Two answers later, the server has looked at what has come.
-                    for _ in range(2):
-                        other.sendall(HEALTH)
-                        assert other.recv(4096).endswith(b"ok\n")
+                    let_it_look()
                 sock.shutdown(socket.SHUT_WR)
             return re.sub(varies, b"", everything(sock))
 
@@ -3538,7 +3540,6 @@ def behind_proxies() -> Iterator[Process]:
 @pytest.mark.parametrize(
     ("forwarded", "peer"),
     [
-        ("203.0.113.7", "203.0.113.7"),
         ("203.0.113.9, 203.0.113.7,198.18.0.1", "203.0.113.7"),
         ("203.0.113.7:41234", "203.0.113.7"),
         ("[2001:db8::7]:41234", "2001:db8::7"),
@@ -3677,7 +3678,6 @@ def test_the_file_has_the_same_names_and_flags_override_it_also_with_a_default(
     [
         ("nonsense = 1", "nonsense"),
         ('port = "4000"', "port"),
-        ("port = 4000.0", "port"),
         ("port = true", "port"),
         ("max_message_size = 1", "max_message_size"),
         (f"ping-interval = {'9' * 400}", "ping-interval"),
