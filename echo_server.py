@@ -1904,12 +1904,11 @@ class Connection:
 
     def _take_close(self, body: bytes) -> None:
         """Section 5.5.1: answers the peer's Close with its code."""
-        protocol = self.protocol
-        protocol.client_terminated = True
+        self.protocol.client_terminated = True
         if body:
-            protocol.close_code = int.from_bytes(body[:2], "big")
-            protocol.close_reason = body[2:].decode()
-        self._begin_closing(protocol.close_code)
+            self.protocol.close_code = int.from_bytes(body[:2], "big")
+            self.protocol.close_reason = body[2:].decode()
+        self._begin_closing(self.protocol.close_code)
 
     def fail(self, code: int, reason: str = "") -> None:
         """Section 7.1.7: fails the connection."""
@@ -1936,6 +1935,9 @@ class Connection:
             return
         self.state = CLOSED
         self._heads = None
+        if self._prefix is not None:
+            # EchoHandler can no longer reply, so nothing need be inflated for it.
+            self._receiver.skip()
         self.protocol.client_terminated = self.protocol.server_terminated = True
         self._registry.forget(self._wire.fd, self)
         self._wire.close(reset)
