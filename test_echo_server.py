@@ -1596,6 +1596,12 @@ async def wait(handler: Recorder, *_: object) -> None:
     handler.calls.append(("waited",))
 
 
+async def wait_and_drop(handler: Recorder, message: str) -> None:
+    await wait(handler)
+    # Tornado's protocol has it, too, and hosts call it.
+    cast(Any, handler.ws_connection)._abort()
+
+
 async def close_and_wait(handler: Recorder, message: str) -> None:
     handler.close(4000)
     await wait(handler)
@@ -1996,6 +2002,20 @@ class TestLeaving:
         delivered = [(name, word) for word in "abc" for name in ("start", "end")]
         assert calls[1:] == [*delivered, *([("close", 4000, "bye")] if end else LEFT)]
 
+    @over_tcp
+    async def test_on_close_has_the_code_of_a_lost_peer_even_if_a_coroutine_drops_it_later(
+        self, host: Host
+    ) -> None:
+        host.app.settings["websocket_max_message_size"] = 1000
+        # More messages than are looked at while the handler has not finished.
+        sent, handler = text("a") * 400 + close(4000, "bye"), doing("on_message", wait_and_drop)
+        peer, calls = await host.record(handler, early=sent, shut=True)
+        peer.reset()
+        await eventually(lambda: cast(Any, calls.handler.ws_connection).is_closing())
+        calls.gate.set()
+        await eventually(lambda: calls.closes)
+        assert calls[1:] == [("waited",), ("close", 4000, "bye")]
+
 
 # ---- What a subclass sees
 
@@ -2185,15 +2205,16 @@ class TestAsTornado:
             lambda handler: handler.ws_connection._abort(),
         ],
     )
-    async def test_a_host_can_get_rid_of_a_connection_at_once(
+    async def test_a_host_can_get_rid_of_a_connection_at_once_and_on_close_is_called_once(
         self, host: Host, end: Callable[[EchoHandler], None]
     ) -> None:
-        peer, calls = await host.record(Recorder)
+        """Also if it is a coroutine, which goes on after the host's call."""
+        peer, calls = await host.record(doing("on_close", wait))
         protocol = cast(Any, calls.handler.ws_connection)
         end(calls.handler)
         await eventually(lambda: calls.closes and not Connections.current().open)
         assert protocol.client_terminated and protocol.server_terminated
-        assert await peer.rest() == b""
+        assert await peer.rest() == b"" and calls[1:] == [*LEFT, ("waited",)]
 
     async def test_the_get_of_a_host_goes_on_when_the_connection_has_ended(
         self, host: Host
@@ -2202,6 +2223,13 @@ class TestAsTornado:
         peer.leave()
         await eventually(lambda: "close the database" in calls)
         assert calls == ["open the database", ("open",), *LEFT, "close the database"]
+
+    async def test_an_error_in_a_property_that_a_connection_needs_is_500(self, host: Host) -> None:
+        peer = await host.dial()
+        broken = type("Broken", (EchoHandler,), {"ping_interval": property(fail)})
+        peer.send(request(f"GET {host.route(broken)} HTTP/1.1"))
+        assert (await peer.receive(13)).startswith(b"HTTP/1.1 500 ")
+        assert host.errors() == ["tornado.application", "tornado.access"]
 
     @pytest.mark.parametrize(("method", "status"), [("GET", 426), ("HEAD", 405)])
     async def test_a_plain_get_is_426_with_its_header_and_any_other_method_405(
@@ -2414,8 +2442,10 @@ def test_a_peer_that_shuts_its_side_below_tls_gets_all_replies_and_our_close(
 class DropsItself(Recorder):
     def on_message(self, message: str | bytes) -> None:
         super().on_message(message)
-        # As hosts call it, since Tornado has it.
-        cast(Any, self.ws_connection)._abort()
+        drop = cast(Any, self.ws_connection)._abort
+        if message == "close":
+            self.close(4000)
+        drop()
 
 
 @pytest.mark.gen_test
@@ -2431,11 +2461,15 @@ class TestClosing:
         assert await peer.rest() == b""
 
     @over_tcp_and_tls
-    async def test_a_message_written_before_a_drop_still_leaves(self, host: Host) -> None:
+    @pytest.mark.parametrize("word", ["stay", "close"])
+    async def test_a_message_and_a_close_written_before_a_drop_still_leave(
+        self, host: Host, word: str
+    ) -> None:
+        last = reply_frame(FIN | CLOSE, close_body(4000)) if word == "close" else b""
         peer, calls = await host.record(DropsItself)
-        peer.send(text("a") * 3)
-        assert await peer.replies(b"ECHO:a") and await peer.rest() == b""
-        assert calls == [("open",), ("message", "a"), *LEFT]
+        peer.send(text(word) * 3)
+        assert await peer.replies(b"ECHO:" + word.encode()) and await peer.rest() == last
+        assert calls == [("open",), ("message", word), *LEFT]
 
     @over_tcp
     async def test_the_closing_handshake_does_not_wait_for_a_coroutine(
@@ -2603,6 +2637,27 @@ class TestAmongOthers:
         assert len(Connections.current().open) == 1
 
     @over_tcp
+    async def test_open_comes_before_on_close_even_if_no_descriptor_is_left_for_the_poller(
+        self, host: Host
+    ) -> None:
+        calls = Calls()
+        calls.gate.clear()
+        peer = await host.dial()
+        peer.send(request(f"GET {host.route(SlowToPrepare, calls=calls)} HTTP/1.1"))
+        await eventually(lambda: calls)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+        try:
+            calls.gate.set()
+            await eventually(lambda: len(calls) > 2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        # Where the poller needs no descriptor, the connection has not ended.
+        peer.leave()
+        await eventually(lambda: calls.closes)
+        assert calls[2:] == [("open",), *LEFT]
+
+    @over_tcp
     async def test_during_a_delay_a_connection_holds_no_more_than_a_message(
         self, host: Host
     ) -> None:
@@ -2656,10 +2711,10 @@ class TestAmongOthers:
             assert inflated((await bomber.frame())[1]) == b"ECHO:" + bytes(1 << 20)
 
 
-async def one_connection(client: socket.socket) -> Calls:
+async def one_connection(client: socket.socket, handler: type[Recorder] = Recorder) -> Calls:
     """Serves one, which is open when the event loop ends."""
     calls = Calls()
-    http = HTTPServer(Application([("/", Recorder, {"calls": calls})]))
+    http = HTTPServer(Application([("/", handler, {"calls": calls})]))
     sockets = bind_sockets(0, "127.0.0.1")
     http.add_sockets(sockets)
     client.connect(sockets[0].getsockname())
@@ -2681,6 +2736,41 @@ def test_the_end_of_an_event_loop_is_the_end_of_its_connections(library: str) ->
         gc.collect()
         counts.append(len(os.listdir("/dev/fd")))
     assert counts[-1] <= counts[1]
+
+
+def test_on_close_may_call_ours_when_tornado_closes_the_event_loop(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As the io_loop of pytest-tornado is closed: it is not the current one any more."""
+    caplog.set_level("INFO", "echo_server")
+    loop, handler = IOLoop(make_current=False), doing("on_close", EchoHandler.on_close)
+    with socket.socket() as client:
+        loop.run_sync(lambda: one_connection(client, handler))
+        loop.close(all_fds=True)
+    assert "[SERVER] close() 1006 from 127.0.0.1" in caplog.text
+
+
+WITHOUT_COLLECTOR = """
+import gc, sys, echo_server
+gc.disable()
+echo_server.main(sys.argv[3:])
+left = [thing for thing in gc.get_objects() if isinstance(thing, echo_server.EchoHandler)]
+print(f"{len(left)} handlers are left", file=sys.stderr)
+"""
+
+
+def test_the_end_of_a_connection_frees_it_without_the_garbage_collector(serve: Serve) -> None:
+    """Also where the handshake has passed through Tornado's HTTP server."""
+    process = serve(before=[sys.executable, "-c", WITHOUT_COLLECTOR], cwd=MODULE.parent)
+    for first in ([], [HEALTH]):
+        with process.dial() as sock:
+            assert [answer(sock, data)[0] for data in (*first, request())][-1] == 101
+            assert echoed(sock) == "ECHO:Hello!"
+            sock.sendall(close())
+            everything(sock)
+    process.line(r"close\(\)", 2)
+    assert process.stop() == 0
+    process.line("^0 handlers are left")
 
 
 # ---- Deadlines and flow control
