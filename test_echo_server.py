@@ -245,6 +245,7 @@ def upgraded(
     listens at the path of a Unix socket."""
     if isinstance(server, str):
         sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(PATIENCE)
         sock.connect(server)
     else:
         sock = server.dial(trust)
@@ -256,8 +257,8 @@ def upgraded(
 def is_let_in(sock: socket.socket) -> bool:
     """Whether the response to a handshake is 101. Nothing after its head is read."""
     head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        head += sock.recv(1)
+    while not head.endswith(b"\r\n\r\n") and (byte := sock.recv(1)):
+        head += byte
     return head.startswith(b"HTTP/1.1 101")
 
 
