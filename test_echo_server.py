@@ -34,15 +34,7 @@ import time
 import tracemalloc
 import zlib
 from collections import Counter
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.message import Message
@@ -122,17 +114,11 @@ def ended(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
 class Process:
     """The server as a process of its own; `lines` is what it has said on standard error so far."""
 
-    def __init__(
-        self,
-        *args: str,
-        before: Sequence[str] = (),
-        env: dict[str, str] | None = None,
-        **popen: Any,
-    ) -> None:
-        """`before` is a command that starts it."""
+    def __init__(self, *args: str, before: Iterable[str] = (), **popen: Any) -> None:
+        """`before` is a command that starts it, and `env` is added to its environment."""
         self.lines: list[str] = []
-        command = *before, sys.executable, str(MODULE), *args
-        self.popen = start(*command, stderr=PIPE, env=os.environ | (env or {}), **popen)
+        popen["env"] = os.environ | popen.get("env", {})
+        self.popen = start(*before, sys.executable, str(MODULE), *args, stderr=PIPE, **popen)
         self.reader = threading.Thread(target=self.read)
         self.reader.start()
 
@@ -147,8 +133,7 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.popen.kill()
-        self.popen.wait(PATIENCE)
-        self.reader.join(PATIENCE)
+        self.exit_code()
         assert not self.tracebacks()
 
     def tracebacks(self) -> list[str]:
@@ -282,13 +267,6 @@ def read_frame(file: BinaryIO) -> tuple[int, bytes]:
 def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Runs the program, if it ends by itself."""
     return ended(sys.executable, str(MODULE), *args, input=stdin, errors="surrogateescape")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_unclosed_event_loop() -> None:
-    """pytest-tornado asks asyncio for the current event loop, which would make one and leave it
-    open."""
-    asyncio.set_event_loop(None)
 
 
 @pytest.fixture
@@ -628,9 +606,7 @@ class Peer:
     async def shut(self) -> None:
         """Ends the sending side of TCP, below TLS, after everything has been sent."""
         await eventually(lambda: not self.writer.transport.get_write_buffer_size())
-        # As a socket of Python's own, since that of asyncio or uvloop cannot do everything.
-        with socket.socket(fileno=os.dup(self.writer.get_extra_info("socket").fileno())) as sock:
-            sock.shutdown(socket.SHUT_WR)
+        self.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
 
     def leave(self) -> None:
         """Ends TCP, without a Close."""
@@ -661,15 +637,13 @@ class Host:
     trust: ssl.SSLContext | None
     caplog: pytest.LogCaptureFixture
     peers: list[Peer] = field(default_factory=list)
-    # How many errors a test has asked for.
-    seen: int = 0
 
     def errors(self) -> list[str]:
-        """The loggers of errors since its last call."""
+        """The loggers of the errors in the log, which is then empty."""
         records = self.caplog.get_records("call")
         names = [record.name for record in records if record.levelno >= logging.ERROR]
-        self.seen, seen = len(names), self.seen
-        return names[seen:]
+        records.clear()
+        return names
 
     def route(self, handler: type[EchoHandler] = EchoHandler, **initialize: Any) -> str:
         path = f"/{len(self.app.default_router.rules)}"
@@ -730,8 +704,9 @@ def io_loop(request: pytest.FixtureRequest) -> Iterator[IOLoop]:
     """Like that of pytest-tornado, but perhaps with uvloop."""
     way = request.getfixturevalue("transport") if "transport" in request.fixturenames else ""
     library = pytest.importorskip("uvloop") if "uvloop" in way else asyncio
+    # Otherwise Tornado would ask asyncio for the current one, which would make one that stays open.
+    asyncio.set_event_loop(None)
     loop = IOLoop(asyncio_loop=library.new_event_loop())
-    loop.make_current()
     yield loop
     loop.clear_current()
     loop.close(all_fds=True)
@@ -833,46 +808,21 @@ def everything(sock: socket.socket) -> bytes:
     return data
 
 
-INHERIT = (
-    "import os, sys; os.dup2(int(sys.argv[1]), 3); "
-    "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid() + int(sys.argv[2]))); "
-    "os.execv(sys.argv[3], sys.argv[3:])"
-)
-
-
 def inheriting(serve: Serve, given: socket.socket, *arguments: str, offset: int = 0) -> Process:
     """A server that is started as by socket activation, with `given` as its descriptor 3."""
-    before = [sys.executable, "-c", INHERIT, str(given.fileno()), str(offset)]
-    return serve(*arguments, before=before, pass_fds=[given.fileno()])
+    script = f'exec env LISTEN_FDS=1 LISTEN_PID=$(($$ + {offset})) "$@" 3<&0'
+    return serve(*arguments, before=["sh", "-c", script, "sh"], stdin=given)
 
 
 @contextlib.contextmanager
 def bystander(server: Process, trust: ssl.SSLContext | None = None) -> Iterator[None]:
-    """Meanwhile a client gets its echoes; in the end the server has given back all descriptors."""
+    """A WebSocket that was open before goes on, and then all descriptors have been given back."""
     server.line("listening")
-    before, over = descriptors(server), threading.Event()
-    with upgraded(server, trust=trust) as sock, ThreadPoolExecutor() as pool:
-        longest = pool.submit(keep_echoing, sock, over)
-        try:
-            yield
-        finally:
-            over.set()
-        assert longest.result(PATIENCE) < 3
-    until(
-        lambda: descriptors(server) <= before,
-        lambda: f"{descriptors(server)} descriptors rather than {before}",
-    )
-
-
-def keep_echoing(sock: socket.socket, over: threading.Event) -> float:
-    """The longest time that an echo took. One more comes when it is over."""
-    longest, last = 0.0, False
-    while not last:
-        last = over.wait(0.005)
-        began = time.monotonic()
+    before = descriptors(server)
+    with upgraded(server, trust=trust) as sock:
+        yield
         assert echoed(sock) == "ECHO:Hello!"
-        longest = max(longest, time.monotonic() - began)
-    return longest
+    until(lambda: descriptors(server) <= before, lambda: f"{descriptors(server)}, not {before}")
 
 
 def descriptors(server: Process) -> int:
@@ -1688,7 +1638,7 @@ class Script(NamedTuple):
     last: bytes = b""
     # Whether the kernels take little of what the peer does not read.
     narrow: bool = False
-    over: Sequence[str] = ("tcp",)
+    over: Iterable[str] = ("tcp",)
 
 
 def said(*payloads: bytes | str, first: int = FIN | TEXT) -> list[bytes]:
