@@ -1707,13 +1707,13 @@ class Connection:
         self.finish()
 
     def read_rest(self) -> None:
-        """Before the server stops, reads what has arrived: in at most 2 reads, or 64 with TLS."""
-        for _ in range(64 if isinstance(self._wire, TlsWire) else 2):
-            before = self._wire.received
-            if self.state == OPEN and self._watched & READ:
-                self.ready(READ)
-            if self._wire.received == before:
-                return
+        """Before the server stops, reads what has arrived, though no more than a message may
+        contain. It is handled in later turns."""
+        if self.state == OPEN and self._watched & READ:
+            pieces, end = [b""], self._wire.received + max(self._receiver.limit, READ_SIZE)
+            while self._wire.received < end and (data := self._wire.receive()):
+                pieces.append(data)
+            self._receiver.keep(b"".join(pieces))
 
     # ---- What follows
 

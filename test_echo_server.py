@@ -3962,11 +3962,11 @@ def test_messages_that_came_before_sigterm_are_answered(
     server = serve(*[f"--certfile={certificate}"] if secure else [])
     with upgraded(server, trust=trust if secure else None) as sock, sock.makefile("rb") as file:
         server.signal(signal.SIGSTOP)
-        for _ in range(50):
+        for _ in range(200):
             sock.sendall(text("Hello!"))
         server.signal(signal.SIGTERM)
         server.signal(signal.SIGCONT)
-        assert [read_frame(file)[1] for _ in range(50)] == [b"ECHO:Hello!"] * 50
+        assert [read_frame(file)[1] for _ in range(200)] == [b"ECHO:Hello!"] * 200
         assert read_frame(file) == (FIN | CLOSE, close_body(1001, "the server is stopping"))
 
 
