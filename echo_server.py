@@ -1379,8 +1379,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
         self.traffic = Traffic()
         self.opened = 0.0
         self.outcome = 1006
-        # `on_close` has been called. The handler has been told of the end, by all of its methods;
-        # the future, for a host's own `get`, is done then.
+        # `on_close` has been called; so has `finish`, which sets the future of a host's own `get`.
         self._has_closed = False
         self.finished = False
         self._ended: asyncio.Future[None] | None = None

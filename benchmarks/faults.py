@@ -327,6 +327,25 @@ def hostile(server: Process, seconds: float) -> list[Figure]:
     ]
 
 
+def halves(server: Process, seconds: float) -> list[Figure]:
+    half = handshake(server.address[1])[:-2]
+    before = server.memory()
+    sockets = [socket.create_connection(server.address) for _ in range(2000)]
+    for sock in sockets:
+        sock.sendall(half)
+    time.sleep(seconds / 2)
+    held = (server.memory() - before) / len(sockets)
+    until = time.perf_counter() + PATIENCE
+    while server.descriptors() > 100 and time.perf_counter() < until:
+        time.sleep(0.1)
+    left = server.descriptors()
+    close_all(sockets)
+    return [
+        Figure("held for each", held / 1000, 10, "kB"),
+        Figure("descriptors after the handshake timeout", left, 100),
+    ]
+
+
 @dataclass(frozen=True)
 class Fault:
     name: str
@@ -377,6 +396,12 @@ FAULTS = (
     Fault("big-bombs", "1,000 bombs of 16 MiB, 50 at a time", bombs_above),
     Fault("descriptors", "200 peers where there are 64 descriptors", no_descriptors, before=FEW),
     Fault("scans", "5,000 connections a second that say nothing", scans),
+    Fault(
+        "halves",
+        "2,000 peers with half a handshake",
+        halves,
+        ("--handshake-timeout=5",),
+    ),
     Fault("hostile", "31 MB of hostile headers and messages", hostile),
 )
 
