@@ -868,39 +868,32 @@ def can_become_text(data: bytes) -> bool:
 # ------------------------------------------------------------------------------------------ Handler
 
 STATE = r"""
-import argparse, asyncio, codecs, json, logging, os, signal, sys, threading, warnings
-import tornado.httpserver, tornado.options, tornado.web, tornado.websocket
+import asyncio, logging, os, signal, sys, threading, warnings
+import tornado.options, tornado.web, tornado.websocket
 
 def state():
-    loggers = ["", "asyncio", "echo_server"]
-    loggers += ["tornado", "tornado.access", "tornado.application", "tornado.general"]
+    loggers = map(logging.getLogger, ["", "asyncio", "echo_server", "tornado", "tornado.access"])
     return {
         "options": sorted(tornado.options.options),
-        "logging": [(n.name, n.level, n.handlers[:]) for n in map(logging.getLogger, loggers)],
-        "signals": [str(signal.getsignal(n)) for n in sorted(signal.valid_signals())],
-        "threads": [thread.name for thread in threading.enumerate()],
-        "environment": dict(os.environ),
-        "policy": str(type(asyncio.get_event_loop_policy())) if sys.version_info < (3, 14) else "",
-        "hooks": [str(sys.excepthook), str(threading.excepthook)],
-        "system": [str(sys.stdout), str(sys.stderr), sys.argv, sys.path],
-        "warnings": warnings.filters[:],
-        "descriptors": len(os.listdir("/dev/fd")),
+        "logging": [(logger.name, logger.level, logger.handlers[:]) for logger in loggers],
+        "signals": [signal.getsignal(n) for n in signal.valid_signals()],
+        "threads": threading.enumerate(),
+        "hooks": [sys.excepthook, threading.excepthook, warnings.filters[:]],
+        "descriptors": os.listdir("/dev/fd"),
     }
 
 touched = []
 watched = ("socket.", "subprocess.", "os.putenv")
 sys.addaudithook(lambda event, args: event.startswith(watched) and touched.append(event))
-before = json.dumps(state(), default=str)
+before = state()
 import echo_server
-after = json.dumps(state(), default=str)
-late = sorted({"tomllib", "resource", "uvloop"} & sys.modules.keys())
-assert before == after, (before, after)
-print(touched, late)
+assert before == state(), (before, state())
+print(touched, {"tomllib", "resource", "uvloop"} & sys.modules.keys())
 """
 
 
 def test_importing_does_nothing() -> None:
-    assert python(STATE) == "[] []\n"
+    assert python(STATE) == "[] set()\n"
 
 
 @pytest.mark.parametrize("transport", ["tcp"])
@@ -927,13 +920,11 @@ class TestInAnApplication:
         [
             ([], "http://localhost", 101),
             ([], "http://localhost:1", 403),
-            ([], "null", 403),
             (["*"], "null", 101),
-            (["https://friend.example"], "https://friend.example", 101),
-            (["https://friend.example"], "http://localhost", 101),
-            (["https://friend.example"], "http://friend.example", 403),
-            ("https://Friend.example/, https://b.example", "https://b.example", 101),
-            ("https://Friend.example/, https://b.example", "https://b", 403),
+            (["https://a.example", "https://b.example"], "https://b.example", 101),
+            (["https://a.example"], "http://localhost", 101),
+            ("https://a.example, https://b.example", "https://b.example", 101),
+            ("https://a.example, https://b.example", "http://a.example", 403),
         ],
     )
     async def test_embedded_only_pages_of_its_own_origin_and_of_those_named_may_connect(
@@ -942,11 +933,6 @@ class TestInAnApplication:
         peer = await host.dial()
         peer.send(request(f"GET {host.route(origins=origins)} HTTP/1.1", Origin=origin))
         assert f" {status} " in (await peer.reader.readline()).decode()
-
-    async def test_embedded_the_query_asks_for_nothing(self, host: Host) -> None:
-        peer = await host.connect(query="?after=0&close=4001&drop=1&push=1&delay=60&token=x")
-        peer.send(text("Hello!"))
-        assert await peer.replies(b"ECHO:Hello!")
 
     @pytest.mark.parametrize("level", ["DEBUG", "INFO"])
     async def test_the_log_has_the_words_of_the_original_sample_and_messages_only_at_debug(
@@ -1086,6 +1072,7 @@ STILL_TOLD_APART = {
     "too many fragments": (1008, frame(TEXT) + frame(0) * 1024, frame(0, b"a") + frame(FIN)),
     "too long": (1009, header(TEXT, LIMIT + 1), b"a" * (LIMIT + 1) + frame(FIN)),
     "far too long": (1009, header(FIN | BINARY, 3_000_000), bytes(3_000_000)),
+    "too many deflate streams": (1008, frame(PACKED, b"\x03\x00" * 1025), b""),
     "a bomb": (
         1009,
         frame(RSV1 | TEXT, packed(bytes(LIMIT + 1))),
@@ -1238,24 +1225,16 @@ def test_a_message_may_refer_to_those_before_only_with_context_takeover() -> Non
     assert receive_split(stream, deflate=NO_TAKEOVER) == (before, 1007)
 
 
-@pytest.mark.parametrize("flush", [zlib.Z_SYNC_FLUSH, zlib.Z_FINISH])
-def test_context_takeover_reaches_back_as_far_as_deflate_does(flush: int) -> None:
+def test_context_takeover_reaches_back_as_far_as_deflate_does() -> None:
     words = [noise(n) for n in (100, 20_000, 30_000, 5, 40_000)]
-    payloads = [words[i] for i in (0, 1, 0, 2, 2, 3, 1, 4, 4, 3, 0)] + [words[0] * 50]
+    payloads = [words[i] for i in (0, 1, 0, 2, 2, 3, 1, 4, 4, 3, 0)]
     frames, window = [], b""
     for payload in payloads:
-        compressor = zlib.compressobj(9, wbits=-15, zdict=window)
-        data = compressor.compress(payload) + compressor.flush(flush)
-        data = data[:-4] if flush == zlib.Z_SYNC_FLUSH else data
-        frames.append(frame(FIN | RSV1 | BINARY, data))
+        frames.append(frame(FIN | RSV1 | BINARY, finished(payload, window)))
         window = (window + payload)[-32_768:]
     expected = [(BINARY, payload) for payload in payloads]
     assert receive(frames, 1 << 20, TAKEOVER) == (expected, None)
-    assert sum(map(len, frames)) < sum(map(len, payloads)) - 30_000
-
-
-def test_endless_blocks_with_bfinal_are_a_policy_violation() -> None:
-    assert receive([frame(FIN | RSV1 | BINARY, b"\x03\x00" * 2000)]) == ([], 1008)
+    assert sum(map(len, frames)) < sum(map(len, payloads)) - 29_000
 
 
 def test_many_blocks_with_bfinal_take_a_time_that_is_linear_in_them() -> None:
@@ -1491,36 +1470,6 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(echo_server, "LINGER_TIMEOUT", 0.3)
 
 
-# ---- Faults
-
-
-@over_tcp_and_tls
-@pytest.mark.gen_test
-class TestFaults:
-    @pytest.mark.parametrize("code", BAD)
-    async def test_a_fault_is_answered_by_its_code_and_the_end(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch, code: int
-    ) -> None:
-        """One of each code: what is a fault, Receiver decides."""
-        monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
-        host.app.settings["websocket_max_message_size"] = LIMIT
-        peer = await host.connect(headers=DEFLATE)
-        peer.send(text("before"), next(iter(BAD[code].values())))
-        assert await peer.replies(b"ECHO:before") and await peer.close_code() == code
-        if code != 1002:
-            # Frames can still be told apart, and a Close is awaited.
-            await peer.shut()
-        assert await peer.rest() == b""
-
-    async def test_a_peer_can_read_why_it_was_failed_while_it_is_still_sending(
-        self, host: Host
-    ) -> None:
-        peer = await host.connect()
-        peer.send(b"\xff\xff", bytes(4 << 20))
-        await asyncio.wait_for(peer.writer.drain(), PATIENCE)
-        assert await peer.goodbye() == 1002
-
-
 # ---- What is sent, and what comes back
 
 
@@ -1553,6 +1502,11 @@ async def wait_and_drop(handler: Recorder, message: str) -> None:
     cast(Any, handler.ws_connection)._abort()
 
 
+def record_and_close(handler: Recorder, message: str) -> None:
+    handler.calls.append(("message", message))
+    handler.close(4000)
+
+
 async def close_and_wait(handler: Recorder, message: str) -> None:
     handler.close(4000)
     await wait(handler)
@@ -1563,12 +1517,7 @@ async def set_a_method(handler: Any) -> None:
     handler.on_message = handler.write_message
 
 
-class Listening(Recorder):
-    """Sends a Close at once, and writes down what comes until the peer does the same."""
-
-    def on_message(self, message: str | bytes) -> None:
-        self.calls.append(("message", message))
-        self.close(4000, "bye")
+Closing = doing("on_message", record_and_close)
 
 
 class Picky(EchoHandler):
@@ -1602,15 +1551,13 @@ class Plainly(EchoHandler):
 class Mixin:
     """Somebody's class with names that are usual in applications."""
 
-    __slots__ = ("server", "stall_timeout")
-    connection = origins = property(lambda _: "of the host")
-    compression = scenario = scenarios = peer = None
+    __slots__ = ("server",)
+    connection = origins = stall_timeout = property(lambda _: "of the host")
+    compression = scenario = scenarios = peer = connection
 
 
 class WithNames(Mixin, EchoHandler):
-    def initialize(self, **options: Any) -> None:
-        super().initialize(**options)
-        self.server = self.stall_timeout = "mine"
+    pass
 
 
 class Script(NamedTuple):
@@ -1738,7 +1685,22 @@ SCRIPTS = {
     "a method that a coroutine sets is called": Script(
         text("a"), said("a"), handler=doing("open", set_a_method, EchoHandler)
     ),
-    # ---- Errors
+    # ---- Faults and errors
+    **{
+        f"a fault is answered by {code}": Script(
+            text("before") + fault,
+            said("ECHO:before"),
+            code,
+            headers=DEFLATE,
+            over=("tcp", "tls"),
+        )
+        for code, fault in (
+            (1002, b"\x81\x00"),
+            (1007, frame(PACKED, b"\xff" * 4)),
+            (1008, frame(TEXT) + frame(0) * 1024),
+            (1009, frame(FIN | BINARY, bytes((1 << 20) + 1))),
+        )
+    },
     **{
         f"{name} is 1011 and one traceback, and nothing is handled after it": Script(
             sent + frame(FIN | PING, b"2") + frame(FIN | PONG) + text("a"),
@@ -1767,12 +1729,12 @@ SCRIPTS = {
         text("a") + text("b"),
         [],
         4000,
-        handler=Listening,
+        handler=Closing,
         calls=[*(("message", word) for word in "abc"), ("close", 4000, "ok")],
         last=text("c") + close(4000, "ok") + text("d"),
     ),
     "a fault after our close does not cause a second close": Script(
-        text("a"), [], 4000, handler=Listening, calls=[("message", "a"), *LEFT], last=b"\xff\xff"
+        text("a"), [], 4000, handler=Closing, calls=[("message", "a"), *LEFT], last=b"\xff\xff"
     ),
     "writes that nobody awaits leave, then the latest pong, and then our close": Script(
         text("a") + frame(FIN | PING, b"1") + close(4000) + frame(FIN | PING, b"2"),
@@ -1810,6 +1772,11 @@ SCRIPTS = {
         head={EXTENSIONS: ""},
     ),
     # ---- What hosts are used to
+    "embedded, the query asks for nothing": Script(
+        text("a"),
+        said("ECHO:a"),
+        options={"query": "?after=0&close=4001&drop=1&push=1&delay=60&token=x"},
+    ),
     "a host may have an initialize of its own, and then has no scenarios": Script(
         text("a"),
         said("ECHO:tables in the lobby"),
@@ -1880,9 +1847,9 @@ class Leave(NamedTuple):
 LEAVES = {
     "FIN": Leave(Peer.leave),
     "FIN within a message": Leave(Peer.leave, frame(TEXT, b"unfini") + header(FIN, 100) + b"shed"),
-    "FIN after our close": Leave(Peer.leave, text("a"), 1, Listening),
+    "FIN after our close": Leave(Peer.leave, text("a"), 1, Closing),
     "reset": Leave(Peer.reset),
-    "reset after our close": Leave(Peer.reset, text("a"), 1, Listening),
+    "reset after our close": Leave(Peer.reset, text("a"), 1, Closing),
     "reset within a message": Leave(Peer.reset, frame(TEXT, bytes(50_000))),
     "reset behind many frames": Leave(Peer.reset, frame(FIN | PONG) * 8000),
     "reset after it was failed": Leave(Peer.reset, b"\xff\xff", 1),
@@ -2401,6 +2368,17 @@ class DropsItself(Recorder):
 
 @pytest.mark.gen_test
 class TestClosing:
+    @over_tcp_and_tls
+    async def test_a_peer_can_read_why_it_was_failed_while_it_is_still_sending(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor does it have to answer, since its frames cannot be told apart any more."""
+        monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
+        peer = await host.connect()
+        peer.send(b"\xff\xff", bytes(4 << 20))
+        await asyncio.wait_for(peer.writer.drain(), PATIENCE)
+        assert await peer.close_code() == 1002 and await peer.rest() == b""
+
     @over_tcp_and_tls
     async def test_our_fin_waits_for_the_close_of_a_peer_that_was_failed(self, host: Host) -> None:
         peer, other = await host.connect(), await host.connect()
