@@ -1482,7 +1482,12 @@ def generate(handler: EchoHandler, message: str) -> Iterator[Awaitable[None]]:
 
 
 def ping_without_delay(handler: EchoHandler) -> None:
-    handler.set_nodelay(True)
+    protocol: Any = handler.ws_connection
+    for value in (0, 1):
+        handler.set_nodelay(bool(value))
+        if protocol.stream.socket.family != socket.AF_UNIX:
+            option = socket.IPPROTO_TCP, socket.TCP_NODELAY
+            assert protocol.stream.socket.getsockopt(*option) == value
     handler.ping(b"are you there?")
 
 
