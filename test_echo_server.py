@@ -1925,7 +1925,7 @@ class TestLeaving:
         delivered = [(name, word) for word in "abc" for name in ("start", "end")]
         assert calls[1:] == [*delivered, *([("close", 4000, "bye")] if end else LEFT)]
 
-    @over_tcp
+    @pytest.mark.parametrize("transport", ["tcp", "tcp without epoll"])
     async def test_on_close_has_the_code_of_a_lost_peer_even_if_a_coroutine_drops_it_later(
         self, host: Host
     ) -> None:
@@ -2061,19 +2061,12 @@ class Personal(Recorder):
             raise ZeroDivisionError
 
 
-class PushesMuch(Recorder):
-    def open(self, *args: str, **kwargs: str) -> None:
-        super().open()
-        for _ in range(240):
-            self.write_message(WORD)
-
-    def on_message(self, message: str | bytes) -> None:
-        self.calls.append(len(message))
+def swallow(handler: Recorder, message: str) -> None:
+    handler.calls.append(len(message))
 
 
 class WithDatabase(Recorder):
     async def get(self, *args: Any, **kwargs: Any) -> None:
-        self.calls.append("open the database")
         await super().get(*args, **kwargs)
         self.calls.append("close the database")
 
@@ -2104,13 +2097,11 @@ async def main():
     server = Application([("/", Pinging)]).listen(0, "127.0.0.1")
     (sock,) = server._sockets.values()
     client = await websocket_connect(f"ws://127.0.0.1:{sock.getsockname()[1]}/")
-    for message in ("Hello!", "x" * 1_000_000, "y" * 3_000_000):
-        assert await client.read_message() == "pong"
-        client.write_message(message)
-        while (answer := await client.read_message()) == "pong":
-            pass
-        assert answer == "ECHO:" + message
-    server.stop()
+    assert await client.read_message() == "pong"
+    client.write_message("x" * 3_000_000)
+    while (answer := await client.read_message()) == "pong":
+        pass
+    assert answer == "ECHO:" + "x" * 3_000_000
 
 asyncio.run(main())
 print("echoed", echo_server.main(["--port=0"]))
@@ -2145,14 +2136,7 @@ class TestAsTornado:
         peer, calls = await host.record(WithDatabase)
         peer.leave()
         await eventually(lambda: "close the database" in calls)
-        assert calls == ["open the database", ("open",), *LEFT, "close the database"]
-
-    async def test_an_error_in_a_property_that_a_connection_needs_is_500(self, host: Host) -> None:
-        peer = await host.dial()
-        broken = type("Broken", (EchoHandler,), {"ping_interval": property(fail)})
-        peer.send(request(f"GET {host.route(broken)} HTTP/1.1"))
-        assert (await peer.receive(13)).startswith(b"HTTP/1.1 500 ")
-        assert host.errors() == ["tornado.application", "tornado.access"]
+        assert calls == [("open",), *LEFT, "close the database"]
 
     @pytest.mark.parametrize(("method", "status"), [("GET", 426), ("HEAD", 405)])
     async def test_a_plain_get_is_426_with_its_header_and_any_other_method_405(
@@ -2183,12 +2167,12 @@ class TestAsTornado:
 
     @pytest.mark.gen_test(timeout=20)
     async def test_both_sides_may_send_24_mb_before_they_read(self, host: Host) -> None:
-        peer, calls = await host.record(PushesMuch, stall_timeout=1.0)
-        peer.pause()
+        peer, calls = await host.record(doing("on_message", swallow), stall_timeout=1.0)
+        for _ in range(240):
+            calls.handler.write_message(WORD)
         for _ in range(240):
             peer.send(text(WORD))
             await peer.writer.drain()
-        peer.resume()
         assert await peer.replies(*[WORD.encode()] * 240)
         await eventually(lambda: calls == [("open",), *[100_000] * 240])
 
@@ -2454,11 +2438,19 @@ class SlowToPrepare(Recorder):
         self.calls.append("prepared")
 
 
-class ClosesLater(EchoHandler):
-    async def on_close(self) -> None:  # type: ignore[override]  # Tornado runs coroutines, too
-        await asyncio.sleep(0)
-        super().on_close()
-        raise ZeroDivisionError
+async def being_prepared(host: Host) -> tuple[Peer, Calls]:
+    """A peer whose handler has not finished its prepare()."""
+    peer, calls = await host.dial(), Calls()
+    calls.gate.clear()
+    peer.send(request(f"GET {host.route(SlowToPrepare, calls=calls)} HTTP/1.1"))
+    await eventually(lambda: calls)
+    return peer, calls
+
+
+async def close_later(handler: EchoHandler) -> None:
+    await asyncio.sleep(0)
+    EchoHandler.on_close(handler)
+    raise ZeroDivisionError
 
 
 @pytest.mark.gen_test
@@ -2485,20 +2477,6 @@ class TestAmongOthers:
         assert host.errors() == ["tornado.application"]
 
     @pytest.mark.parametrize("transport", ["tcp", "tcp without epoll"])
-    async def test_a_reset_is_noticed_while_nothing_is_read(self, host: Host) -> None:
-        host.app.settings["websocket_max_message_size"] = 100_000
-        peer, calls = await host.record(Waiting, shut=True)
-        connection = calls.handler.ws_connection
-        # More than is kept while the handler has not finished.
-        peer.send(text(WORD) * 5)
-        await others_have_their_turn(host, 20)
-        peer.reset()
-        await eventually(lambda: connection and connection.is_closing())
-        assert not calls.closes
-        calls.gate.set()
-        await eventually(lambda: calls.closes)
-
-    @pytest.mark.parametrize("transport", ["tcp", "tcp without epoll"])
     async def test_an_exception_in_one_connection_does_not_harm_others(self, host: Host) -> None:
         calls = Calls()
         other = await host.connect()
@@ -2519,7 +2497,7 @@ class TestAmongOthers:
         self, host: Host, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level("INFO", "echo_server")
-        peer = await host.connect(ClosesLater)
+        peer, _ = await host.record(doing("on_close", close_later))
         peer.send(close(4000))
         await eventually(lambda: "ZeroDivisionError" in caplog.text)
         assert "[SERVER] close() 4000 from 127.0.0.1" in caplog.text
@@ -2540,29 +2518,12 @@ class TestAmongOthers:
         await eventually(lambda: len(calls.closes) == 5)
 
     @over_tcp
-    async def test_a_filter_of_the_log_may_write_to_the_connection_that_is_logged(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        peer, calls = await host.record(Recorder)
-
-        def show(record: logging.LogRecord) -> bool:
-            calls.handler.write_message(record.getMessage())
-            return True
-
-        monkeypatch.setattr(logging.getLogger("echo_server"), "filters", [show])
-        peer.send(frame(FIN | TEXT, b"\xff"))
-        assert await peer.goodbye() == 1007
-
-    @over_tcp
     @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
     async def test_a_client_that_leaves_during_prepare_is_neither_opened_nor_closed(
         self, host: Host, end: Callable[[Peer], None]
     ) -> None:
-        calls = Calls()
-        calls.gate.clear()
-        peer, other = await host.dial(), await host.connect()
-        peer.send(request(f"GET {host.route(SlowToPrepare, calls=calls)} HTTP/1.1"))
-        await eventually(lambda: calls)
+        other = await host.connect()
+        peer, calls = await being_prepared(host)
         end(peer)
         await have_turns(other, 5)
         calls.gate.set()
@@ -2574,11 +2535,7 @@ class TestAmongOthers:
     async def test_open_comes_before_on_close_even_if_no_descriptor_is_left_for_the_poller(
         self, host: Host
     ) -> None:
-        calls = Calls()
-        calls.gate.clear()
-        peer = await host.dial()
-        peer.send(request(f"GET {host.route(SlowToPrepare, calls=calls)} HTTP/1.1"))
-        await eventually(lambda: calls)
+        peer, calls = await being_prepared(host)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
         try:
@@ -2641,8 +2598,6 @@ class TestAmongOthers:
         bomber.send(frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20), 9)) * 60)
         await have_turns(other, 5)
         assert Connections.current().all_traffic().binaries_received < 60
-        for _ in range(60):
-            assert inflated((await bomber.frame())[1]) == b"ECHO:" + bytes(1 << 20)
 
 
 async def one_connection(client: socket.socket, handler: type[Recorder] = Recorder) -> Calls:
