@@ -2097,11 +2097,12 @@ async def main():
     server = Application([("/", Pinging)]).listen(0, "127.0.0.1")
     (sock,) = server._sockets.values()
     client = await websocket_connect(f"ws://127.0.0.1:{sock.getsockname()[1]}/")
-    assert await client.read_message() == "pong"
-    client.write_message("x" * 3_000_000)
-    while (answer := await client.read_message()) == "pong":
-        pass
-    assert answer == "ECHO:" + "x" * 3_000_000
+    for message in ("Hello!", "x" * 3_000_000):
+        assert await client.read_message() == "pong"
+        client.write_message(message)
+        while (answer := await client.read_message()) == "pong":
+            pass
+        assert answer == "ECHO:" + message
 
 asyncio.run(main())
 print("echoed", echo_server.main(["--port=0"]))
