@@ -2139,6 +2139,13 @@ class TestAsTornado:
         await eventually(lambda: "close the database" in calls)
         assert calls == [("open",), *LEFT, "close the database"]
 
+    async def test_an_error_in_a_property_that_a_connection_needs_is_500(self, host: Host) -> None:
+        peer = await host.dial()
+        broken = type("Broken", (EchoHandler,), {"ping_interval": property(fail)})
+        peer.send(request(f"GET {host.route(broken)} HTTP/1.1"))
+        assert (await peer.receive(13)).startswith(b"HTTP/1.1 500 ")
+        assert host.errors() == ["tornado.application", "tornado.access"]
+
     @pytest.mark.parametrize(("method", "status"), [("GET", 426), ("HEAD", 405)])
     async def test_a_plain_get_is_426_with_its_header_and_any_other_method_405(
         self, host: Host, method: str, status: int
@@ -2517,6 +2524,20 @@ class TestAmongOthers:
             innocent.send(text("to all"))
             assert await innocent.replies(b"to all")
         await eventually(lambda: len(calls.closes) == 5)
+
+    @over_tcp
+    async def test_a_filter_of_the_log_may_write_to_the_connection_that_is_logged(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        peer, calls = await host.record(Recorder)
+
+        def show(record: logging.LogRecord) -> bool:
+            calls.handler.write_message(record.getMessage())
+            return True
+
+        monkeypatch.setattr(logging.getLogger("echo_server"), "filters", [show])
+        peer.send(frame(FIN | TEXT, b"\xff"))
+        assert await peer.goodbye() == 1007
 
     @over_tcp
     @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
