@@ -2843,27 +2843,23 @@ def require(condition: object, code: int) -> None:
         raise Failed(code)
 
 
-def inflated_whole(data: bytes, window: bytes) -> tuple[bytes, Any]:
-    """The content, and the stream that could go on; None when the last one has ended."""
+def inflated_whole(data: bytes, window: bytes) -> tuple[bytes, bool]:
+    """The content, and whether its last stream has ended."""
     content = b""
-    while len(content) <= LIMIT:
+    while True:
         stream = zlib.decompressobj(-15, zdict=(window + content)[-32768:])
         content += stream.decompress(data, LIMIT + 1 - len(content))
-        if not stream.eof:
-            return content, stream
         data = stream.unused_data
-        if not data:
-            return content, None
-    return content, None
+        if not data or len(content) > LIMIT:
+            return content, stream.eof
 
 
 def inflated_so_far(data: bytes, last: bool, window: bytes) -> bytes:
     try:
-        content, stream = inflated_whole(data, window)
-        if last and stream and len(content) <= LIMIT:
-            again, stream = inflated_whole(data + b"\0\0\xff\xff", window)
-            require(again == content, 1007)
-            require(not stream or (not stream.decompress(b"\x03\0") and stream.eof), 1007)
+        content, ended = inflated_whole(data, window)
+        if last and not ended and len(content) <= LIMIT:
+            end = inflated_whole(data + b"\0\0\xff\xff\x03\0", window)
+            require(end == (content, True), 1007)
     except zlib.error:
         raise Failed(1007) from None
     return content
@@ -2872,82 +2868,86 @@ def inflated_so_far(data: bytes, last: bool, window: bytes) -> bytes:
 class Model:
     """What the contract says that a server has to make of these bytes, seen as a whole."""
 
-    def __init__(self, data: bytes, deflate: bool, window: bytes | None = None) -> None:
-        """`window`: what came compressed before, if that may be referred to."""
-        self.window = window
-        # Opcode and payload of messages and control frames; what replies to them.
-        self.events: list[tuple[int, bytes]] = []
-        self.replies: list[tuple[int, bytes]] = []
-        # The code of the peer's fault; and that of the Close that is the last reply (1005: none).
-        self.fault: int | None = None
-        self.code: int | None = None
+    def __init__(self, data: bytes, deflate: Deflate | None) -> None:
         self.rest, self.deflate = data, deflate
-        self.opcode, self.compressed = 0, False
-        self.content, self.empty = b"", 0
+        # What came compressed before, if that may be referred to.
+        self.window = b"" if deflate and deflate.takeover else None
+        # Messages and control frames, and the code of the peer's fault.
+        self.events: list[Event] = []
+        self.fault: int | None = None
+        self.begin_message(0, False)
         try:
             while self.code is None and self.frame(self.rest):
                 pass
         except Failed as failed:
-            self.fault = self.code = failed.args[0]
-            self.replies.append((CLOSE, close_body(failed.args[0])))
+            self.fault = failed.args[0]
+
+    @property
+    def code(self) -> int | None:
+        """The code of the Close that is the last reply; 1005: it has none."""
+        opcode, payload = self.events[-1] if self.events else (0, b"")
+        return int.from_bytes(payload[:2] or b"\x03\xed", "big") if opcode == CLOSE else self.fault
+
+    @property
+    def replies(self) -> list[Event]:
+        replies = {
+            PING: lambda payload: (PONG, payload),
+            CLOSE: lambda payload: (CLOSE, payload[:2]),
+            TEXT: lambda payload: (TEXT, b"ECHO:" + payload),
+            BINARY: lambda payload: (BINARY, b"ECHO:" + payload),
+        }
+        failed = [(CLOSE, close_body(self.fault))] if self.fault else []
+        return [replies[op](payload) for op, payload in self.events if op != PONG] + failed
+
+    def begin_message(self, opcode: int, compressed: bool) -> None:
+        self.opcode, self.compressed = opcode, compressed
+        self.content, self.empty = b"", 0
 
     def frame(self, data: bytes) -> bool:
         """Takes a frame as far as it is there; whether all of it was."""
         if len(data) < 2:
             return False
-        opcode, length, size = data[0] & 15, data[1] & 127, 0
+        opcode, length = data[0] & 15, data[1] & 127
         require(data[1] & 0x80 and not data[0] & (RSV2 | RSV3), 1002)
         require(opcode in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG), 1002)
         require(not data[0] & RSV1 or (self.deflate and opcode in (TEXT, BINARY)), 1002)
-        require(
-            (data[0] & FIN and length < 126)
-            if opcode >= CLOSE
-            else bool(self.opcode) == (opcode == 0),
-            1002,
-        )
-        if length > 125:
-            size = 2 if length == 126 else 8
-            if len(data) < 2 + size:
-                return False
+        if opcode >= CLOSE:
+            require(data[0] & FIN and length < 126, 1002)
+        else:
+            require(bool(self.opcode) == (opcode == CONTINUATION), 1002)
+        size = {126: 2, 127: 8}.get(length, 0)
+        if len(data) < 2 + size:
+            return False
+        if size:
             length = int.from_bytes(data[2 : 2 + size], "big")
             require((125 if size == 2 else 65535) < length < 1 << 63, 1002)
         start, end = 6 + size, 6 + size + length
         if opcode < CLOSE:
-            self.check_size(bool(data[0] & RSV1 or (self.opcode and self.compressed)), length)
-        if len(data) < start or (opcode >= CLOSE and len(data) < end):
+            room = LIMIT // 64 + 256 if data[0] & RSV1 or self.compressed else 0
+            require(len(self.content) + length <= LIMIT + room, 1009)
+        if len(data) < (start if opcode < CLOSE else end):
             return False
         payload = masked(data[start:end], data[start - 4 : start])
         self.rest = data[end:]
         if opcode >= CLOSE:
             self.control(opcode, payload)
         else:
-            self.data(data[0], payload, length, len(data) >= end)
+            self.data(data[0], payload, len(data) >= end)
         return len(data) >= end
 
-    def check_size(self, compressed: bool, length: int) -> None:
-        before = len(self.content) if self.opcode else 0
-        require(before + length <= LIMIT + (LIMIT // 64 + 256 if compressed else 0), 1009)
-
     def control(self, opcode: int, payload: bytes) -> None:
-        if opcode == PING:
-            self.replies.append((PONG, payload))
-        if opcode == CLOSE:
-            code = int.from_bytes(payload[:2], "big") if payload else 1005
-            require(not payload or (len(payload) > 1 and code in MAY_BE_SENT), 1002)
+        if opcode == CLOSE and payload:
+            require(int.from_bytes(payload[:2], "big") in MAY_BE_SENT, 1002)
             require(is_text(payload[2:]), 1007)
-            self.code = code
-            self.replies.append((CLOSE, payload[:2]))
         self.events.append((opcode, payload))
 
-    def data(self, first: int, payload: bytes, length: int, whole: bool) -> None:
+    def data(self, first: int, payload: bytes, whole: bool) -> None:
         if first & 15:
-            self.opcode, self.compressed = first & 15, bool(first & RSV1)
-            self.content, self.empty = b"", 0
+            self.begin_message(first & 15, bool(first & RSV1))
         self.content += payload
-        self.empty += not length
+        self.empty += whole and not payload
         require(self.empty <= 1024, 1008)
-        last = whole and bool(first & FIN)
-        content = self.content
+        last, content = whole and bool(first & FIN), self.content
         if self.compressed:
             content = inflated_so_far(content, last, self.window or b"")
         require(self.opcode == BINARY or can_become_text(content), 1007)
@@ -2957,8 +2957,7 @@ class Model:
             if self.compressed and self.window is not None:
                 self.window = (self.window + content)[-32768:]
             self.events.append((self.opcode, content))
-            self.replies.append((self.opcode, b"ECHO:" + content))
-            self.opcode = 0
+            self.begin_message(0, False)
 
 
 sizes = st.sampled_from([0, 1, 125, 126, 127, 1018, 1019, 1024, LIMIT - 1, LIMIT, LIMIT + 1])
@@ -3024,7 +3023,7 @@ any_frame_of_data = st.builds(
 def test_a_receiver_makes_of_any_bytes_what_the_contract_says(
     stream: bytes, cuts: list[int], deflate: Deflate | None
 ) -> None:
-    model = Model(stream, bool(deflate), b"" if deflate is TAKEOVER else None)
+    model = Model(stream, deflate)
     events, fault = receive(cut(stream, cuts), LIMIT, deflate)
     count = len(model.events)
     assert (events[:count], fault) == (model.events, model.fault)
@@ -3032,7 +3031,13 @@ def test_a_receiver_makes_of_any_bytes_what_the_contract_says(
     assert all(model.code and opcode >= CLOSE for opcode, _ in events[count:])
 
 
-OFFERS = ["", "permessage-deflate", "permessage-deflate; client_no_context_takeover"]
+OFFERS = {
+    "": None,
+    "permessage-deflate": TAKEOVER,
+    "permessage-deflate; client_no_context_takeover": NO_TAKEOVER,
+}
+
+while_open = precondition(lambda self: self.open)
 
 
 class Conversation(RuleBasedStateMachine):
@@ -3051,23 +3056,16 @@ class Conversation(RuleBasedStateMachine):
     def teardown(self) -> None:
         if self.open:
             self.receive()
-        if self.open:
             self.end(1006)
 
     @precondition(lambda self: not self.open)
-    @rule(offer=st.sampled_from(OFFERS))
+    @rule(offer=st.sampled_from(list(OFFERS)))
     def connect(self, offer: str) -> None:
-        self.sock = upgraded(
-            self.server, trust=self.trust, **({"Sec_WebSocket_Extensions": offer} if offer else {})
-        )
+        self.sock = upgraded(self.server, trust=self.trust, Sec_WebSocket_Extensions=offer)
         self.file = self.sock.makefile("rb")
-        self.open, self.deflate = True, bool(offer)
-        # What came compressed before `sent`, where it may be referred to.
-        self.begin(b"" if offer == "permessage-deflate" else None)
-
-    def begin(self, window: bytes | None) -> None:
-        self.window, self.sent, self.left = window, b"", 0
-        self.model = Model(b"", self.deflate, window)
+        # What was sent, and how many replies have been read.
+        self.open, self.sent, self.read = True, b"", 0
+        self.model = Model(b"", OFFERS[offer])
 
     def send(self, data: bytes, pauses: Pauses) -> None:
         """In pieces, up to where the connection is over; at some cuts the server has its turn."""
@@ -3076,64 +3074,54 @@ class Conversation(RuleBasedStateMachine):
             if piece and self.model.code is None:
                 self.sock.sendall(piece)
                 self.sent += piece
-                self.model = Model(self.sent, self.deflate, self.window)
+                self.model = Model(self.sent, self.model.deflate)
                 if pause:
                     self.pause()
-        if self.open and self.model.code is not None:
+        if self.model.code is not None:
             self.receive()
 
-    @precondition(lambda self: self.open)
+    @while_open
     @rule()
     def pause(self) -> None:
         """Until the server has seen what was sent: it has answered somebody else since."""
-        self.neighbour.sendall(frame(FIN | TEXT, b"Hello!"))
-        assert self.neighbour.recv(99) == b"\x81\x0bECHO:Hello!"
+        assert echoed(self.neighbour) == "ECHO:Hello!"
         self.totals["text"] += 1
 
-    def answer(self) -> tuple[int, bytes]:
-        """Opcode and content of the frame that comes next; opcode -1 at the end."""
+    def answer(self) -> Event:
+        """Opcode and content of the frame that comes next."""
         first, payload = read_frame(self.file)
-        if first < 0:
-            return first, payload
         if first & RSV1:
             payload = inflated(payload)
         return first & 15, payload[:2] if first == FIN | CLOSE else payload
 
-    @precondition(lambda self: self.open)
+    @while_open
     @rule()
     def receive(self) -> None:
         """What the model expects, and the end if that is expected."""
-        expected = self.model.replies[self.left :]
+        expected = self.model.replies[self.read :]
         assert [self.answer() for _ in expected] == expected
-        self.left = len(self.model.replies)
+        self.read += len(expected)
         if self.model.code is not None:
             if self.model.code in (1007, 1008, 1009):
                 # The server waits for a Close, for which there may be no place.
                 socket.socket.shutdown(self.sock, socket.SHUT_WR)
-            assert self.answer() == (-1, b"")
+            assert not self.file.read(1)
             self.end(self.model.code)
-        elif not self.model.opcode and not self.model.rest:
-            self.count_messages()
-            self.begin(self.model.window)
-
-    def count_messages(self) -> None:
-        for opcode, _ in self.model.events:
-            self.totals["text"] += opcode == TEXT
-            self.totals["binary"] += opcode == BINARY
 
     def end(self, code: int) -> None:
-        self.count_messages()
         self.file.close()
         cut_off(self.sock)
         self.open = False
+        opcodes = Counter(opcode for opcode, _ in self.model.events)
+        self.totals.update(text=opcodes[TEXT], binary=opcodes[BINARY])
         # Codes that applications choose are counted by the thousand.
         self.totals[f"{code // 1000}000-{code // 1000}999" if code >= 3000 else str(code)] += 1
 
-    @precondition(lambda self: self.open)
+    @while_open
     @rule(opcode=opcodes, content=contents, squeeze=st.booleans(), pauses=pauses)
     def send_message(self, opcode: int, content: bytes, squeeze: bool, pauses: Pauses) -> None:
         content = fitting(opcode, content)
-        if squeeze and self.deflate:
+        if squeeze and self.model.deflate:
             self.send(frame(FIN | RSV1 | opcode, self.squeezed(content)), pauses)
         else:
             self.send(frame(FIN | opcode, content), pauses)
@@ -3146,40 +3134,43 @@ class Conversation(RuleBasedStateMachine):
             return data + compressor.flush() + b"\0" * (len(content) % 2)
         return (data + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
-    @precondition(lambda self: self.open)
+    @while_open
     @rule(opcode=opcodes, content=contents, flag=flags, pauses=pauses)
     def send_next_part(self, opcode: int, content: bytes, flag: int, pauses: Pauses) -> None:
         """Of a message that goes on, if there is one."""
         opcode = CONTINUATION if self.model.opcode else opcode
         self.send(frame(flag | opcode, fitting(TEXT, content)), pauses)
 
-    @precondition(lambda self: self.open)
-    @rule(data=anything | st.just(b""), pauses=pauses)
+    @while_open
+    @rule(data=anything | damages | st.just(b""), pauses=pauses)
     def send_anything(self, data: bytes, pauses: Pauses) -> None:
         if data:
             self.send(data, pauses)
         else:
             self.leave()
 
-    @precondition(lambda self: self.open and self.deflate)
-    @rule(data=damages)
-    def send_damaged(self, data: bytes) -> None:
-        self.send(data, [])
-
     def leave(self) -> None:
         """Without a Close; the replies that are owed have to come."""
         if self.trust:
             # TLS that ends without its own goodbye may lose what has just come.
             self.receive()
-        if self.open:
-            # Not SSLSocket's, which would end TLS as well.
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)
-            self.receive()
-        if self.open:
-            # An alert: TLS does not like it.
-            with contextlib.suppress(ssl.SSLError):
-                assert self.answer() == (-1, b"")
-            self.end(1006)
+        # Not SSLSocket's, which would end TLS as well.
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        self.receive()
+        # An alert: TLS does not like it.
+        with contextlib.suppress(ssl.SSLError):
+            assert not self.file.read(1)
+        self.end(1006)
+
+
+budget = settings(
+    # The number of conversations, of up to 50 steps each.
+    max_examples=int(os.environ.get("WS_ECHO_FUZZ", "6")),
+    stateful_step_count=50,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
@@ -3199,16 +3190,6 @@ def test_whatever_is_sent_is_answered_as_the_contract_says(
             lambda: measured(server, Conversation.trust) == Conversation.totals,
             lambda: f"{measured(server, Conversation.trust)} is not {Conversation.totals}",
         )
-
-
-budget = settings(
-    # The number of conversations, of up to 50 steps each.
-    max_examples=int(os.environ.get("WS_ECHO_FUZZ", "6")),
-    stateful_step_count=50,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
 
 
 def measured(server: Process, trust: ssl.SSLContext | None) -> Counter[str]:
