@@ -2969,7 +2969,7 @@ contents = (
 )
 
 opcodes = st.sampled_from([TEXT, BINARY])
-flags = st.sampled_from([FIN, FIN, 0, 0, FIN | RSV1, RSV1])
+flags = st.sampled_from([FIN, FIN, FIN, 0, 0, 0, FIN | RSV1, RSV1])
 
 # After how many bytes, and whether to wait until the server has seen them.
 Pauses = list[tuple[int, bool]]
@@ -3118,15 +3118,13 @@ class Conversation(RuleBasedStateMachine):
         self.totals[f"{code // 1000}000-{code // 1000}999" if code >= 3000 else str(code)] += 1
 
     @while_open
-    @rule(opcode=opcodes, content=contents, flag=flags, pauses=pauses)
-    def send_data(self, opcode: int, content: bytes, flag: int, pauses: Pauses) -> None:
-        """A message or the beginning of one; or more of the one that has begun."""
+    @rule(opcode=opcodes, content=contents, squeeze=st.booleans(), pauses=pauses)
+    def send_message(self, opcode: int, content: bytes, squeeze: bool, pauses: Pauses) -> None:
         content = fitting(opcode, content)
-        if self.model.opcode:
-            opcode = CONTINUATION
-        elif flag & RSV1 and self.model.deflate:
-            content = self.squeezed(content)
-        self.send(frame(flag | opcode, content), pauses)
+        if squeeze and self.model.deflate:
+            self.send(frame(FIN | RSV1 | opcode, self.squeezed(content)), pauses)
+        else:
+            self.send(frame(FIN | opcode, content), pauses)
 
     def squeezed(self, content: bytes) -> bytes:
         """It refers back where it may; and now and then it ends with BFINAL."""
@@ -3137,7 +3135,19 @@ class Conversation(RuleBasedStateMachine):
         return (compressor.compress(content) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
     @while_open
-    @rule(data=anything | damages | st.just(b""), pauses=pauses)
+    @rule(opcode=opcodes, content=contents, flag=flags, pauses=pauses)
+    def send_next_part(self, opcode: int, content: bytes, flag: int, pauses: Pauses) -> None:
+        """Of a message that goes on, if there is one."""
+        opcode = CONTINUATION if self.model.opcode else opcode
+        self.send(frame(flag | opcode, fitting(TEXT, content)), pauses)
+
+    @precondition(lambda self: self.open and self.model.deflate)
+    @rule(data=damages)
+    def send_damaged(self, data: bytes) -> None:
+        self.send(data, [])
+
+    @while_open
+    @rule(data=anything | st.just(b""), pauses=pauses)
     def send_anything(self, data: bytes, pauses: Pauses) -> None:
         if data:
             self.send(data, pauses)
