@@ -2776,6 +2776,32 @@ class TestDeadlines:
         with pytest.raises(ConnectionResetError):
             await peer.rest()
 
+    @over_tcp
+    async def test_while_our_close_waits_pings_do_not_delay_it(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(echo_server, "HIGH_WATER", 1 << 30)
+        peer, calls = await host.record(Recorder, receive_buffer=4096)
+        calls.handler.write_message(WORD * 80)
+        calls.handler.close(4000)
+        pings = [b"%d" % number for number in range(20)]
+        peer.send(*[frame(FIN | PING, ping) for ping in pings])
+        await eventually(lambda: calls[1:] == [("ping", ping) for ping in pings])
+        assert await peer.replies(WORD.encode() * 80)
+        assert await peer.replies(pings[-1], first=FIN | PONG)
+        assert await peer.goodbye() == 4000
+
+    @over_tcp
+    async def test_a_peer_that_takes_nothing_while_our_close_waits_is_reset(
+        self, host: Host, hurried: None
+    ) -> None:
+        peer, calls = await host.record(Recorder, receive_buffer=4096)
+        calls.handler.write_message(WORD * 80)
+        calls.handler.close()
+        await eventually(lambda: calls.closes)
+        with pytest.raises(ConnectionResetError):
+            await peer.rest()
+
     @pytest.mark.parametrize(("transport", "words"), [("tcp", 5), ("unix", 1)])
     async def test_writing_on_is_no_progress_of_a_peer_that_takes_nothing(
         self, host: Host, words: int
