@@ -2684,6 +2684,14 @@ def test_the_end_of_a_connection_frees_it_without_the_garbage_collector(serve: S
     process.line("^0 handlers are left")
 
 
+def test_short_messages_that_wait_count_for_more_than_their_bytes() -> None:
+    inbox, number = echo_server.Inbox(limit=100 * 1024), 0
+    while inbox.has_place():
+        inbox.put((echo_server.TEXT, b"a"))
+        number += 1
+    assert number <= 101
+
+
 # ---- Deadlines and flow control
 
 
@@ -2738,6 +2746,19 @@ class TestDeadlines:
             peer.send(byte)
             await asyncio.sleep(0.03)
         assert await peer.replies(b"ECHO:slow")
+
+    @over_tcp
+    async def test_a_pong_may_be_late_while_the_peer_goes_on_reading(self, host: Host) -> None:
+        host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.3)
+        peer, calls = await host.record(Recorder, receive_buffer=4096)
+        assert await peer.frame() == (FIN | PING, b"")
+        calls.handler.write_message(WORD * 80)
+        for _ in range(60):
+            await peer.receive(20_000)
+            await asyncio.sleep(0.02)
+        peer.send(frame(FIN | PONG), text("hi"))
+        await peer.receive(len(reply_frame(FIN | TEXT, WORD.encode() * 80)) - 60 * 20_000)
+        assert await peer.replies(b"ECHO:hi")
 
     @over_tcp
     async def test_a_message_that_stalls_is_1008_even_if_pings_come(self, host: Host) -> None:
@@ -3328,6 +3349,16 @@ def test_metrics_are_written_and_named_as_prometheus_knows_them(serve: Serve) ->
     assert 0 < found["process_cpu_seconds_total"] < 60
     assert 1 << 20 < found["process_resident_memory_bytes"] < 1 << 30
     assert 3 < found["process_open_fds"] < found["process_max_fds"]
+
+
+def test_replies_count_with_the_prefix_that_they_were_sent_with() -> None:
+    traffic = echo_server.Traffic()
+    for prefix, payloads in ((5, [b"one", b"two"]), (0, [b"three"])):
+        traffic.echo_with(prefix)
+        traffic.echoes += len(payloads)
+        traffic.echo_bytes += sum(len(text(payload.decode())) for payload in payloads)
+    assert traffic.received() == (3, 11)
+    assert (traffic.texts_sent, traffic.text_bytes_sent) == (3, 21)
 
 
 def test_metrics_have_two_series_for_the_close_codes_of_applications(serve: Serve) -> None:
