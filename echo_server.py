@@ -1395,7 +1395,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
         self.traffic = Traffic()
         self.opened = 0.0
         self.outcome = 1006
-        # `on_close` has been called; so has `finish`, which sets the future of a host's own `get`.
+        # Whether `on_close` has been called; and `finish`, after which a host's own `get` goes on.
         self._has_closed = False
         self.finished = False
         self._ended: asyncio.Future[None] | None = None
