@@ -71,7 +71,7 @@ from echo_server import (
     Receiver,
     Sender,
     accept_deflate,
-    echo_heads,
+    echo_table,
     echo_texts,
     frame_header,
     inherited_socket,
@@ -1358,7 +1358,7 @@ def test_websockets_reads_what_is_sent_and_from_1_kib_it_is_compressed(bits: int
         assert other.events_received() == [Frame(Opcode.BINARY, payload)]
 
 
-HEADS = echo_heads(b"ECHO:", LIMIT)
+TABLE = echo_table(b"ECHO:", LIMIT)
 
 OTHER_FRAMES = {
     "nothing": b"",
@@ -1378,14 +1378,14 @@ def test_echo_texts_answers_short_ascii_texts_up_to_the_first_other_frame(rest: 
     words = "", "Hello!", "x" * 125
     short = b"".join(map(text, words))
     replies = [reply_frame(FIN | TEXT, f"ECHO:{word}".encode()) for word in words]
-    assert echo_texts(short + rest, HEADS) == (replies, len(short))
+    assert echo_texts(short + rest, TABLE) == (replies, len(short))
 
 
 def test_echo_texts_ends_after_some_kilobytes_and_before_a_text_above_the_limit() -> None:
     data = text("Hello!") * 10_000
-    replies, end = echo_texts(data, HEADS)
+    replies, end = echo_texts(data, TABLE)
     assert end == len(replies) * len(text("Hello!")) < len(data)
-    assert echo_texts(text("x" * 101), echo_heads(b"ECHO:", 100)) == ([], 0)
+    assert echo_texts(text("x" * 101), echo_table(b"ECHO:", 100)) == ([], 0)
 
 
 # --------------------------------------------------------------------------------------- Connection
