@@ -45,19 +45,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from typing import Any, ClassVar, NamedTuple, cast
 from urllib.parse import urlsplit
 
-from tornado import (
-    gen,
-    httpclient,
-    httpserver,
-    httputil,
-    iostream,
-    netutil,
-    routing,
-    web,
-    websocket,
-)
+from tornado import gen, httpserver, httputil, iostream, netutil, routing, web, websocket
 from tornado.concurrent import future_set_result_unless_cancelled
 from tornado.escape import json_encode, utf8, xhtml_escape
+from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.ioloop import IOLoop
 
 # The only private name that is imported. It masks in C; Python would take 300 times as long.
@@ -88,6 +79,9 @@ class EchoHandler(websocket.WebSocketHandler):
             sent = self.write_message(self.prefix + message)
         else:
             sent = self.write_message(utf8(self.prefix) + message, binary=True)
+        if not isinstance(sent, asyncio.Future):
+            # A subclass has a `write_message` of its own.
+            return sent
         if sent.done():
             # It has left, or the connection has ended and has logged why.
             return None
@@ -200,18 +194,19 @@ class EchoHandler(websocket.WebSocketHandler):
         self.set_status(101)
         for name, value in answer.items():
             self.set_header(name, value)
-        sent, stream = self.finish(), self.detach()
+        self.finish()
+        stream = self.detach()
         with contextlib.suppress(iostream.StreamClosedError):
-            await sent
+            # Done when the answer has left. A subclass may have a `finish` that returns nothing.
+            await stream.write(b"")
         return stream
 
     def _only_echoes(self) -> bool:
         """Whether replies can be sent without calling `on_message`, since it is the one above, and
         would do nothing else."""
-        methods = EchoHandler.on_message, EchoHandler.on_sent, EchoHandler.write_message
         return self.__scenario is None and all(
-            getattr(getattr(self, method.__name__), "__func__", None) is method
-            for method in methods
+            getattr(getattr(self, name), "__func__", None) is method
+            for name, method in ECHOING.items()
         )
 
     def write_message(
@@ -226,6 +221,10 @@ class EchoHandler(websocket.WebSocketHandler):
     def on_connection_close(self) -> None:
         """Calls `on_close`, once, if `open` has been called. Tornado's method would not run an
         `async def on_close`."""
+        if self.ws_connection and not self.__protocol:
+            # A subclass has a `get_websocket_protocol` of its own.
+            super().on_connection_close()
+            return
         protocol, self.ws_connection = self.__protocol, None
         if protocol and protocol.connection:
             if not protocol.is_closing():
@@ -240,6 +239,11 @@ class EchoHandler(websocket.WebSocketHandler):
 
     def _has_opened(self) -> bool:
         return self.__protocol is not None and self.__protocol.opened > 0
+
+
+# What `_only_echoes` compares with: these methods may be replaced in a subclass, in a handler, and
+# even in this class.
+ECHOING = {name: vars(EchoHandler)[name] for name in ("on_message", "on_sent", "write_message")}
 
 
 def until_open(name: str) -> Any:
@@ -330,7 +334,8 @@ class Scenario:
     async def _reply(
         self, handler: EchoHandler, protocol: EchoProtocol, payload: bytes, binary: bool
     ) -> None:
-        await protocol.sleep(self.delay)
+        if not protocol.is_closing():
+            await protocol.sleep(self.delay)
         with contextlib.suppress(WebSocketClosedError):
             await handler.write_message(payload, binary)
             if protocol.traffic.received()[0] >= self.after:
@@ -777,19 +782,21 @@ class Sender:
         return pong + our_close
 
 
-# What `echo_texts` knows of each length: how to read the key and the payload of a frame at a
-# position, what goes before the payload in the reply, and the size of the frame.
-ShortText = tuple[Callable[[bytes, int], tuple[bytes, bytes]], bytes, int]
+# How to read the key and the payload of a frame at a position, by the length of the payload.
+KEY_AND_PAYLOAD = [struct.Struct(f"2x4s{length}s").unpack_from for length in range(126)]
+# What `echo_texts` has for each length: one of these, what goes before the payload in the reply,
+# and the size of the frame.
+ShortText = tuple[Callable[[bytes, int], tuple[Any, ...]], bytes, int]
 
 
 @functools.lru_cache(16)
 def echo_table(prefix: bytes, limit: int) -> list[ShortText | None]:
-    """Indexed by the second byte of a text's frame. The entry is None unless that byte is MASK with
-    a length below 126 and within the limit."""
+    """Returns what `echo_texts` needs, indexed by the second byte of a frame. An entry is None
+    unless that byte is MASK plus a length below 126 and within the limit."""
     table: list[ShortText | None] = [None] * 256
     for length in range(min(limit, 125) + 1):
         head = frame_header(FIN | TEXT, len(prefix) + length) + prefix
-        table[MASK | length] = struct.Struct(f"2x4s{length}s").unpack_from, head, 6 + length
+        table[MASK | length] = KEY_AND_PAYLOAD[length], head, 6 + length
     return table
 
 
@@ -891,6 +898,9 @@ ROUND = 0.002
 CLOSE_TIMEOUT = 5.0
 # The same after our FIN.
 LINGER_TIMEOUT = 2.0
+# While the peer's kernel has not acknowledged all bytes, the handler's `stall_timeout` applies
+# instead; or this, if that is 0.
+STALL_TIMEOUT = 60.0
 # The most seconds between two looks at the deadlines.
 PERIOD = 0.5
 
@@ -919,8 +929,10 @@ class Wire:
         # Done when the socket is closed.
         self._closed: asyncio.Future[None] | None = None
 
-        # The numbers of bytes received, of bytes put, and of those that the kernel has not taken.
+        # The numbers of bytes received, of those after which no more are read if the server stops,
+        # of bytes put, and of those that the kernel has not taken.
         self.received = 0
+        self._last = 0
         self.total = 0
         self.waiting = 0
         # The `total` when all of it was last acknowledged; and for `acknowledged`.
@@ -1012,6 +1024,15 @@ class Wire:
             self.eof = True
         return data
 
+    def note_unread(self, least: int) -> None:
+        """Says what `has_unread` asks for: what has arrived, or `least` bytes if more arrives while
+        that is read."""
+        self._last = self.received + max(least, in_kernel(self.fd, "FIONREAD"))
+
+    def has_unread(self) -> bool:
+        """Whether some of that has arrived and has not been read."""
+        return self.received < self._last and in_kernel(self.fd, "FIONREAD") > 0
+
     def find_loss(self, events: int = 0) -> None:
         """Raises OSError if the peer is lost, which epoll reports even if we do not read."""
         code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -1023,7 +1044,7 @@ class Wire:
         kernel, if it tells their number."""
         if self._acknowledged_total == self.total:
             return 0
-        held = self.waiting + unacknowledged(self.fd)
+        held = self.waiting + in_kernel(self.fd, "TIOCOUTQ")
         if not held:
             self._acknowledged_total = self.total
         return held
@@ -1124,22 +1145,30 @@ def make_wire(stream: iostream.IOStream) -> Wire:
 
 def take_over(stream: iostream.IOStream, on_close: Callable[[], None]) -> bytes:
     """From now on, only we read and write the socket. Returns what the stream has already read. The
-    stream still closes the socket, and calls `on_close` then, no matter who has closed it."""
+    stream still closes the socket, and calls `on_close` before, no matter who closes it."""
+
+    def close_fd() -> None:
+        # First, this breaks the reference cycle of the stream and this function.
+        del stream.close_fd
+        on_close()
+        stream.close_fd()
+
+    stream.close_fd = close_fd  # type: ignore[method-assign]  # a callback would come too late
     stream.read_from_fd = lambda buf: None  # type: ignore[method-assign]  # so it reads no more
     early = cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True))
-    stream.set_close_callback(on_close)
     stream.io_loop.remove_handler(stream.socket)
     return early.result() if early.done() else b""
 
 
-def unacknowledged(fd: int) -> int:
-    """Bytes in our kernel that the peer's has not acknowledged: SIOCOUTQ in tcp(7), which Unix
-    sockets have as well."""
+def in_kernel(fd: int, queue: str) -> int:
+    """Bytes that our kernel holds for a socket: "FIONREAD", those that we have not read;
+    "TIOCOUTQ", those that the peer's has not acknowledged (SIOCOUTQ in tcp(7), which Unix sockets
+    have as well)."""
     try:
         import fcntl
         import termios
 
-        (size,) = struct.unpack("i", fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)))
+        (size,) = struct.unpack("i", fcntl.ioctl(fd, getattr(termios, queue), bytes(4)))
     except (ImportError, OSError):
         return 0
     return int(size)
@@ -1271,10 +1300,11 @@ class Deadlines:
     def __init__(
         self, handler: websocket.WebSocketHandler, stall_timeout: float, now: float
     ) -> None:
-        self.ping_interval = handler.ping_interval or 0.0
+        # As in Tornado, a negative limit is none.
+        self.ping_interval = max(handler.ping_interval or 0.0, 0.0)
         timeout = handler.ping_timeout
-        self.ping_timeout = self.ping_interval if timeout is None else timeout
-        self.stall_timeout = stall_timeout
+        self.ping_timeout = self.ping_interval if timeout is None else max(timeout, 0.0)
+        self.stall_timeout = max(stall_timeout, 0.0)
         # The clocks: for bytes received, the unfinished message, bytes acknowledged, and the state.
         self.arrival, self.message = Since(now), Since(now)
         self.progress, self.state = Since(now), Since(now)
@@ -1296,6 +1326,10 @@ class Deadlines:
         standing = self.state.seconds(state, now)
         if state != OPEN:
             limit = LINGER_TIMEOUT if state == LINGERING else CLOSE_TIMEOUT
+            if held:
+                # The peer's kernel may tell of the room in its buffer only when much of it is free.
+                # A peer that reads slowly then seems to make no progress for many seconds.
+                limit = max(limit, self.stall_timeout or STALL_TIMEOUT)
             return "closing" if min(progress, standing) >= limit else ""
         # A value that is always new keeps the clock at 0.
         stalled = self.message.seconds((reads and unfinished) or now, now)
@@ -1330,9 +1364,9 @@ class Inbox:
         self._limit = limit
         # Nothing counts any more but the peer's Close (section 7.1.7).
         self.is_shut = False
-        # The number of coroutines that run, also counting writes that `on_message` has returned,
-        # and the bytes of the message that they work on.
-        self.running = 0
+        # The coroutines that run, and writes that `on_message` has returned; and the bytes of the
+        # message that they work on.
+        self.running: frozenset[asyncio.Future[Any]] = frozenset()
         self._held = 0
         # The queue, and its bytes, to which each entry adds EVENT.
         self._waiting: deque[Event] | None = None
@@ -1370,9 +1404,9 @@ class Inbox:
         """The handler has got a message, which needs room while a coroutine works on it."""
         self._held = size if self.running else 0
 
-    def release(self) -> None:
+    def release(self, future: asyncio.Future[Any]) -> None:
         """Called when a coroutine is done."""
-        self.running -= 1
+        self.running -= {future}
         self._held = self._held if self.running else 0
 
 
@@ -1392,7 +1426,9 @@ class EchoProtocol(websocket.WebSocketProtocol):
         self.connection: Connection | None = None
         self.registry = Connections.current()
         self.deadlines = Deadlines(handler, stall_timeout, self.registry.now)
-        self.inbox = Inbox(handler.max_message_size)
+        # The largest size of a message: a number that zlib takes, which a host's may not be.
+        self.limit = int(min(handler.max_message_size, 1 << 62))
+        self.inbox = Inbox(self.limit)
         # What the handshake has agreed on.
         self.deflate: Deflate | None = None
         # For the log and the metrics: when the handshake was done, in time.monotonic(); and the
@@ -1419,12 +1455,15 @@ class EchoProtocol(websocket.WebSocketProtocol):
         # Tornado's HTTP server turns TCP_NODELAY off. A Close right after a reply could then take
         # 40 ms more.
         stream.set_nodelay(True)
-        self.stream, early = stream, take_over(stream, self.on_connection_close)
+        self.stream, early = stream, take_over(stream, self.on_stream_close)
         self.start(make_wire(stream), early)
         if type(handler).get is not EchoHandler.get and not self.finished:
             # As in Tornado, a host's own `get` goes on when the connection has ended.
             self._ended = asyncio.Future()
-            await self._ended
+            try:
+                await self._ended
+            except asyncio.CancelledError:
+                self._abort()
 
     def negotiate(self) -> dict[str, str]:
         """Returns the headers of the answer to the handshake."""
@@ -1444,8 +1483,21 @@ class EchoProtocol(websocket.WebSocketProtocol):
     # ---- Calls of the handler
 
     def open(self) -> None:
-        handler = self.handler
-        self.call(handler.open, *handler.open_args, **handler.open_kwargs)
+        self.call(self._open, *self.handler.open_args, **self.handler.open_kwargs)
+
+    def _open(self, *args: Any, **kwargs: Any) -> Awaitable[Any] | None:
+        """As in Tornado, what an `async def open` changes in its context is there later."""
+        result = self.handler.open(*args, **kwargs)
+        if not asyncio.iscoroutine(result):
+            return result
+        context = contextvars.copy_context()
+
+        def keep(_: object) -> None:
+            self._context = context
+
+        task = self.registry.loop.create_task(result, context=context)
+        task.add_done_callback(keep)
+        return task
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self._context.run(self.run, method, *args, **kwargs)
@@ -1462,17 +1514,17 @@ class EchoProtocol(websocket.WebSocketProtocol):
 
     def is_busy(self) -> bool:
         """Whether a coroutine of the handler runs, or a write that it has returned waits."""
-        return self.inbox.running > 0
+        return bool(self.inbox.running)
 
     def wait_for(self, future: asyncio.Future[Any]) -> None:
         if self.connection:
             resume = functools.partial(self.connection.enter, self._resume)
             outside(IOLoop.current().add_future, future, resume)
-            self.inbox.running += 1
+            self.inbox.running |= {future}
 
     def _resume(self, future: asyncio.Future[Any]) -> None:
         """Called when a coroutine of the handler is done, or a write that `on_message` returned."""
-        self.inbox.release()
+        self.inbox.release(future)
         try:
             future.result()
         except (Exception, asyncio.CancelledError):
@@ -1510,7 +1562,12 @@ class EchoProtocol(websocket.WebSocketProtocol):
         """Calls `on_close` once: a host may call `on_connection_close`, too."""
         if not self._has_closed:
             self._has_closed = True
-            self.run(self.handler.on_close)
+            self.run(self._on_close)
+
+    def _on_close(self) -> Awaitable[Any] | None:
+        """As in Tornado, `on_close` may return anything. Only what can be awaited is."""
+        result = cast(Any, self.handler).on_close()
+        return result if isinstance(result, Awaitable) else None
 
     def release(self) -> None:
         """Called after the end. Only the garbage collector would free two objects that refer to
@@ -1525,11 +1582,19 @@ class EchoProtocol(websocket.WebSocketProtocol):
     ) -> asyncio.Future[None]:
         """Returns a future. If more than HIGH_WATER bytes wait, it is done when the kernel has
         taken them; otherwise at once or, outside a turn when the round is over, in the next round.
-        It fails with WebSocketClosedError if the connection is closing."""
+        It fails with WebSocketClosedError if the connection is closing; a coroutine of this handler
+        gets that at once, since `on_close` waits for its end, and it may not await its writes."""
         if self.connection is None or self.is_closing():
+            if self.inbox.running and asyncio.current_task() in self.inbox.running:
+                raise WebSocketClosedError
             return failed_write()
         payload = utf8(json_encode(message) if isinstance(message, dict) else message)
-        return self.connection.write(BINARY if binary else TEXT, payload)
+        sent = self.connection.write(BINARY if binary else TEXT, payload)
+        if sent is self.registry.done:
+            # This one is shared by all connections, but hosts use futures as keys.
+            sent = asyncio.Future()
+            sent.set_result(None)
+        return sent
 
     def write_ping(self, data: bytes) -> None:
         if self.connection:
@@ -1548,8 +1613,16 @@ class EchoProtocol(websocket.WebSocketProtocol):
     def is_closed(self) -> bool:
         return self.connection is None or self.connection.state == CLOSED
 
+    def on_stream_close(self) -> None:
+        """Called before the stream closes the socket. If it was a host that closed the stream, the
+        connection ends, but later, since it closes the stream as well. The poller has to forget the
+        socket now: it would go on watching the copy that a forked process has."""
+        if self.stream and self.connection and not self.is_closed():
+            self.registry.forget(self._wire.fd, self.connection)
+            self.stream.io_loop.add_callback(self.on_connection_close)
+
     def on_connection_close(self) -> None:
-        """Called when the stream has been closed. If it was not by us, the connection ends."""
+        """Called when somebody else has closed the socket."""
         self.server_terminated = True
         if self.connection:
             self.connection.close_socket(reset=False)
@@ -1600,8 +1673,9 @@ class EchoProtocol(websocket.WebSocketProtocol):
 #            has got all messages, except those that `drop` has thrown away.
 #
 # CLOSING, AWAITING and ENDING last for at most CLOSE_TIMEOUT without progress, and LINGERING for
-# LINGER_TIMEOUT. Then AWAITING becomes ENDING, and the others become CLOSED. A reset, an error of
-# ours, or `drop` leads from any state to CLOSED.
+# LINGER_TIMEOUT; while the peer's kernel has not acknowledged everything, for `stall_timeout`. Then
+# AWAITING becomes ENDING, and the others become CLOSED. A reset, an error of ours, or `drop` leads
+# from any state to CLOSED.
 OPEN, CLOSING, AWAITING, ENDING, LINGERING, CLOSED = range(6)
 
 
@@ -1618,7 +1692,7 @@ class Connection:
         self._inbox = protocol.inbox
         self.handler = protocol.handler
         self._wire = wire
-        self._receiver = Receiver(self.handler.max_message_size, protocol.deflate)
+        self._receiver = Receiver(protocol.limit, protocol.deflate)
         self._sender = Sender(protocol.deflate)
         self._registry = protocol.registry
         self._deadlines = protocol.deadlines
@@ -1663,17 +1737,19 @@ class Connection:
             # OpenSSL may have read bytes already, which the poller cannot see.
             self.ready(READ)
 
-    def ready(self, events: int) -> None:
-        """Called when bytes have arrived, the kernel takes bytes again, or the peer is lost."""
+    def ready(self, events: int = 0) -> None:
+        """Called when bytes have arrived, the kernel takes bytes again, or the peer is lost; and
+        without events when a round gives this connection another turn."""
+        receiver = self._receiver
         try:
-            if events != READ or self._watched != READ:
+            if events and (events != READ or self._watched != READ):
                 if events & WRITE:
                     self._wire.drain()
                 if not self._watched & READ:
                     self._wire.find_loss(events)
                     self.settle()
                     return
-            data, receiver = self._wire.receive(), self._receiver
+            data = self._wire.receive() if events else b""
             if self._table and not self._registry.shows:
                 if receiver.rest:
                     data = receiver.take_rest() + data
@@ -1682,16 +1758,17 @@ class Connection:
                     self._registry.unshown += len(replies)
                     self.traffic.echoes += len(replies)
                     self.traffic.echo_bytes += size
-                    if self._wire.send(b"".join(replies)) and size == len(data):
-                        # All is answered, and nothing that `settle` looks at has changed.
+                    done = self._wire.send(b"".join(replies)) and size == len(data)
+                    if done and self._watched == READ and not self._wire.eof:
+                        # Nothing that `settle` looks at has changed.
                         return
                     data = data[size:]
-            if not receiver.deflate or self._discards() or self._registry.has_time():
-                self.turn(data)
-            else:
+            if events and receiver.deflate and not (self._discards() or self._registry.has_time()):
                 # Inflating and deflating may take milliseconds: the data waits for a later turn.
                 receiver.keep(data)
                 self.settle()
+            else:
+                self.turn(data)
         except Exception as error:
             self._end_with(error)
 
@@ -1743,13 +1820,10 @@ class Connection:
         self.enter(self.drop, False)
         self.finish()
 
-    def read_rest(self) -> None:
-        """Before the server stops, reads what has arrived, but at most as much as a message has."""
-        if self.state == OPEN and self._watched & READ:
-            pieces, end = [b""], self._wire.received + max(self._receiver.limit, READ_SIZE)
-            while self._wire.received < end and (data := self._wire.receive()):
-                pieces.append(data)
-            self._receiver.keep(b"".join(pieces))
+    def note_unread(self) -> None:
+        """What has arrived by now is handled before the server stops. What a peer has sent may go
+        on arriving while we read, so a message's size of that is handled, too."""
+        self._wire.note_unread(max(self._receiver.limit, READ_SIZE))
 
     # ---- What follows
 
@@ -1800,7 +1874,7 @@ class Connection:
         elif wire.eof and not receiver.more:
             self.protocol.client_terminated = True
             self.state = ENDING
-        elif self.handler.application in self._registry.leaving and not receiver.more:
+        elif self._registry.sends_away(self.handler) and not (receiver.more or wire.has_unread()):
             receiver.skip()
             self._begin_closing(1001, "the server is stopping")
 
@@ -1839,7 +1913,8 @@ class Connection:
             return not self._wire.eof
         if self._receiver.more or not self._inbox.has_place():
             return False
-        return self.state != OPEN or self.handler.application not in self._registry.leaving
+        leaving = self._registry.sends_away(self.handler)
+        return self.state != OPEN or not leaving or self._wire.has_unread()
 
     def _discards(self) -> bool:
         """Whether what arrives is thrown away: no frame counts any more, or none can be parsed."""
@@ -1931,7 +2006,7 @@ class Connection:
         self.protocol.client_terminated = True
         if body:
             self.protocol.close_code = int.from_bytes(body[:2], "big")
-            self.protocol.close_reason = body[2:].decode()
+            self.protocol.close_reason = body[2:].decode() or None
         self._begin_closing(self.protocol.close_code)
 
     def fail(self, code: int, reason: str = "") -> None:
@@ -1947,7 +2022,7 @@ class Connection:
         self._receiver.skip()
 
     def _lose(self, error: OSError) -> None:
-        """The peer is lost. A coroutine learns it from its future, and `_report` logs the line."""
+        """The peer is lost. A coroutine that awaits a write is told, and then `_report` logs it."""
         owed = self._wire.backlog or (self._wire.waiting and self.state == OPEN)
         self.close_socket(reset=False)
         if owed and not self._inbox.running:
@@ -2038,8 +2113,8 @@ class Connections:
         self.closed: Counter[int] = Counter()
         self.cut: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        # The kinds of lines of which the log has too many, with the number that it has omitted; for
-        # messages, that number apart, which is faster; and whether it shows messages.
+        # The kinds of lines of which the log has too many, each with how many were omitted; all
+        # messages without a line, counted apart for speed; and whether the log shows messages.
         self.omitted: dict[str, int] = {}
         self.unshown = 0
         self.shows = log.isEnabledFor(logging.DEBUG)
@@ -2118,7 +2193,7 @@ class Connections:
         ready = self._epoll.poll(0)
         while ready:
             for fd, events in ready:
-                # A descriptor that is not watched was closed by what came before in this list.
+                # What came before in this list may have ended this one.
                 if fd in watched:
                     watched[fd].ready(events)
             again = len(ready) > 1 and self._epoll and time.monotonic() < ends
@@ -2158,6 +2233,8 @@ class Connections:
         """`limit` is the connection's shortest deadline, in seconds."""
         self.register(fd, connection)
         self.open.add(connection)
+        if self.sends_away(connection.handler):
+            connection.note_unread()
         self.opened += 1
         self._period = min(self._period, limit / 4)
         self.look_at_log()
@@ -2188,7 +2265,7 @@ class Connections:
         self.look_at_log()
 
     def show_all(self) -> dict[str, int]:
-        """Ends this, and returns how many of each kind were omitted."""
+        """From now on, all lines are shown again. Returns how many of each kind were omitted."""
         omitted, self.omitted = self.omitted, {}
         if RECEIVED in omitted:
             omitted[RECEIVED] = self.unshown
@@ -2208,11 +2285,10 @@ class Connections:
     async def go_away(self, application: web.Application, seconds: float = 10.0) -> None:
         """Closes the clients of an application with 1001 once they have got the replies that they
         are owed; also clients that connect meanwhile. Drops whoever is left after these seconds."""
-        # The caller may be a handler. Nothing that is scheduled here may run in its context.
-        for connection in self._clients(application):
-            outside(connection.enter, connection.read_rest)
         self.leaving.add(application)
         for connection in self._clients(application):
+            connection.note_unread()
+            # The caller may be a handler. Nothing that is scheduled here may run in its context.
             outside(connection.enter, connection.settle)
         try:
             await until(lambda: not self._clients(application), time.monotonic() + seconds)
@@ -2220,6 +2296,10 @@ class Connections:
             self.leaving.discard(application)
             for connection in self._clients(application):
                 connection.end()
+
+    def sends_away(self, handler: web.RequestHandler) -> bool:
+        """Whether its application is leaving. Then only what had arrived before is handled."""
+        return handler.application in self.leaving
 
     def _clients(self, application: web.Application) -> list[Connection]:
         return [client for client in self.open if client.handler.application is application]
@@ -2252,8 +2332,7 @@ class Connections:
         for future in waiting:
             future_set_result_unless_cancelled(future, None)
         while self._line:
-            connection = self._line.popitem(last=False)[0]
-            connection.enter(connection.turn)
+            self._line.popitem(last=False)[0].ready()
             if time.monotonic() >= self._round_ends:
                 break
         self._round_ends = 0.0
@@ -2480,6 +2559,10 @@ def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return ipaddress.ip_network(f"{address}{slash}{bits}", strict=False)
 
 
+# A request passes through few proxies. Of a longer list of addresses, only the last are looked at.
+MOST_PROXIES = 32
+
+
 def peer_of(request: httputil.HTTPServerRequest, proxies: Proxies = ()) -> str:
     """Returns the address of the peer: that of its socket, or the one that Tornado has found in a
     header. Behind trusted proxies, it is the last address in X-Forwarded-For that is not one of
@@ -2494,7 +2577,7 @@ def peer_of(request: httputil.HTTPServerRequest, proxies: Proxies = ()) -> str:
     peer = name_of(address)
     if not proxies:
         return peer
-    forwarded = listed(request.headers.get("X-Forwarded-For", ""))
+    forwarded = listed(request.headers.get("X-Forwarded-For", ""))[-MOST_PROXIES:]
     with contextlib.suppress(ValueError):
         while forwarded and is_trusted(host, proxies):
             host = parse_address(forwarded.pop())
@@ -3139,7 +3222,18 @@ class Lobby:
             stream = TlsHeadCheck(sock, ssl_options=server.tls, max_buffer_size=1 << 20)
         stream.visitor = visitor
         visitor.stream, visitor.socket = stream, sock
-        self.http.handle_stream(stream, visitor.address)
+        if isinstance(stream, TlsHeadCheck):
+            begin = functools.partial(self.begin_request, visitor)
+            outside(IOLoop.current().add_future, stream.wait_for_handshake(), begin)
+        else:
+            self.http.handle_stream(stream, visitor.address)
+
+    def begin_request(self, visitor: Visitor, handshake: asyncio.Future[Any]) -> None:
+        """Called when the TLS handshake is over. The time for the request begins."""
+        if not (handshake.cancelled() or handshake.exception()) and visitor in self.visitors:
+            visitor.since = time.monotonic()
+            self.visitors.move_to_end(visitor)
+            self.http.handle_stream(cast(HeadCheck, visitor.stream), visitor.address)
 
     # ---- Answers, and the end of a visit
 
@@ -3239,8 +3333,9 @@ class TlsHeadCheck(HeadCheck, iostream.SSLIOStream):
     pass
 
 
-# The usual header line: a name, and a value without control characters other than a tab.
-HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r\n")
+# The usual header line: a name, and a value without control characters other than a tab. Without
+# the ^, a long line that is not one would be searched from each of its characters.
+HEADER = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 
 
 def read_headers(text: str) -> httputil.HTTPHeaders:
@@ -3596,7 +3691,7 @@ async def run_client(options: Options) -> int:
 
 def explain(error: Exception) -> str:
     """Describes an error in one line; a refused handshake, in the words of the server."""
-    response = error.response if isinstance(error, httpclient.HTTPClientError) else None
+    response = error.response if isinstance(error, HTTPClientError) else None
     if response and response.headers.get("Content-Type", "").startswith("text/plain"):
         first = response.body.decode(errors="replace").strip().partition("\n")[0]
         first = first.removeprefix(f"{response.code}: ") or response.reason
@@ -3606,14 +3701,14 @@ def explain(error: Exception) -> str:
     return printable(str(error)) or type(error).__name__
 
 
-def client_request(url: str, options: Options) -> httpclient.HTTPRequest:
+def client_request(url: str, options: Options) -> HTTPRequest:
     if options.cafile:
         # The errors of ssl do not name the file that cannot be read.
         try:
             open(options.cafile, "rb").close()
         except OSError as error:
             raise ConnectionError(f"cannot read {options.cafile}: {error.strerror}") from None
-    return httpclient.HTTPRequest(
+    return HTTPRequest(
         url,
         connect_timeout=options.timeout,
         request_timeout=options.timeout,

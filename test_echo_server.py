@@ -55,7 +55,7 @@ from tornado.httputil import HTTPHeaders, HTTPInputError
 from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets, bind_unix_socket
 from tornado.web import Application
-from tornado.websocket import WebSocketClosedError
+from tornado.websocket import WebSocketClosedError, WebSocketHandler
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
 from websockets.protocol import CLIENT, Protocol
@@ -1496,6 +1496,12 @@ def write_ten(handler: EchoHandler, message: str) -> None:
         handler.write_message(WORD)
 
 
+async def write_without_awaiting(handler: EchoHandler, message: str) -> None:
+    while True:
+        handler.write_message("more")
+        await asyncio.sleep(0.01)
+
+
 async def wait(handler: Recorder, *_: object) -> None:
     await handler.calls.gate.wait()
     handler.calls.append(("waited",))
@@ -1536,6 +1542,9 @@ class Picky(EchoHandler):
         return {"compression_level": 9, "mem_level": 9}
 
 
+user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
+
+
 class Plainly(EchoHandler):
     """Its methods do not call ours, and have parameters of their own: mypy has to allow what it
     allows where Tornado's class is the base."""
@@ -1551,6 +1560,39 @@ class Plainly(EchoHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         self.finish("an error page")
+
+
+class Careless(Recorder):
+    """It has limits that are none, and methods that return nothing, or something."""
+
+    ping_interval = ping_timeout = cast(Any, -1.0)
+    max_message_size = cast(Any, float("inf"))
+
+    def finish(self, *args: Any) -> Any:
+        super().finish(*args)
+
+    def write_message(self, *args: Any) -> Any:
+        super().write_message(*args)
+
+    def on_close(self) -> Any:
+        super().on_close()
+        return 5
+
+
+class OfTornado(Recorder):
+    def get_websocket_protocol(self) -> Any:
+        return WebSocketHandler.get_websocket_protocol(self)
+
+
+class Remembering(EchoHandler):
+    """What it sets in its context at first is there later."""
+
+    async def open(self, *args: str, **kwargs: str) -> None:
+        await asyncio.sleep(0)
+        user.set("Zoe")
+
+    def on_message(self, message: str | bytes) -> Awaitable[None] | None:
+        return self.write_message(user.get())
 
 
 class Mixin:
@@ -1607,7 +1649,7 @@ def pong(payload: bytes = b"") -> bytes:
 
 NUMBERED = [str(number) for number in range(500)]
 WORDS = ["", "\U0001f600 Zoë\0", "x" * 125, "x" * 126, "é" * 32768, "x" * (1 << 20)]
-FAILED = [("close", 1011, "")]
+FAILED = [("close", 1011, None)]
 LEFT = [("close", None, None)]
 PROTOCOL, EXTENSIONS = "Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions"
 BEST = Deflate("", False, window_bits=15, level=9, mem_level=9)
@@ -1682,7 +1724,7 @@ SCRIPTS = {
         handler=Waiting,
         calls=[
             *(("start", "a"), ("pong", b"1"), ("ping", b"2"), ("end", "a")),
-            *(("start", "b"), ("end", "b"), ("close", 4001, "")),
+            *(("start", "b"), ("end", "b"), ("close", 4001, None)),
         ],
         early=text("a"),
         held=[pong(b"2")],
@@ -1789,6 +1831,23 @@ SCRIPTS = {
         options={"database": "tables", "query": "?close=4000"},
         over=EITHER_LOOP,
     ),
+    **{
+        f"a host may have methods of its own, {handler.__name__}": Script(
+            sent + close(),
+            said("ECHO:a"),
+            1000,
+            handler=handler,
+            calls=[("message", "a"), ("close", 1000, None)],
+            headers=headers,
+        )
+        for handler, sent, headers in (
+            (Careless, frame(FIN | RSV1 | TEXT, packed(b"a")), DEFLATE),
+            (OfTornado, text("a"), NO_HEADERS),
+        )
+    },
+    "what an asynchronous open sets in its context is there later": Script(
+        text("a"), said("Zoe"), handler=Remembering, over=EITHER_LOOP
+    ),
     "a host may have names of its own": Script(
         text("a") + close(),
         said("ECHO:a"),
@@ -1860,6 +1919,9 @@ LEAVES = {
     "reset after it was failed": Leave(Peer.reset, b"\xff\xff", 1),
     "reset before it has read all replies": Leave(Peer.reset, text("a" * 10_000) * 500, 1),
     "reset while we write": Leave(Peer.reset, text("a"), 0, doing("on_message", write_ten)),
+    "reset while a coroutine writes": Leave(
+        Peer.reset, text("a"), 1, doing("on_message", write_without_awaiting)
+    ),
 }
 
 
@@ -2008,6 +2070,8 @@ class TestSubclass:
         peer, calls = await host.record(Recorder)
         sent = [calls.handler.write_message(message) for message in ("text", b"bytes", {"a": 1})]
         assert all(future.done() and future.exception() is None for future in sent)
+        # Hosts use them as keys.
+        assert len(set(sent)) == 3
         assert await peer.replies(b"text", b"bytes", b'{"a": 1}')
 
 
@@ -2038,8 +2102,6 @@ class TestPendingWrites:
 
 # ---- As a WebSocketHandler of Tornado
 
-user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
-
 
 def whose(name: str) -> Any:
     """A method that says in whose context it runs."""
@@ -2067,8 +2129,15 @@ def swallow(handler: Recorder, message: str) -> None:
 
 class WithDatabase(Recorder):
     async def get(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append(("get", asyncio.current_task()))
         await super().get(*args, **kwargs)
         self.calls.append("close the database")
+
+
+def close_with_callback(handler: Any) -> None:
+    """It has a callback of its own."""
+    handler.ws_connection.stream.set_close_callback(lambda: None)
+    handler.ws_connection.stream.close()
 
 
 WITHOUT_UNIX = r"""
@@ -2103,6 +2172,7 @@ async def main():
         while (answer := await client.read_message()) == "pong":
             pass
         assert answer == "ECHO:" + message
+    client.close()
 
 asyncio.run(main())
 print("echoed", echo_server.main(["--port=0"]))
@@ -2118,6 +2188,7 @@ class TestAsTornado:
             lambda handler: handler.on_connection_close(),
             lambda handler: handler.ws_connection.stream.close(),
             lambda handler: handler.ws_connection._abort(),
+            close_with_callback,
         ],
     )
     async def test_a_host_can_get_rid_of_a_connection_at_once_and_on_close_is_called_once(
@@ -2131,13 +2202,42 @@ class TestAsTornado:
         assert protocol.client_terminated and protocol.server_terminated
         assert await peer.rest() == b"" and calls[1:] == [*LEFT, ("waited",)]
 
-    async def test_the_get_of_a_host_goes_on_when_the_connection_has_ended(
+    async def test_a_socket_that_a_host_closes_is_not_watched_even_if_a_fork_has_a_copy(
         self, host: Host
     ) -> None:
+        other, (peer, calls) = await host.connect(), await host.record(Recorder)
+        stream = cast(Any, calls.handler.ws_connection).stream
+        with stream.socket.dup():
+            stream.close()
+            peer.send(text("a"))
+            await eventually(lambda: calls.closes)
+            await have_turns(other, 1)
+            # For the poller, there is nothing to do.
+            assert not select.select([Connections.current()], [], [], 0)[0]
+
+    @pytest.mark.parametrize("ends", ["the peer", "the host"])
+    async def test_the_get_of_a_host_goes_on_when_the_connection_has_ended(
+        self, host: Host, ends: str
+    ) -> None:
         peer, calls = await host.record(WithDatabase)
-        peer.leave()
-        await eventually(lambda: "close the database" in calls)
-        assert calls == [("open",), *LEFT, "close the database"]
+        await eventually(lambda: ("open",) in calls)
+        peer.leave() if ends == "the peer" else calls[0][1].cancel()
+        await eventually(lambda: calls.closes and "close the database" in calls)
+        assert len(calls) == 4
+
+    async def test_a_method_may_be_replaced_on_the_class(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(EchoHandler, "on_message", lambda self, _: self.write_message("mine"))
+        peer = await host.connect()
+        peer.send(text("a"))
+        assert await peer.replies(b"mine")
+
+    async def test_a_negative_interval_does_not_keep_the_event_loop_busy(self, host: Host) -> None:
+        _, connections = await host.connect(Careless, calls=Calls()), Connections.current()
+        before = connections.now
+        await eventually(lambda: connections.now != before)
+        assert connections.now > before
 
     async def test_an_error_in_a_property_that_a_connection_needs_is_500(self, host: Host) -> None:
         peer = await host.dial()
@@ -2172,6 +2272,21 @@ class TestAsTornado:
             for still_here in (other, later):
                 await have_turns(still_here, 1)
                 still_here.leave()
+
+    async def test_go_away_waits_for_what_has_arrived_and_has_not_been_read(
+        self, host: Host
+    ) -> None:
+        host.app.settings["websocket_max_message_size"] = 100_000
+        other, (peer, calls) = await host.connect(), await host.record(Waiting, shut=True)
+        peer.send(text("a" * 60_000) * 3)
+        # These are read, and hold back what comes next.
+        await have_turns(other, 5)
+        await taken(peer, text("b"))
+        leaving = asyncio.create_task(Connections.current().go_away(host.app, 5))
+        assert await other.goodbye() == 1001
+        calls.gate.set()
+        assert await peer.replies(*[b"a" * 60_000] * 3, b"b") and await peer.goodbye() == 1001
+        await leaving
 
     @pytest.mark.gen_test(timeout=20)
     async def test_both_sides_may_send_24_mb_before_they_read(self, host: Host) -> None:
@@ -2339,6 +2454,44 @@ class TestOwed:
         await asyncio.gather(*map(shut, ENDS_AFTER_FIN))
 
 
+@over_tcp_and_tls
+@pytest.mark.gen_test
+async def test_a_peer_whose_kernel_seldom_acknowledges_what_it_reads_gets_everything(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a buffer of the usual size, it does so every 64 KB or more."""
+    for name in "CLOSE_TIMEOUT", "LINGER_TIMEOUT":
+        monkeypatch.setattr(echo_server, name, 0.1)
+    peer = await host.connect()
+    peer.send(text(WORD) * 4, close(4001))
+    expected = reply_frame(FIN | TEXT, REPLY) * 4 + reply_frame(FIN | CLOSE, close_body(4001))
+    for start in range(0, len(expected), 4000):
+        piece = expected[start : start + 4000]
+        assert await peer.receive(len(piece)) == piece
+        await asyncio.sleep(0.01)
+    assert await peer.rest() == b""
+
+
+def test_a_peer_that_ends_tls_right_behind_a_full_record_gets_its_replies_and_the_end(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    server = serve(f"--certfile={certificate}", "--log-level=info")
+    with upgraded(server, trust=trust) as sock:
+        # So that the server sees both at once.
+        server.signal(signal.SIGSTOP)
+        sock.sendall(text("x" * 122) * 128)
+        sock.settimeout(0)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            cast(ssl.SSLSocket, sock).unwrap()
+        server.signal(signal.SIGCONT)
+        sock.settimeout(PATIENCE)
+        expected = reply_frame(FIN | TEXT, b"ECHO:" + b"x" * 122) * 128
+        with sock.makefile("rb") as file:
+            assert file.read(len(expected)) == expected
+        with pytest.raises(ssl.SSLZeroReturnError):
+            sock.recv(1)
+
+
 def test_a_peer_that_shuts_its_side_below_tls_gets_all_replies_and_our_close(
     tls: Process, trust: ssl.SSLContext
 ) -> None:
@@ -2396,6 +2549,15 @@ class TestClosing:
         peer.send(text(word) * 3)
         assert await peer.replies(b"ECHO:" + word.encode()) and await peer.rest() == last
         assert calls == [("open",), ("message", word), *LEFT]
+
+    @over_tcp
+    async def test_after_our_close_no_message_is_delayed_and_the_answer_is_read(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
+        peer = await host.connect(query="?close=4001&after=1&delay=1", scenarios=True)
+        peer.send(text(WORD) * 30)
+        assert await peer.replies(REPLY) and await peer.goodbye() == 4001
 
     @over_tcp
     async def test_the_closing_handshake_does_not_wait_for_a_coroutine(
@@ -2816,7 +2978,7 @@ class TestDeadlines:
     async def test_a_peer_that_takes_nothing_while_our_close_waits_is_reset(
         self, host: Host, hurried: None
     ) -> None:
-        peer, calls = await host.record(Recorder, receive_buffer=4096)
+        peer, calls = await host.record(Recorder, receive_buffer=4096, stall_timeout=0.3)
         calls.handler.write_message(WORD * 80)
         calls.handler.close()
         await eventually(lambda: calls.closes)
@@ -3493,6 +3655,14 @@ def test_headers_are_read_as_tornado_reads_them() -> None:
         assert outcome(echo_server.read_headers, text) == outcome(HTTPHeaders.parse, text)
 
 
+@pytest.mark.parametrize("text", ["a" * 16_000 + "\r\n", f"a:{'b' * 16_000}\n"], ids=len)
+def test_an_unusual_header_line_takes_no_time_that_anybody_would_notice(text: str) -> None:
+    began = time.process_time()
+    with contextlib.suppress(HTTPInputError):
+        echo_server.read_headers(text + "\r\n")
+    assert time.process_time() - began < 0.1
+
+
 def test_a_request_has_the_same_answer_in_one_piece_in_two_and_after_another(
     server: Process,
 ) -> None:
@@ -3597,6 +3767,15 @@ def test_a_trusted_proxy_says_who_the_peer_is(
     with upgraded(behind_proxies, path, X_Forwarded_For=forwarded) as sock:
         found = behind_proxies.line(rf"connection\(\) from (.*) {path}$")
         assert found[1] == peer.replace("PORT", str(sock.getsockname()[1]))
+
+
+def test_of_many_forwarded_addresses_only_the_last_32_are_looked_at(
+    behind_proxies: Process,
+) -> None:
+    for number, peer in (31, "203.0.113.7"), (32, "::1"):
+        forwarded = "203.0.113.7" + ", ::1" * number
+        with upgraded(behind_proxies, f"/{number}", X_Forwarded_For=forwarded):
+            behind_proxies.line(rf"connection\(\) from {peer} /{number}$")
 
 
 @pytest.mark.parametrize(
@@ -4150,6 +4329,18 @@ def test_a_handshake_that_stalls_or_comes_byte_by_byte_is_dropped(
             drip(sock, request(X_Filler="x" * 200))
 
 
+def test_the_time_for_a_request_begins_when_the_handshake_of_tls_is_over(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    process = serve("--handshake-timeout=1", f"--certfile={certificate}")
+    with process.dial() as sock:
+        select.select([], [], [], 0.7)
+        with trust.wrap_socket(sock, server_hostname="localhost") as secure:
+            select.select([], [], [], 0.7)
+            secure.sendall(request())
+            assert is_let_in(secure)
+
+
 # ---- Handshakes that come to nothing
 
 # What a client has sent when it leaves.
@@ -4311,11 +4502,11 @@ def test_clients_in_the_queue_of_the_listening_socket_are_answered_and_sent_away
     server.line("listening")
     server.signal(signal.SIGSTOP)
     goodbye = reply_frame(FIN | CLOSE, close_body(1001, "the server is stopping"))
-    owed = reply_frame(FIN | TEXT, b"ECHO:a") * 300 + goodbye
+    owed = reply_frame(FIN | TEXT, b"ECHO:a") * 8_000 + goodbye
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(server.dial()) for _ in range(100)]
+        socks = [stack.enter_context(server.dial()) for _ in range(40)]
         for sock in socks:
-            sock.sendall(request() + text("a") * 300)
+            sock.sendall(request() + text("a") * 8_000)
         server.signal(signal.SIGTERM)
         server.signal(signal.SIGCONT)
         for sock in socks:
