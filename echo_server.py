@@ -41,7 +41,15 @@ import sys
 import time
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from typing import Any, ClassVar, NamedTuple, cast
 from urllib.parse import urlsplit
 
@@ -504,7 +512,8 @@ class Receiver:
         self._final = True
         self._key = b""
 
-        # The opcode of the unfinished message, or 0; and a count of data frames and their bytes.
+        # The opcode of the unfinished message, or 0; and a number that grows when this goes on, or
+        # when what is unfinished is another message.
         self.opcode = 0
         self._progress = 0
         self._begin_message(0)
@@ -520,10 +529,12 @@ class Receiver:
 
     @property
     def unfinished(self) -> tuple[int, int] | None:
-        """Changes with each byte of an unfinished message or frame; None if we wait for neither."""
+        """Changes with each byte of an unfinished message or frame; None if we wait for neither. A
+        control frame is no progress of the message that it interrupts."""
         if self.skipping or self.more or not (self.opcode or self.rest):
             return None
-        return self._progress, len(self.rest)
+        interrupted = self.opcode and self.rest and self.rest[0] & 0x0F >= CLOSE
+        return self._progress, 0 if interrupted else len(self.rest)
 
     def skip(self) -> None:
         """From now on, data frames are skipped."""
@@ -555,6 +566,7 @@ class Receiver:
             self.more = True
 
     def take_rest(self) -> bytes:
+        self._progress += 1
         rest, self.rest, self.more = self.rest, b"", False
         return rest
 
@@ -584,6 +596,8 @@ class Receiver:
         finally:
             self.rest = data[pos:]
             self.more = budget <= 0 and pos < end
+            if not self.opcode:
+                self._progress += pos
 
     def _header(self, data: bytes, pos: int) -> tuple[int, int]:
         """Like `payload_at`, but raises Fault if the frame is not allowed here, or is too long."""
@@ -898,8 +912,7 @@ ROUND = 0.002
 CLOSE_TIMEOUT = 5.0
 # The same after our FIN.
 LINGER_TIMEOUT = 2.0
-# While the peer's kernel has not acknowledged all bytes, the handler's `stall_timeout` applies
-# instead; or this, if that is 0.
+# The same while bytes of ours are under way, if the handler's `stall_timeout` is 0.
 STALL_TIMEOUT = 60.0
 # The most seconds between two looks at the deadlines.
 PERIOD = 0.5
@@ -1030,8 +1043,15 @@ class Wire:
         self._last = self.received + max(least, in_kernel(self.fd, "FIONREAD"))
 
     def has_unread(self) -> bool:
-        """Whether some of that has arrived and has not been read."""
-        return self.received < self._last and in_kernel(self.fd, "FIONREAD") > 0
+        """Whether some of that is there. Once nothing is there, nothing more is asked for."""
+        if self.received < self._last and not self._can_peek():
+            self._last = self.received
+        return self.received < self._last
+
+    def _can_peek(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(socket.socket.recv(self.socket, 1, socket.MSG_PEEK))
+        return False
 
     def find_loss(self, events: int = 0) -> None:
         """Raises OSError if the peer is lost, which epoll reports even if we do not read."""
@@ -1187,7 +1207,10 @@ def bytes_acknowledged(sock: socket.socket) -> int:
 
 
 def has_room(sock: socket.socket) -> bool:
-    """Whether the kernel would take bytes: on Linux, whether a third of its buffer is free."""
+    """Whether the kernel would take bytes: on Linux, whether a third of its buffer is free. If the
+    socket has been closed, `send` is to say so."""
+    if sock.fileno() < 0:
+        return True
     if not hasattr(select, "poll"):
         return bool(select.select([], [sock], [], 0)[1])
     poll = select.poll()
@@ -1326,11 +1349,10 @@ class Deadlines:
         standing = self.state.seconds(state, now)
         if state != OPEN:
             limit = LINGER_TIMEOUT if state == LINGERING else CLOSE_TIMEOUT
-            if held:
-                # The peer's kernel may tell of the room in its buffer only when much of it is free.
-                # A peer that reads slowly then seems to make no progress for many seconds.
-                limit = max(limit, self.stall_timeout or STALL_TIMEOUT)
-            return "closing" if min(progress, standing) >= limit else ""
+            # A kernel may tell of the room in its buffer only when much of it is free, so a peer
+            # that reads slowly can seem to make no progress for many seconds.
+            slow = held and progress < (self.stall_timeout or STALL_TIMEOUT)
+            return "closing" if not slow and min(progress, standing) >= limit else ""
         # A value that is always new keeps the clock at 0.
         stalled = self.message.seconds((reads and unfinished) or now, now)
         silent = self.arrival.seconds(wire.received if reads else now, now)
@@ -1364,9 +1386,9 @@ class Inbox:
         self._limit = limit
         # Nothing counts any more but the peer's Close (section 7.1.7).
         self.is_shut = False
-        # The coroutines that run, and writes that `on_message` has returned; and the bytes of the
-        # message that they work on.
-        self.running: frozenset[asyncio.Future[Any]] = frozenset()
+        # The number of coroutines that run, also counting writes that `on_message` has returned,
+        # and the bytes of the message that they work on.
+        self.running = 0
         self._held = 0
         # The queue, and its bytes, to which each entry adds EVENT.
         self._waiting: deque[Event] | None = None
@@ -1379,17 +1401,23 @@ class Inbox:
         return bool(self._waiting) and not self.running
 
     def has_place(self) -> bool:
-        return self._waiting_size + self._held <= self._limit
+        others = EVENT * max(0, self.running - 1)
+        return self._waiting_size + self._held + others <= self._limit
 
     def put(self, event: Event) -> None:
         self._waiting = self._waiting or deque()
         self._waiting.append(event)
         self._waiting_size += len(event[1]) + EVENT
 
-    def take(self) -> Event:
-        event = cast("deque[Event]", self._waiting).popleft()
-        self._waiting_size -= len(event[1]) + EVENT
-        return event
+    def take(self) -> Iterator[Event]:
+        """Yields what waits for as long as nothing runs, but no more than a turn's worth."""
+        budget = TURN
+        while budget > 0 and self._waiting and not self.running:
+            event = self._waiting.popleft()
+            size = len(event[1]) + EVENT
+            self._waiting_size -= size
+            budget -= size
+            yield event
 
     def shut(self) -> None:
         """Throws away all messages, queued and later ones, and later Pings and Pongs; but not the
@@ -1404,10 +1432,14 @@ class Inbox:
         """The handler has got a message, which needs room while a coroutine works on it."""
         self._held = size if self.running else 0
 
-    def release(self, future: asyncio.Future[Any]) -> None:
+    def release(self) -> None:
         """Called when a coroutine is done."""
-        self.running -= {future}
+        self.running -= 1
         self._held = self._held if self.running else 0
+
+
+# The inbox of the connection whose handler runs, also in the tasks that it has created.
+OWN_INBOX: contextvars.ContextVar[Inbox] = contextvars.ContextVar("OWN_INBOX")
 
 
 class EchoProtocol(websocket.WebSocketProtocol):
@@ -1475,6 +1507,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
         """Begins when the handshake is done. `early` is what has already arrived after it."""
         # All methods of this handler run in this context, and those of no other handler.
         self._context = contextvars.copy_context()
+        self._context.run(OWN_INBOX.set, self.inbox)
         self._wire = wire
         self.connection = connection = Connection(self, wire)
         self.opened = time.monotonic()
@@ -1486,18 +1519,15 @@ class EchoProtocol(websocket.WebSocketProtocol):
         self.call(self._open, *self.handler.open_args, **self.handler.open_kwargs)
 
     def _open(self, *args: Any, **kwargs: Any) -> Awaitable[Any] | None:
+        opened = self.handler.open(*args, **kwargs)
+        return self._opened(opened) if asyncio.iscoroutine(opened) else opened
+
+    async def _opened(self, opened: Awaitable[Any]) -> None:
         """As in Tornado, what an `async def open` changes in its context is there later."""
-        result = self.handler.open(*args, **kwargs)
-        if not asyncio.iscoroutine(result):
-            return result
-        context = contextvars.copy_context()
-
-        def keep(_: object) -> None:
-            self._context = context
-
-        task = self.registry.loop.create_task(result, context=context)
-        task.add_done_callback(keep)
-        return task
+        try:
+            await opened
+        finally:
+            self._context = contextvars.copy_context()
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self._context.run(self.run, method, *args, **kwargs)
@@ -1514,17 +1544,17 @@ class EchoProtocol(websocket.WebSocketProtocol):
 
     def is_busy(self) -> bool:
         """Whether a coroutine of the handler runs, or a write that it has returned waits."""
-        return bool(self.inbox.running)
+        return self.inbox.running > 0
 
     def wait_for(self, future: asyncio.Future[Any]) -> None:
         if self.connection:
             resume = functools.partial(self.connection.enter, self._resume)
             outside(IOLoop.current().add_future, future, resume)
-            self.inbox.running |= {future}
+            self.inbox.running += 1
 
     def _resume(self, future: asyncio.Future[Any]) -> None:
         """Called when a coroutine of the handler is done, or a write that `on_message` returned."""
-        self.inbox.release(future)
+        self.inbox.release()
         try:
             future.result()
         except (Exception, asyncio.CancelledError):
@@ -1585,7 +1615,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
         It fails with WebSocketClosedError if the connection is closing; a coroutine of this handler
         gets that at once, since `on_close` waits for its end, and it may not await its writes."""
         if self.connection is None or self.is_closing():
-            if self.inbox.running and asyncio.current_task() in self.inbox.running:
+            if self.inbox.running and OWN_INBOX.get(None) is self.inbox:
                 raise WebSocketClosedError
             return failed_write()
         payload = utf8(json_encode(message) if isinstance(message, dict) else message)
@@ -1673,9 +1703,9 @@ class EchoProtocol(websocket.WebSocketProtocol):
 #            has got all messages, except those that `drop` has thrown away.
 #
 # CLOSING, AWAITING and ENDING last for at most CLOSE_TIMEOUT without progress, and LINGERING for
-# LINGER_TIMEOUT; while the peer's kernel has not acknowledged everything, for `stall_timeout`. Then
-# AWAITING becomes ENDING, and the others become CLOSED. A reset, an error of ours, or `drop` leads
-# from any state to CLOSED.
+# LINGER_TIMEOUT; but while bytes of ours are under way, until the peer's kernel has acknowledged
+# none of them for `stall_timeout`. Then AWAITING becomes ENDING, and the others become CLOSED. A
+# reset, an error of ours, or `drop` leads from any state to CLOSED.
 OPEN, CLOSING, AWAITING, ENDING, LINGERING, CLOSED = range(6)
 
 
@@ -1927,8 +1957,11 @@ class Connection:
         """Handles what has arrived, in order. What is put meanwhile leaves at the end."""
         self._corked = True
         try:
-            self._deliver_waiting()
-            if (data or self._receiver.more) and self._inbox.has_place() and not self._discards():
+            for event in self._inbox.take():
+                self._deliver(*event)
+            if self._inbox.has_next():
+                self._receiver.keep(data)
+            elif (data or self._receiver.more) and self._inbox.has_place() and not self._discards():
                 self._handle(self._receiver.feed(data))
         finally:
             self._corked = False
@@ -1948,12 +1981,6 @@ class Connection:
                 self._deliver(opcode, payload)
             else:
                 self._inbox.put((opcode, payload))
-
-    def _deliver_waiting(self) -> None:
-        for _ in range(TURN // EVENT):
-            if not self._inbox.has_next():
-                return
-            self._deliver(*self._inbox.take())
 
     def _deliver(self, opcode: int, payload: bytes | bytearray) -> None:
         """Delivers a message to the handler, or acts on the Close after the last one."""
@@ -2002,11 +2029,13 @@ class Connection:
             self.protocol.outcome = code or 1005
 
     def _take_close(self, body: bytes) -> None:
-        """Section 5.5.1: answers the peer's Close with its code."""
+        """Section 5.5.1: answers the peer's Close with its code, or that of a fault before it."""
         self.protocol.client_terminated = True
         if body:
             self.protocol.close_code = int.from_bytes(body[:2], "big")
             self.protocol.close_reason = body[2:].decode() or None
+        if (fault := self._receiver.fault) and self.state == OPEN:
+            self.fail(fault.code, fault.reason)
         self._begin_closing(self.protocol.close_code)
 
     def fail(self, code: int, reason: str = "") -> None:
@@ -2236,7 +2265,7 @@ class Connections:
         if self.sends_away(connection.handler):
             connection.note_unread()
         self.opened += 1
-        self._period = min(self._period, limit / 4)
+        self._period = min(self._period, max(limit / 4, 0.001))
         self.look_at_log()
 
     def remove(self, connection: Connection) -> None:
@@ -2505,7 +2534,12 @@ def normal_origin(text: str) -> str:
         raise ValueError(f"{text!r} is not an origin such as https://example.org")
     parts = urlsplit(match[0])
     host = parts.hostname or ""
-    if ":" not in host:
+    if ":" in host:
+        host = str(ipaddress.IPv6Address(host))
+    elif re.search("[\u00df\u03c2\u200c\u200d]", host):
+        # Python's codec knows IDNA 2003 only. For these characters, browsers differ from it.
+        raise ValueError(f"the host name in {text!r} has to be written in punycode (xn--...)")
+    else:
         host = host.encode("idna").decode()
         if not re.fullmatch(r"[a-z0-9._-]+", host):
             raise ValueError(f"{text!r} has no valid host name")
@@ -2629,7 +2663,9 @@ def answer(handler: web.RequestHandler, media_type: str, body: str, **more: str)
         "X-Content-Type-Options": "nosniff",
     }
     for name, value in (headers | more).items():
-        handler.set_header(name, value)
+        # There may be a Connection: close already.
+        set_header = handler.add_header if name == "Connection" else handler.set_header
+        set_header(name, value)
     handler.finish(body)
 
 
@@ -3305,8 +3341,8 @@ class HeadCheck(iostream.IOStream):
 
     async def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> bytes:
         """Reads the head of a request, and returns it to Tornado unless it is refused."""
-        self.room, self.knows_target = HEAD, False
         head = await super().read_until_regex(regex, max_bytes)
+        self.room, self.knows_target = HEAD, False
         try:
             if not self.visitor.lobby.turn_away(self.visitor, head, tls=False):
                 refuse_body(read_head(head, self.visitor).headers)
@@ -3607,7 +3643,7 @@ def urls_of(sockets: list[socket.socket], tls: bool) -> list[str]:
         name = sock.getsockname()
         if sock.family == socket.AF_UNIX:
             # The name of an abstract socket begins with NUL, see unix(7).
-            urls.append(f"ws+unix:{os.fsdecode(name)}".replace("\0", "@"))
+            urls.append(f"{scheme}+unix:{os.fsdecode(name)}".replace("\0", "@"))
             continue
         host, port = name[:2]
         if host in WILDCARDS:
@@ -3735,8 +3771,9 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
         done, _ = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             raise ConnectionError(f"no reply within {options.timeout:g} s")
-        if sending in done and (error := sending.exception()):
-            raise ConnectionError(str(error) or "closed before everything was sent")
+        error = sending.exception() if sending in done else None
+        if error and not isinstance(error, WebSocketClosedError):
+            raise error
         if reading in done:
             message, reading = reading.result(), asyncio.ensure_future(connection.read_message())
             if message is None:
@@ -3750,25 +3787,32 @@ def shown(message: str | bytes) -> str:
     """Returns a message as it is printed: what a server sends must not control the terminal."""
     if isinstance(message, bytes):
         return printable(message)
-    return escaped(message) if sys.stdout.isatty() else message
+    return escaped(message) if sys.stdout and sys.stdout.isatty() else message
 
 
 async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
     """Yields the texts to send: those of --send, or else the lines of standard input."""
     import threading
 
-    queue: asyncio.Queue[str | None] = asyncio.Queue()
+    queue: asyncio.Queue[str | OSError | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
     def read() -> None:
-        with open(0, errors="surrogateescape", closefd=False) as file:
-            for text in itertools.chain(given or (line.rstrip("\n") for line in file), [None]):
-                loop.call_soon_threadsafe(queue.put_nowait, text)
+        end = None
+        try:
+            with open(0, errors="surrogateescape", closefd=False) as file:
+                for text in given or (line.rstrip("\n") for line in file):
+                    loop.call_soon_threadsafe(queue.put_nowait, text)
+        except OSError as error:
+            end = error
+        loop.call_soon_threadsafe(queue.put_nowait, end)
 
     # A thread reads, since some kinds of standard input, such as files, cannot be polled.
     threading.Thread(target=read, daemon=True).start()
-    while (text := await queue.get()) is not None:
+    while isinstance(text := await queue.get(), str):
         yield text
+    if text:
+        raise ConnectionError(f"cannot read standard input: {text.strerror}")
 
 
 # ------------------------------------------------------------------------------------- Command line
@@ -3895,7 +3939,7 @@ def fail(text: str, code: int = 1) -> int:
     # If standard error is closed, only the exit code tells of the failure.
     with contextlib.suppress(OSError):
         if sys.stderr:
-            print(text, file=sys.stderr)
+            print(escaped(text), file=sys.stderr)
     return code
 
 

@@ -796,6 +796,7 @@ def files(authority: trustme.CA, tmp_path: Path) -> Path:
     authority.issue_cert("localhost").private_key_pem.write_to_path(str(tmp_path / "other-key"))
     (tmp_path / "junk").write_text("junk")
     (tmp_path / "wrong.toml").write_text("port = 'x'")
+    (tmp_path / "odd.toml").write_text('"a\\nb" = 1')
     return tmp_path
 
 
@@ -1195,12 +1196,23 @@ def test_unfinished_changes_with_each_byte_of_a_message_and_is_none_after_it() -
     receiver = Receiver(LIMIT)
     seen: list[tuple[int, int] | None] = []
     assert receiver.unfinished is None
-    for byte in bytewise(frame(TEXT) + frame(CONTINUATION) + frame(CONTINUATION, b"ab") + b"\x80"):
+    for byte in bytewise(frame(TEXT) + frame(CONTINUATION) + frame(CONTINUATION, b"ab")):
         receiver.feed(byte)
         seen.append(receiver.unfinished)
     assert None not in seen and len(set(seen)) == len(seen)
-    receiver.feed(frame(FIN)[1:])
+    receiver.feed(frame(FIN | PING, b"p")[:-1])
+    assert receiver.unfinished == seen[-1]
+    receiver.feed(frame(FIN | PING, b"p")[-1:] + frame(FIN))
     assert receiver.unfinished is None
+
+
+@pytest.mark.parametrize("frames", [text("a"), frame(FIN | PING), fragments(TEXT, b"a", b"")])
+def test_unfinished_changes_when_one_frame_has_ended_and_another_begun(frames: bytes) -> None:
+    receiver, seen = Receiver(LIMIT), set()
+    for piece in cut(frames * 10, range(3, 10 * len(frames), len(frames))):
+        feed(receiver, piece)
+        seen.add(receiver.unfinished)
+    assert len(seen) == 11
 
 
 # ---- permessage-deflate
@@ -1497,9 +1509,19 @@ def write_ten(handler: EchoHandler, message: str) -> None:
 
 
 async def write_without_awaiting(handler: EchoHandler, message: str) -> None:
-    while True:
-        handler.write_message("more")
-        await asyncio.sleep(0.01)
+    """In a task of its own, as many do."""
+
+    async def write() -> None:
+        while True:
+            handler.write_message("more")
+            await asyncio.sleep(0.01)
+
+    await asyncio.gather(write())
+
+
+def close_and_write(handler: Any, message: str) -> None:
+    handler.ws_connection.stream.close()
+    handler.write_message(message)
 
 
 async def wait(handler: Recorder, *_: object) -> None:
@@ -1780,6 +1802,14 @@ SCRIPTS = {
         calls=[*(("message", word) for word in "abc"), ("close", 4000, "ok")],
         last=text("c") + close(4000, "ok") + text("d"),
     ),
+    "a fault has its code even if a close comes before the handler has finished": Script(
+        text("a") + frame(FIN | TEXT, b"\xff") + close() + frame(FIN | PING),
+        said("a"),
+        1007,
+        handler=Waiting,
+        held=[pong()],
+        last=frame(FIN | PONG),
+    ),
     "a fault after our close does not cause a second close": Script(
         text("a"), [], 4000, handler=Closing, calls=[("message", "a"), *LEFT], last=b"\xff\xff"
     ),
@@ -1919,6 +1949,9 @@ LEAVES = {
     "reset after it was failed": Leave(Peer.reset, b"\xff\xff", 1),
     "reset before it has read all replies": Leave(Peer.reset, text("a" * 10_000) * 500, 1),
     "reset while we write": Leave(Peer.reset, text("a"), 0, doing("on_message", write_ten)),
+    "a host that closes the stream": Leave(
+        lambda _: None, text("a"), 0, doing("on_message", close_and_write)
+    ),
     "reset while a coroutine writes": Leave(
         Peer.reset, text("a"), 1, doing("on_message", write_without_awaiting)
     ),
@@ -2134,6 +2167,11 @@ class WithDatabase(Recorder):
         self.calls.append("close the database")
 
 
+async def reply_slowly(handler: EchoHandler, message: str) -> None:
+    await asyncio.sleep(0.02)
+    await handler.write_message(message)
+
+
 def close_with_callback(handler: Any) -> None:
     """It has a callback of its own."""
     handler.ws_connection.stream.set_close_callback(lambda: None)
@@ -2286,6 +2324,23 @@ class TestAsTornado:
         assert await other.goodbye() == 1001
         calls.gate.set()
         assert await peer.replies(*[b"a" * 60_000] * 3, b"b") and await peer.goodbye() == 1001
+        await leaving
+
+    async def test_go_away_also_sends_away_a_peer_that_goes_on_sending(self, host: Host) -> None:
+        async def send() -> None:
+            while True:
+                peer.send(text("a"))
+                await asyncio.sleep(0.01)
+
+        peer, _ = await host.record(doing("on_message", reply_slowly))
+        sending = asyncio.create_task(send())
+        assert await peer.replies(b"a")
+        leaving = asyncio.create_task(Connections.current().go_away(host.app, 3))
+        while (got := await peer.frame())[0] == FIN | TEXT:
+            pass
+        assert got[1][:2] == close_body(1001) and not leaving.done()
+        sending.cancel()
+        peer.send(close(1001))
         await leaving
 
     @pytest.mark.gen_test(timeout=20)
@@ -2847,11 +2902,21 @@ def test_the_end_of_a_connection_frees_it_without_the_garbage_collector(serve: S
 
 
 def test_short_messages_that_wait_count_for_more_than_their_bytes() -> None:
+    """And so do coroutines that pings have begun."""
     inbox, number = echo_server.Inbox(limit=100 * 1024), 0
     while inbox.has_place():
         inbox.put((echo_server.TEXT, b"a"))
         number += 1
     assert number <= 101
+    inbox, inbox.running = echo_server.Inbox(limit=100 * 1024), 102
+    assert not inbox.has_place()
+
+
+def test_a_turn_ends_also_while_messages_that_have_waited_are_delivered() -> None:
+    inbox = echo_server.Inbox(limit=1 << 20)
+    for _ in range(9):
+        inbox.put((echo_server.TEXT, b"a" * 100_000))
+    assert [len(list(inbox.take())) for _ in range(4)] == [3, 3, 3, 0]
 
 
 # ---- Deadlines and flow control
@@ -3701,7 +3766,7 @@ def test_a_request_has_the_same_answer_in_one_piece_in_two_and_after_another(
 # ---- Who the peer is
 
 
-ORIGINS = "https://App.Example.org:443/, http://b\xfccher.example:8080,https://[2001:DB8::7]"
+ORIGINS = "https://App.Example.org:443/, http://b\xfccher.example:8080,https://[2001:DB8:0::7]"
 
 
 @pytest.fixture(scope="module")
@@ -3852,7 +3917,14 @@ USAGE: dict[str, list[str]] = {
     "--timeout": ["0"],
     "--log-level": ["loud", "INFO"],
     "--trusted-proxies": ["localhost", "10.0.0.0/33", "[]"],
-    "--origins": ["x", "https://x/y", "https://x, https://", "https://*.x", "wss://x"],
+    "--origins": [
+        "x",
+        "https://x/y",
+        "https://x, https://",
+        "https://*.x",
+        "wss://x",
+        "https://fa\xdf.de",
+    ],
     "--prefix": ["\udcff"],
     "--connect": ["", "nonsense", "ftp://localhost/"],
     # There are no such flags, or none with a value.
@@ -4274,6 +4346,7 @@ def test_plain_connections_do_not_take_the_descriptors_of_health_checks_and_hand
         clients = [stack.enter_context(upgraded(process)) for _ in range(150 - 64)]
         asked = [ask(stack.enter_context(process.dial())) for _ in range(50)]
         assert asked == [(200, None)] * 32 + [(200, "close")] * 18
+        assert get(process)[1].get_all("Connection") == ["close", "Upgrade"]
         assert refused(process, request())[0] == 503
         clients.pop().close()
         process.line(r"close\(\)")
@@ -4824,6 +4897,22 @@ def test_the_client_checks_the_certificate_against_cafile(
         assert done.returncode == code and re.fullmatch(said, done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("streams", "option", "code", "said"),
+    [
+        ("0>/dev/null", "", 1, "cannot read standard input: Bad file descriptor"),
+        (">&-", "--send=a", 0, ""),
+    ],
+)
+def test_the_client_does_without_output_but_says_if_it_cannot_read(
+    server: Process, streams: str, option: str, code: int, said: str
+) -> None:
+    command = ["sh", "-c", f'exec "$@" {option} {streams}', "sh", sys.executable, str(MODULE)]
+    done = ended(*command, f"--connect={server.url}")
+    assert done.returncode == code
+    assert done.stderr == (f"[CLIENT] error:{server.url}: {said}\n" if said else "")
+
+
 # What the URL and the command line add, the input, and what the client says.
 FAILURES = {
     "refused": ("?delay=x", "", "", "HTTP 400: the query has a bad value: delay=x is not a number"),
@@ -4834,6 +4923,12 @@ FAILURES = {
         "--send=a --send=b",
         "",
         "closed with 4001, replies missing: 1",
+    ),
+    "closed while sending": (
+        "?close=4001&after=1",
+        "--send=a " * 50,
+        "",
+        "closed with 4001, replies missing: ",
     ),
     "input that is not UTF-8": ("", "", "\udcff\n", "'utf-8' codec can't encode"),
 }
@@ -4997,6 +5092,7 @@ EXITS = [
     (2, "--port", "--port"),
     (2, "4000", "4000"),
     (2, "--port=0 --keyfile=FOLDER/key", "--keyfile"),
+    (2, "--config=FOLDER/odd.toml", r"a\nb: there is no such option"),
     (2, "--port=0 --client-cafile=FOLDER/key", "--client-cafile"),
     (1, "--config=FOLDER/missing.toml", "FOLDER/missing.toml"),
     (1, "--connect=ws://127.0.0.1:1/", "[CLIENT] error:ws://127.0.0.1:1/: Connection refused"),
