@@ -241,7 +241,7 @@ class EchoHandler(websocket.WebSocketHandler):
             protocol.call_on_close()
         # Both are parts of reference cycles, which only the garbage collector would free. But an
         # `async def on_close` may still call ours.
-        if protocol and not protocol.is_busy():
+        if protocol and not protocol.inbox.is_busy():
             self.__protocol = None
         self.ui = None  # type: ignore[assignment]  # as Tornado does it
 
@@ -512,8 +512,8 @@ class Receiver:
         self._final = True
         self._key = b""
 
-        # The opcode of the unfinished message, or 0; and a number that grows when this goes on, or
-        # when what is unfinished is another message.
+        # The opcode of the unfinished message, or 0; and a number that grows with each byte of it,
+        # and whenever another message or frame begins.
         self.opcode = 0
         self._progress = 0
         self._begin_message(0)
@@ -529,8 +529,8 @@ class Receiver:
 
     @property
     def unfinished(self) -> tuple[int, int] | None:
-        """Changes with each byte of an unfinished message or frame; None if we wait for neither. A
-        control frame is no progress of the message that it interrupts."""
+        """Changes with each byte of an unfinished message or frame; None if we wait for neither.
+        Control frames are not progress for the message that they interrupt."""
         if self.skipping or self.more or not (self.opcode or self.rest):
             return None
         interrupted = self.opcode and self.rest and self.rest[0] & 0x0F >= CLOSE
@@ -912,7 +912,7 @@ ROUND = 0.002
 CLOSE_TIMEOUT = 5.0
 # The same after our FIN.
 LINGER_TIMEOUT = 2.0
-# The same while bytes of ours are under way, if the handler's `stall_timeout` is 0.
+# Seconds without progress while bytes of ours are under way, if `stall_timeout` is 0.
 STALL_TIMEOUT = 60.0
 # The most seconds between two looks at the deadlines.
 PERIOD = 0.5
@@ -1038,12 +1038,13 @@ class Wire:
         return data
 
     def note_unread(self, least: int) -> None:
-        """Says what `has_unread` asks for: what has arrived, or `least` bytes if more arrives while
-        that is read."""
+        """Called when the server stops. From now on, `has_unread` tells of what has arrived, and of
+        what arrives while that is read, up to `least` bytes."""
         self._last = self.received + max(least, in_kernel(self.fd, "FIONREAD"))
 
     def has_unread(self) -> bool:
-        """Whether some of that is there. Once nothing is there, nothing more is asked for."""
+        """Whether some of that can be read. Once there is nothing to read, what arrives later does
+        not count."""
         if self.received < self._last and not self._can_peek():
             self._last = self.received
         return self.received < self._last
@@ -1207,8 +1208,8 @@ def bytes_acknowledged(sock: socket.socket) -> int:
 
 
 def has_room(sock: socket.socket) -> bool:
-    """Whether the kernel would take bytes: on Linux, whether a third of its buffer is free. If the
-    socket has been closed, `send` is to say so."""
+    """Whether the kernel would take bytes: on Linux, whether a third of its buffer is free. For a
+    closed socket, this is true, so that `send` raises."""
     if sock.fileno() < 0:
         return True
     if not hasattr(select, "poll"):
@@ -1380,28 +1381,32 @@ class Inbox:
     There is room for as many bytes as one message may contain; above that, we stop reading.
     """
 
-    __slots__ = "_held", "_limit", "_waiting", "_waiting_size", "is_shut", "running"
+    __slots__ = "_held", "_limit", "_running", "_waiting", "_waiting_size", "is_shut"
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         # Nothing counts any more but the peer's Close (section 7.1.7).
         self.is_shut = False
-        # The number of coroutines that run, also counting writes that `on_message` has returned,
+        # The calls of the handler whose coroutines run, and writes that `on_message` has returned;
         # and the bytes of the message that they work on.
-        self.running = 0
+        self._running: set[object] | None = None
         self._held = 0
         # The queue, and its bytes, to which each entry adds EVENT.
         self._waiting: deque[Event] | None = None
         self._waiting_size = 0
 
+    def is_busy(self) -> bool:
+        return bool(self._running)
+
     def is_empty(self) -> bool:
-        return not (self.running or self._waiting)
+        return not (self._running or self._waiting)
 
     def has_next(self) -> bool:
-        return bool(self._waiting) and not self.running
+        return bool(self._waiting) and not self._running
 
     def has_place(self) -> bool:
-        others = EVENT * max(0, self.running - 1)
+        """Each coroutine but the first, such as those of `on_ping`, counts like a short message."""
+        others = EVENT * (len(self._running) - 1) if self._running else 0
         return self._waiting_size + self._held + others <= self._limit
 
     def put(self, event: Event) -> None:
@@ -1412,7 +1417,7 @@ class Inbox:
     def take(self) -> Iterator[Event]:
         """Yields what waits for as long as nothing runs, but no more than a turn's worth."""
         budget = TURN
-        while budget > 0 and self._waiting and not self.running:
+        while budget > 0 and self._waiting and not self._running:
             event = self._waiting.popleft()
             size = len(event[1]) + EVENT
             self._waiting_size -= size
@@ -1430,16 +1435,25 @@ class Inbox:
 
     def hold(self, size: int) -> None:
         """The handler has got a message, which needs room while a coroutine works on it."""
-        self._held = size if self.running else 0
+        self._held = size if self._running else 0
 
-    def release(self) -> None:
+    def begin(self, call: object) -> None:
+        self._running = self._running or set()
+        self._running.add(call)
+
+    def has_begun(self, call: object) -> bool:
+        return self._running is not None and call in self._running
+
+    def release(self, call: object) -> None:
         """Called when a coroutine is done."""
-        self.running -= 1
-        self._held = self._held if self.running else 0
+        if self._running:
+            self._running.discard(call)
+        if not self._running:
+            self._running, self._held = None, 0
 
 
-# The inbox of the connection whose handler runs, also in the tasks that it has created.
-OWN_INBOX: contextvars.ContextVar[Inbox] = contextvars.ContextVar("OWN_INBOX")
+# The call of a method of a handler that is going on, also in the tasks that it has begun.
+CALL: contextvars.ContextVar[object] = contextvars.ContextVar("CALL")
 
 
 class EchoProtocol(websocket.WebSocketProtocol):
@@ -1507,7 +1521,6 @@ class EchoProtocol(websocket.WebSocketProtocol):
         """Begins when the handshake is done. `early` is what has already arrived after it."""
         # All methods of this handler run in this context, and those of no other handler.
         self._context = contextvars.copy_context()
-        self._context.run(OWN_INBOX.set, self.inbox)
         self._wire = wire
         self.connection = connection = Connection(self, wire)
         self.opened = time.monotonic()
@@ -1519,15 +1532,22 @@ class EchoProtocol(websocket.WebSocketProtocol):
         self.call(self._open, *self.handler.open_args, **self.handler.open_kwargs)
 
     def _open(self, *args: Any, **kwargs: Any) -> Awaitable[Any] | None:
-        opened = self.handler.open(*args, **kwargs)
-        return self._opened(opened) if asyncio.iscoroutine(opened) else opened
-
-    async def _opened(self, opened: Awaitable[Any]) -> None:
         """As in Tornado, what an `async def open` changes in its context is there later."""
+        opened = self.handler.open(*args, **kwargs)
+        if not asyncio.iscoroutine(opened):
+            return opened
+        context = contextvars.copy_context()
+
+        def keep(_: object) -> None:
+            self._context = context
+
         try:
-            await opened
-        finally:
-            self._context = contextvars.copy_context()
+            task = self.registry.loop.create_task(opened, context=context)
+        except TypeError:
+            # The host has a task factory that does not know contexts, as in Python 3.10.
+            return opened
+        task.add_done_callback(keep)
+        return task
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self._context.run(self.run, method, *args, **kwargs)
@@ -1535,26 +1555,26 @@ class EchoProtocol(websocket.WebSocketProtocol):
     def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Calls a method of the handler. If it returns a coroutine or a future, messages are queued
         until that is done."""
+        call = object()
+        token = CALL.set(call)
         try:
             result = method(*args, **kwargs)
             if result is not None:
-                self.wait_for(gen.convert_yielded(result))
+                self.wait_for(gen.convert_yielded(result), call)
         except (Exception, asyncio.CancelledError):
             self._report()
+        finally:
+            CALL.reset(token)
 
-    def is_busy(self) -> bool:
-        """Whether a coroutine of the handler runs, or a write that it has returned waits."""
-        return self.inbox.running > 0
-
-    def wait_for(self, future: asyncio.Future[Any]) -> None:
+    def wait_for(self, future: asyncio.Future[Any], call: object) -> None:
         if self.connection:
-            resume = functools.partial(self.connection.enter, self._resume)
+            resume = functools.partial(self.connection.enter, self._resume, call)
             outside(IOLoop.current().add_future, future, resume)
-            self.inbox.running += 1
+            self.inbox.begin(call)
 
-    def _resume(self, future: asyncio.Future[Any]) -> None:
+    def _resume(self, call: object, future: asyncio.Future[Any]) -> None:
         """Called when a coroutine of the handler is done, or a write that `on_message` returned."""
-        self.inbox.release()
+        self.inbox.release(call)
         try:
             future.result()
         except (Exception, asyncio.CancelledError):
@@ -1602,7 +1622,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
     def release(self) -> None:
         """Called after the end. Only the garbage collector would free two objects that refer to
         each other. But a coroutine that still runs may need the connection."""
-        if not self.inbox.running:
+        if not self.inbox.is_busy():
             self.connection = None
 
     # ---- What Tornado and the handler ask for
@@ -1612,10 +1632,11 @@ class EchoProtocol(websocket.WebSocketProtocol):
     ) -> asyncio.Future[None]:
         """Returns a future. If more than HIGH_WATER bytes wait, it is done when the kernel has
         taken them; otherwise at once or, outside a turn when the round is over, in the next round.
-        It fails with WebSocketClosedError if the connection is closing; a coroutine of this handler
-        gets that at once, since `on_close` waits for its end, and it may not await its writes."""
+        It fails with WebSocketClosedError if the connection is closing. In coroutines for whose end
+        `on_close` waits, and in tasks of theirs, that is raised: they may not await their writes.
+        """
         if self.connection is None or self.is_closing():
-            if self.inbox.running and OWN_INBOX.get(None) is self.inbox:
+            if self.inbox.has_begun(CALL.get(None)):
                 raise WebSocketClosedError
             return failed_write()
         payload = utf8(json_encode(message) if isinstance(message, dict) else message)
@@ -1703,9 +1724,9 @@ class EchoProtocol(websocket.WebSocketProtocol):
 #            has got all messages, except those that `drop` has thrown away.
 #
 # CLOSING, AWAITING and ENDING last for at most CLOSE_TIMEOUT without progress, and LINGERING for
-# LINGER_TIMEOUT; but while bytes of ours are under way, until the peer's kernel has acknowledged
-# none of them for `stall_timeout`. Then AWAITING becomes ENDING, and the others become CLOSED. A
-# reset, an error of ours, or `drop` leads from any state to CLOSED.
+# LINGER_TIMEOUT. While bytes of ours are under way, they last instead until the peer's kernel has
+# acknowledged none for `stall_timeout`. Then AWAITING becomes ENDING, and the others become CLOSED.
+# A reset, an error of ours, or `drop` leads from any state to CLOSED.
 OPEN, CLOSING, AWAITING, ENDING, LINGERING, CLOSED = range(6)
 
 
@@ -1927,7 +1948,7 @@ class Connection:
         inbox, more = self._inbox, self._receiver.more and not self._discards()
         if (more and inbox.has_place()) or inbox.has_next():
             self._registry.again(self)
-        elif self.state >= LINGERING and not (self.protocol.finished or inbox.running):
+        elif self.state >= LINGERING and not (self.protocol.finished or inbox.is_busy()):
             # Later, so that `on_close` is not called within another method of the handler.
             outside(self._registry.loop.call_soon, self.finish)
 
@@ -2000,7 +2021,7 @@ class Connection:
             sent = self.write(opcode, payload, self._prefix)
             if not sent.done():
                 sent.add_done_callback(self.handler.on_sent)
-                self.protocol.wait_for(sent)
+                self.protocol.wait_for(sent, sent)
         self._inbox.hold(len(payload))
 
     def _look_at_handler(self) -> None:
@@ -2029,7 +2050,7 @@ class Connection:
             self.protocol.outcome = code or 1005
 
     def _take_close(self, body: bytes) -> None:
-        """Section 5.5.1: answers the peer's Close with its code, or that of a fault before it."""
+        """Section 5.5.1: answers the peer's Close with its code, or that of an earlier fault."""
         self.protocol.client_terminated = True
         if body:
             self.protocol.close_code = int.from_bytes(body[:2], "big")
@@ -2054,7 +2075,7 @@ class Connection:
         """The peer is lost. A coroutine that awaits a write is told, and then `_report` logs it."""
         owed = self._wire.backlog or (self._wire.waiting and self.state == OPEN)
         self.close_socket(reset=False)
-        if owed and not self._inbox.running:
+        if owed and not self._inbox.is_busy():
             self.protocol.warn(f"reply not sent: {error.strerror or error}")
 
     def close_socket(self, reset: bool) -> None:
@@ -3760,8 +3781,9 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
     async def send_all() -> None:
         nonlocal sent
         async for text in texts(options.send):
+            data = text.encode()
             sent += 1
-            await connection.write_message(text)
+            await connection.write_message(data)
 
     sending = asyncio.ensure_future(send_all())
     reading = asyncio.ensure_future(connection.read_message())
@@ -3771,9 +3793,6 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
         done, _ = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             raise ConnectionError(f"no reply within {options.timeout:g} s")
-        error = sending.exception() if sending in done else None
-        if error and not isinstance(error, WebSocketClosedError):
-            raise error
         if reading in done:
             message, reading = reading.result(), asyncio.ensure_future(connection.read_message())
             if message is None:
@@ -3781,6 +3800,8 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
                 raise ConnectionError(f"closed with {code}, replies missing: {sent - received}")
             received += 1
             print("[CLIENT] Received:", shown(message))
+    # Raises if not everything could be read or encoded.
+    sending.result()
 
 
 def shown(message: str | bytes) -> str:

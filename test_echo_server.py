@@ -1611,10 +1611,12 @@ class Remembering(EchoHandler):
 
     async def open(self, *args: str, **kwargs: str) -> None:
         await asyncio.sleep(0)
-        user.set("Zoe")
+        self.token = user.set("Zoe")
 
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
-        return self.write_message(user.get())
+        name = user.get()
+        user.reset(self.token)
+        return self.write_message(name)
 
 
 class Mixin:
@@ -2743,6 +2745,28 @@ class TestAmongOthers:
         await eventually(lambda: len(calls.closes) == 5)
 
     @over_tcp
+    async def test_a_task_that_writes_to_everybody_goes_on_when_the_client_that_began_it_leaves(
+        self, host: Host
+    ) -> None:
+        tasks = []
+
+        async def broadcast() -> None:
+            while True:
+                write_to_everybody(cast(Any, None), "to all")
+                await asyncio.sleep(0.01)
+
+        begin = doing("open", lambda *_: tasks.append(asyncio.create_task(broadcast())), Waiting)
+        other, (peer, calls) = await host.connect(), await host.record(begin, shut=True)
+        peer.send(text("a"))
+        await eventually(lambda: ("start", "a") in calls)
+        peer.reset()
+        await eventually(lambda: cast(Any, calls.handler.ws_connection).is_closing())
+        for _ in range(50):
+            assert await other.replies(b"to all")
+        tasks[0].cancel()
+        calls.gate.set()
+
+    @over_tcp
     async def test_a_filter_of_the_log_may_write_to_the_connection_that_is_logged(
         self, host: Host, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -2908,7 +2932,10 @@ def test_short_messages_that_wait_count_for_more_than_their_bytes() -> None:
         inbox.put((echo_server.TEXT, b"a"))
         number += 1
     assert number <= 101
-    inbox, inbox.running = echo_server.Inbox(limit=100 * 1024), 102
+    inbox = echo_server.Inbox(limit=100 * 1024)
+    for call in range(102):
+        assert inbox.has_place()
+        inbox.begin(call)
     assert not inbox.has_place()
 
 
@@ -4930,7 +4957,7 @@ FAILURES = {
         "",
         "closed with 4001, replies missing: ",
     ),
-    "input that is not UTF-8": ("", "", "\udcff\n", "'utf-8' codec can't encode"),
+    "input that is not UTF-8": ("?delay=0.1", "", "a\n\udcff\n", "'utf-8' codec can't encode"),
 }
 
 
@@ -4942,6 +4969,8 @@ def test_the_client_ends_with_1_and_one_line_when_a_reply_is_missing(
     done = run(f"--connect={url}", *arguments.split(), stdin=stdin)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith(f"[CLIENT] error:{url}: {said}")
+    replies = 0 if "=x" in query or "=60" in query else 1
+    assert done.stdout.count("Received: ECHO:a") == replies
 
 
 # ------------------------------------------------------------------------------------- Command line
