@@ -1801,19 +1801,19 @@ class Connection:
                     self.settle()
                     return
             data = self._wire.receive() if events else b""
-            if self._table and not self._registry.shows:
-                if receiver.rest:
-                    data = receiver.take_rest() + data
-                replies, size = echo_texts(data, self._table)
-                if replies:
-                    self._registry.unshown += len(replies)
-                    self.traffic.echoes += len(replies)
-                    self.traffic.echo_bytes += size
-                    done = self._wire.send(b"".join(replies)) and size == len(data)
-                    if done and self._watched == READ and not self._wire.eof:
-                        # Nothing that `settle` looks at has changed.
-                        return
-                    data = data[size:]
+            table = None if self._registry.shows else self._table
+            if table and receiver.rest:
+                data = receiver.take_rest() + data
+            replies, size = echo_texts(data, table) if table else ([], 0)
+            if replies:
+                self._registry.unshown += len(replies)
+                self.traffic.echoes += len(replies)
+                self.traffic.echo_bytes += size
+                done = self._wire.send(b"".join(replies)) and size == len(data)
+                if done and self._watched == READ and not self._wire.eof:
+                    # Nothing that `settle` looks at has changed.
+                    return
+                data = data[size:]
             if events and receiver.deflate and not (self._discards() or self._registry.has_time()):
                 # Inflating and deflating may take milliseconds: the data waits for a later turn.
                 receiver.keep(data)
