@@ -2343,6 +2343,7 @@ class TestAsTornado:
         assert got[1][:2] == close_body(1001) and not leaving.done()
         sending.cancel()
         peer.send(close(1001))
+        assert await peer.rest() == b""
         await leaving
 
     @pytest.mark.gen_test(timeout=20)
@@ -4226,10 +4227,9 @@ def test_a_key_update_harms_no_replies_that_wait(tls: Process, trust: ssl.SSLCon
         sock.settimeout(0.1)
         with contextlib.suppress(TimeoutError):
             while True:
-                sock.sendall(frame(FIN | BINARY, bytes(1000)))
-                sent += 1
-                if sent % 5 == 0:
-                    request_key_update(sock)
+                sock.sendall(frame(FIN | BINARY, bytes(1000)) * 5)
+                sent += 5
+                request_key_update(sock)
         sock.settimeout(PATIENCE)
         with sock.makefile("rb") as file:
             for _ in range(sent):
@@ -4432,11 +4432,11 @@ def test_a_handshake_that_stalls_or_comes_byte_by_byte_is_dropped(
 def test_the_time_for_a_request_begins_when_the_handshake_of_tls_is_over(
     serve: Serve, certificate: Path, trust: ssl.SSLContext
 ) -> None:
-    process = serve("--handshake-timeout=1", f"--certfile={certificate}")
+    process = serve("--handshake-timeout=0.6", f"--certfile={certificate}")
     with process.dial() as sock:
-        select.select([], [], [], 0.7)
+        select.select([], [], [], 0.4)
         with trust.wrap_socket(sock, server_hostname="localhost") as secure:
-            select.select([], [], [], 0.7)
+            select.select([], [], [], 0.4)
             secure.sendall(request())
             assert is_let_in(secure)
 
@@ -4576,9 +4576,12 @@ def test_replies_that_are_owed_come_before_1001(serve: Serve, number: int) -> No
         stopped = FIN | CLOSE, close_body(1001, "the server is stopping")
         with full.makefile("rb") as file, slow.makefile("rb") as slowly:
             expected = [(FIN | TEXT, b"ECHO:" + letter) for letter in (b"a", b"b", b"c")]
-            assert list(iter(lambda: read_frame(slowly), (-1, b""))) == [*expected, stopped]
-            *replies, last = iter(lambda: read_frame(file), (-1, b""))
-        assert set(replies) == {(FIN | BINARY, b"ECHO:" + message)} and last == stopped
+            assert list(iter(lambda: read_frame(slowly), stopped)) == expected
+            replies = list(iter(lambda: read_frame(file), stopped))
+            for sock in (slow, full):
+                sock.shutdown(socket.SHUT_WR)
+            assert read_frame(slowly) == read_frame(file) == (-1, b"")
+        assert set(replies) == {(FIN | BINARY, b"ECHO:" + message)}
     assert server.exit_code() == 0
     assert server.matching(rf"close\(\) .* {len(replies)} messages")
 
