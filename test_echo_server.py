@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import _ssl
 import asyncio
-import base64
 import contextlib
 import contextvars
 import ctypes
 import gc
-import hashlib
 import html
 import http.client
 import io
@@ -795,8 +793,6 @@ def files(authority: trustme.CA, tmp_path: Path) -> Path:
     issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
     authority.issue_cert("localhost").private_key_pem.write_to_path(str(tmp_path / "other-key"))
     (tmp_path / "junk").write_text("junk")
-    (tmp_path / "wrong.toml").write_text("port = 'x'")
-    (tmp_path / "odd.toml").write_text('"a\\nb" = 1')
     return tmp_path
 
 
@@ -3570,22 +3566,28 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize(("path", "accept"), [("/healthz", "text/plain"), ("/test", "text/html")])
-def test_an_answer_is_not_stored_or_sniffed_and_head_is_get_without_a_body(
-    server: Process, path: str, accept: str
+PAGE = r"<!doctype html>.*</html>\s*"
+
+
+@pytest.mark.parametrize(
+    ("path", "accept", "kind", "body"),
+    [
+        ("http://localhost/healthz?x=1", "text/html,*/*", "text/plain", "ok\n"),
+        ("/ws/chat?token=x", "application/xhtml+xml,text/html;q=0.9,*/*", "text/html", PAGE),
+        ("/favicon.ico", "text/html", "text/html", PAGE),
+    ],
+)
+def test_health_check_and_page_are_never_stored_or_sniffed_and_head_is_get_without_a_body(
+    server: Process, path: str, accept: str, kind: str, body: str
 ) -> None:
-    status, headers, _ = get(server, path, Accept=accept)
+    status, headers, found = get(server, path, Accept=accept)
     bare = get(server, path, method="HEAD", Accept=accept)
     names = ["Content-Type", "Vary", "Cache-Control", "X-Content-Type-Options"]
-    expected = [f"{accept}; charset=utf-8", "Accept", "no-store", "nosniff"]
+    expected = [f"{kind}; charset=utf-8", "Accept", "no-store", "nosniff"]
     assert [headers[name] for name in names] == [bare[1][name] for name in names] == expected
     assert headers["Content-Security-Policy"] == bare[1]["Content-Security-Policy"]
-    assert (bare[0], bare[2]) == (status, "")
-
-
-def test_healthz_is_ok(server: Process) -> None:
-    status, headers, body = get(server, "http://localhost/healthz?x=1", Accept="text/html,*/*")
-    assert (status, headers.get_content_type(), body.strip()) == (200, "text/plain", "ok")
+    assert (status, bare[0], bare[2]) == (200, 200, "")
+    assert re.fullmatch(body, found, re.DOTALL)
 
 
 # The text format of Prometheus.
@@ -3616,16 +3618,6 @@ def test_replies_count_with_the_prefix_that_they_were_sent_with() -> None:
     assert (traffic.texts_sent, traffic.text_bytes_sent) == (3, 21)
 
 
-def test_metrics_have_two_series_for_the_close_codes_of_applications(serve: Serve) -> None:
-    server = serve("--metrics")
-    for code in (1000, 3000, 3001, 3999, 4000, 4321, 4999):
-        with upgraded(server) as sock:
-            sock.sendall(close(code))
-            assert close_code(sock) == code
-    wanted = Counter({"1000": 1, "3000-3999": 3, "4000-4999": 3})
-    until(lambda: measured(server, None) == wanted)
-
-
 @pytest.mark.parametrize(("data", "status", "text"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_bad_handshake_is_refused_with_the_status_and_the_header_at_fault(
     server: Process, data: bytes, status: int, text: str
@@ -3640,8 +3632,12 @@ def test_a_bad_handshake_is_refused_with_the_status_and_the_header_at_fault(
     assert not server.tracebacks()
 
 
-def test_each_refusal_is_one_line_with_the_reason_of_the_answer(serve: Serve) -> None:
+def test_each_refusal_is_one_line_with_the_reason_of_the_answer_and_a_plain_get_is_none(
+    serve: Serve,
+) -> None:
     server, expected = serve(), []
+    for path, accept in ("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*"):
+        get(server, path, Accept=accept)
     # In a second, the log has no more than fifty lines of a kind.
     for data, status, _ in itertools.islice(REFUSED.values(), 50):
         with server.dial() as sock:
@@ -3649,7 +3645,8 @@ def test_each_refusal_is_one_line_with_the_reason_of_the_answer(serve: Serve) ->
             reason = body.partition("\n")[0].removeprefix(f"{status}: ")
             expected.append(f"{status} {reason}, 127.0.0.1:{sock.getsockname()[1]}")
     assert server.stop() == 0
-    assert [found[1] for found in server.matching("error:(.*)")] == expected
+    _, *lines, _ = server.lines
+    assert [line.partition(" [SERVER] error:")[2] for line in lines] == expected
 
 
 @pytest.mark.parametrize("data", ODD.values(), ids=ODD.keys())
@@ -3661,21 +3658,9 @@ def test_an_odd_but_valid_handshake_is_taken(server: Process, data: bytes) -> No
     assert not server.tracebacks()
 
 
-def test_the_log_shows_the_path_of_a_handshake_but_no_query_and_no_plain_get(serve: Serve) -> None:
-    server = serve()
-    for path, accept in [("/", "text/html"), ("/", "*/*"), ("/healthz", "*/*")]:
-        get(server, path, Accept=accept)
+def test_the_log_shows_the_path_of_a_handshake_without_its_query(server: Process) -> None:
     upgraded(server, "ws://localhost:4000/ws/chat?token=secret").close()
     server.line(r"connection\(\) from 127\.0\.0\.1:\d+ /ws/chat$")
-    assert server.stop() == 0
-    events = [line.split()[3] for line in server.lines]
-    assert events == ["listening", "connection()", "close()", "stopped"]
-
-
-def test_a_refused_handshake_may_be_repeated_on_the_same_connection(server: Process) -> None:
-    with server.dial() as sock:
-        assert answer(sock, request(Sec_WebSocket_Version="8"))[0] == 426
-        assert answer(sock, request())[0] == 101
 
 
 # ---- Both ways
@@ -3797,9 +3782,13 @@ def test_a_request_has_the_same_answer_in_one_piece_in_two_and_after_another(
 ORIGINS = "https://App.Example.org:443/, http://b\xfccher.example:8080,https://[2001:DB8:0::7]"
 
 
+PROXIES = "127.0.0.0/8, 198.18.0.1,::1"
+
+
 @pytest.fixture(scope="module")
 def choosy() -> Iterator[Process]:
-    with Process("--port=0", f"--origins={ORIGINS}") as process:
+    """A server that has to know who the peer is."""
+    with Process("--port=0", f"--origins={ORIGINS}", f"--trusted-proxies={PROXIES}") as process:
         yield process
 
 
@@ -3831,12 +3820,6 @@ def test_origins_are_compared_as_browsers_write_them_and_others_refused_in_our_w
     assert (status, body.partition("\n")[0]) == ((403, said) if reason else (101, ""))
 
 
-@pytest.fixture(scope="module")
-def behind_proxies() -> Iterator[Process]:
-    with Process("--port=0", "--trusted-proxies=127.0.0.0/8, 198.18.0.1,::1") as process:
-        yield process
-
-
 @pytest.mark.parametrize(
     ("forwarded", "peer"),
     [
@@ -3847,51 +3830,26 @@ def behind_proxies() -> Iterator[Process]:
         ("::ffff:203.0.113.7", "203.0.113.7"),
         ("203.0.113.7,, ::ffff:198.18.0.1,[::1]:80,", "203.0.113.7"),
         ("203.0.113.7\r\nX-Forwarded-For: [::1]", "203.0.113.7"),
-        ("203.0.113.7, unknown", "127.0.0.1:PORT"),
-        ("[]", "127.0.0.1:PORT"),
-        ("", "127.0.0.1:PORT"),
+        ("203.0.113.7, unknown", r"127\.0\.0\.1:\d+"),
+        ("[]", r"127\.0\.0\.1:\d+"),
+        ("", r"127\.0\.0\.1:\d+"),
         ("2001:db8::1%\x9b31m and more", "2001:db8::1"),
+        # Only the last 32 addresses are looked at.
+        ("203.0.113.7" + ", ::1" * 31, "203.0.113.7"),
+        ("203.0.113.7" + ", ::1" * 32, "::1"),
     ],
 )
-def test_a_trusted_proxy_says_who_the_peer_is(
-    behind_proxies: Process, forwarded: str, peer: str
-) -> None:
-    path = f"/{forwarded.encode().hex()}"
-    with upgraded(behind_proxies, path, X_Forwarded_For=forwarded) as sock:
-        found = behind_proxies.line(rf"connection\(\) from (.*) {path}$")
-        assert found[1] == peer.replace("PORT", str(sock.getsockname()[1]))
+def test_a_trusted_proxy_says_who_the_peer_is(choosy: Process, forwarded: str, peer: str) -> None:
+    assert re.search(f"Peer: {peer}\n", get(choosy, X_Forwarded_For=forwarded)[2])
 
 
-def test_of_many_forwarded_addresses_only_the_last_32_are_looked_at(
-    behind_proxies: Process,
-) -> None:
-    for number, peer in (31, "203.0.113.7"), (32, "::1"):
-        forwarded = "203.0.113.7" + ", ::1" * number
-        with upgraded(behind_proxies, f"/{number}", X_Forwarded_For=forwarded):
-            behind_proxies.line(rf"connection\(\) from {peer} /{number}$")
-
-
-@pytest.mark.parametrize(
-    ("proxies", "trusted"),
-    [
-        ("::ffff:127.0.0.1", True),
-        ("::ffff:127.0.0.0/104", True),
-        ("[::1], 127.0.0.1", True),
-        ("10.0.0.0/8,unix,::/0", False),
-        ("", False),
-    ],
-)
-def test_the_address_of_a_trusted_proxy_may_be_written_in_any_form(
-    proxies: str, trusted: bool
-) -> None:
+def test_the_address_of_a_trusted_proxy_may_be_written_in_any_form() -> None:
+    right = "::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "[::1], 127.0.0.1"
     for form in "127.0.0.1", "127.0.0.1:80", "::ffff:127.0.0.1", "[::ffff:127.0.0.1]:80":
         peer = echo_server.parse_address(form)
-        assert echo_server.is_trusted(peer, echo_server.parse_proxies(proxies)) == trusted
-
-
-def test_without_trusted_proxies_the_socket_says_who_the_peer_is(choosy: Process) -> None:
-    with upgraded(choosy, "/forwarded", X_Forwarded_For="203.0.113.7") as sock:
-        choosy.line(rf"connection\(\) from 127\.0\.0\.1:{sock.getsockname()[1]} /forwarded$")
+        for proxies in *right, "10.0.0.0/8,unix,::/0", "":
+            trusted = echo_server.is_trusted(peer, echo_server.parse_proxies(proxies))
+            assert trusted == (proxies in right), (form, proxies)
 
 
 def test_on_a_socket_of_both_families_ipv4_and_ipv6_are_named_as_usual(serve: Serve) -> None:
@@ -3945,14 +3903,7 @@ USAGE: dict[str, list[str]] = {
     "--timeout": ["0"],
     "--log-level": ["loud", "INFO"],
     "--trusted-proxies": ["localhost", "10.0.0.0/33", "[]"],
-    "--origins": [
-        "x",
-        "https://x/y",
-        "https://x, https://",
-        "https://*.x",
-        "wss://x",
-        "https://fa\xdf.de",
-    ],
+    "--origins": ["x", "https://x/y", "a://b, c://", "https://*.x", "wss://x", "https://fa\xdf.de"],
     "--prefix": ["\udcff"],
     "--connect": ["", "nonsense", "ftp://localhost/"],
     # There are no such flags, or none with a value.
@@ -4001,6 +3952,7 @@ def test_the_file_has_the_same_names_and_flags_override_it_also_with_a_default(
         ('connect = "ws://localhost/"', "connect"),
         ('config = "other.toml"', "config"),
         ('certfile = "a\\u0000b"', "certfile"),
+        ('"a\\nb" = 1', r"a\nb: there is no such option"),
         ("port", ""),
         ('prefix = "\xff', ""),
     ],
@@ -4028,14 +3980,12 @@ def systemd(tmp_path: Path) -> Iterator[socket.socket]:
         yield sock
 
 
-def told(sock: socket.socket, pattern: str) -> list[str]:
-    """Everything up to the message that has this, which is read as long as it takes."""
-    messages: list[str] = []
+def told(sock: socket.socket, pattern: str) -> str:
+    """The next message that has this, which is read as long as it takes."""
     deadline = time.monotonic() + PATIENCE
-    while not (messages and re.search(pattern, messages[-1])):
-        assert time.monotonic() < deadline, messages
-        messages.append(sock.recv(4096).decode())
-    return messages
+    while not re.search(pattern, message := sock.recv(4096).decode()):
+        assert time.monotonic() < deadline, message
+    return message
 
 
 @pytest.fixture
@@ -4118,14 +4068,6 @@ def test_a_unix_socket_that_another_server_has_taken_over_stays(
     with listening_at(unix_socket=path):
         assert first.stop() == 0
         assert listens(path)
-
-
-@pytest.mark.filterwarnings("ignore:unclosed <socket")
-def test_a_port_in_use_is_named() -> None:
-    with listening_at(port=0) as url:
-        port = urlsplit(url).port or 0
-        with pytest.raises(CannotServe, match=f"port {port}: .* in use"):
-            listening_sockets(Options(port=port))
 
 
 @pytest.mark.parametrize("backlog", [0, 8], ids=["its queue is full", "it has room"])
@@ -4269,55 +4211,32 @@ def serial(server: Process, trust: ssl.SSLContext) -> object:
         return (tls.getpeercert() or {})["serialNumber"]
 
 
-def test_sighup_takes_a_renewed_certificate_but_no_broken_one_and_keeps_connections(
-    serve: Serve, authority: trustme.CA, certificate: Path, trust: ssl.SSLContext
-) -> None:
-    server = serve(f"--certfile={certificate}")
-    with upgraded(server, trust=trust) as sock:
-        before = serial(server, trust)
-        renewed = authority.issue_cert("localhost").private_key_and_cert_chain_pem
-        renewed.write_to_path(str(certificate))
-        server.signal(signal.SIGHUP)
-        server.line("reloaded")
-        after = serial(server, trust)
-        certificate.write_text("junk")
-        server.signal(signal.SIGHUP)
-        assert str(certificate) in server.line("error:").string
-        assert serial(server, trust) == after != before
-        assert echoed(sock) == "ECHO:Hello!"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text", "said", "shown"),
-    [
-        ([], "log-level = 'debug'", "reloaded", True),
-        (["--log-level=info"], "log-level = 'debug'", "reloaded", False),
-        ([], "log-level = 'debug'\nnonsense = 1", "error:.*ws-echo.toml", False),
-        ([], None, "error:.*ws-echo.toml", False),
-    ],
-    ids=["the file is right", "the command line wins", "the file is broken", "there is no file"],
-)
-def test_sighup_takes_the_log_level_from_the_file_and_says_what_is_wrong_with_it(
+def test_sighup_takes_certificate_and_log_level_or_neither_if_one_is_wrong_and_keeps_connections(
     serve: Serve,
     systemd: socket.socket,
-    tmp_path: Path,
-    arguments: list[str],
-    text: str | None,
-    said: str,
-    shown: bool,
+    authority: trustme.CA,
+    certificate: Path,
+    trust: ssl.SSLContext,
 ) -> None:
-    config = tmp_path / "ws-echo.toml"
+    config, debug = certificate.with_name("ws-echo.toml"), "log-level = 'debug'"
     config.write_text("log-level = 'info'")
-    server = serve(f"--config={config}", *arguments, env={"NOTIFY_SOCKET": systemd.getsockname()})
-    with upgraded(server) as sock:
-        config.write_text(text) if text else config.unlink()
-        server.signal(signal.SIGHUP)
-        told(systemd, "(?m)^RELOADING=1$")
-        told(systemd, "^READY=1")
-        server.line(said)
-        assert echoed(sock) == "ECHO:Hello!"
-    assert server.stop() == 0
-    assert bool(server.matching("Received")) == shown
+    renewed = authority.issue_cert("localhost").private_key_and_cert_chain_pem.bytes()
+    options = f"--config={config}", f"--certfile={certificate}"
+    server = serve(*options, env={"NOTIFY_SOCKET": systemd.getsockname()})
+    with upgraded(server, trust=trust) as sock:
+        before = serial(server, trust)
+        for pem, text in (b"junk", debug), (renewed, "port"), (renewed, ""), (renewed, debug):
+            assert echoed(sock, "hidden") and serial(server, trust) == before
+            certificate.write_bytes(pem)
+            config.write_text(text) if text else config.unlink()
+            server.signal(signal.SIGHUP)
+            told(systemd, "(?m)^RELOADING=1$")
+            told(systemd, "^READY=1")
+        assert echoed(sock) == "ECHO:Hello!" and serial(server, trust) != before
+    server.line("reloaded")
+    errors = zip(server.matching("error:"), (certificate, config, config), strict=True)
+    assert all(str(path) in found.string for found, path in errors)
+    assert [found[1] for found in server.matching("Received:(.*)")] == ["Hello!"]
 
 
 # ---- Limits
@@ -4329,8 +4248,6 @@ def test_above_max_connections_a_handshake_gets_503_and_the_health_check_200(ser
         status, headers, _ = refused(process, request())
         assert status == 503 and int(headers["Retry-After"]) > 0
         assert get(process, "/healthz")[0] == 200
-        assert echoed(client) == "ECHO:Hello!"
-    with upgraded(process) as client:
         assert echoed(client) == "ECHO:Hello!"
 
 
@@ -4673,10 +4590,10 @@ def test_systemd_is_told_of_start_reload_and_stop_and_the_watchdog_is_fed_in_tim
     server = serve(env={"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "3000000"})
     told(systemd, "^READY=1")
     with server.dial():
-        assert re.search(r"(?m)^STATUS=.*0 connections", told(systemd, "^WATCHDOG=1")[-1])
+        assert re.search(r"(?m)^STATUS=.*0 connections", told(systemd, "^WATCHDOG=1"))
     began = time.monotonic()
     server.signal(signal.SIGHUP)
-    assert re.search(r"(?m)^MONOTONIC_USEC=\d+$", told(systemd, "(?m)^RELOADING=1$")[-1])
+    assert re.search(r"(?m)^MONOTONIC_USEC=\d+$", told(systemd, "(?m)^RELOADING=1$"))
     told(systemd, "^READY=1")
     told(systemd, "^WATCHDOG=1")
     assert time.monotonic() - began < 2.5
@@ -4740,7 +4657,7 @@ ends_with_the_process = pytest.mark.filterwarnings("ignore:unclosed <socket")
         ("AF_VSOCK", socket.SOCK_STREAM, "not a TCP or Unix socket: AF_VSOCK, SOCK_STREAM"),
         # Python has no name for this one.
         ("AF_INET", 10, "not a TCP or Unix socket: AF_PACKET, 10"),
-        ("AF_INET", socket.SOCK_STREAM, "does not listen (Accept=yes?): AF_INET, SOCK_STREAM"),
+        ("AF_UNIX", socket.SOCK_STREAM, "does not listen (Accept=yes?): AF_UNIX, SOCK_STREAM"),
     ],
 )
 def test_an_inherited_socket_of_another_kind_is_named(family: str, kind: int, words: str) -> None:
@@ -4755,17 +4672,6 @@ def test_an_inherited_socket_of_another_kind_is_named(family: str, kind: int, wo
 def test_an_inherited_descriptor_that_is_no_socket_is_named() -> None:
     with MODULE.open() as file, pytest.raises(CannotServe, match=r"\d: Socket operation on non-so"):
         inherited_socket(file.fileno())
-
-
-@pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="it is not installed")
-def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
-    path = str(tmp_path / "s")
-    with Process(before=["systemd-socket-activate", f"--listen={path}"]) as server:
-        until(lambda: os.path.exists(path))
-        with upgraded(path) as client:
-            assert echoed(client) == "ECHO:Hello!"
-        server.line(r"systemd.*--address")
-        assert server.stop() == 0
 
 
 # ---- Surroundings
@@ -4822,8 +4728,8 @@ def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> N
 
 
 @pytest.mark.parametrize("log", ["/dev/full", "&-"])
-def test_a_log_that_cannot_be_written_leaves_the_exit_code_right(files: Path, log: str) -> None:
-    command = f'exec "$@" --config={files}/wrong.toml 2>{log}'
+def test_a_log_that_cannot_be_written_leaves_the_exit_code_right(log: str) -> None:
+    command = f'exec "$@" --keyfile=unused 2>{log}'
     done = ended("sh", "-c", command, "sh", sys.executable, str(MODULE))
     assert (done.returncode, done.stdout) == (2, "")
 
@@ -4943,36 +4849,25 @@ def test_the_client_does_without_output_but_says_if_it_cannot_read(
     assert done.stderr == (f"[CLIENT] error:{server.url}: {said}\n" if said else "")
 
 
-# What the URL and the command line add, the input, and what the client says.
-FAILURES = {
-    "refused": ("?delay=x", "", "", "HTTP 400: the query has a bad value: delay=x is not a number"),
-    "too late": ("?delay=60", "--send=a --timeout=0.6", "", "no reply within 0.6 s"),
+# What comes behind the URL on the command line, the input, the replies, and what the client says.
+FAILURES = [
+    ("?delay=x", "", 0, "HTTP 400: the query has a bad value: delay=x is not a number"),
+    ("?delay=60 --send=a --timeout=0.6", "", 0, "no reply within 0.6 s"),
     # By the first reply, after which the Close comes, both texts have been sent.
-    "closed": (
-        "?delay=0.3&close=4001&after=1",
-        "--send=a --send=b",
-        "",
-        "closed with 4001, replies missing: 1",
-    ),
-    "closed while sending": (
-        "?close=4001&after=1",
-        "--send=a " * 50,
-        "",
-        "closed with 4001, replies missing: ",
-    ),
-    "input that is not UTF-8": ("?delay=0.1", "", "a\n\udcff\n", "'utf-8' codec can't encode"),
-}
+    ("?delay=0.3&close=4001&after=1 --send=a --send=b", "", 1, "with 4001, replies missing: 1\n"),
+    ("?close=4001&after=1" + " --send=a" * 50, "", 1, "closed with 4001, replies missing: "),
+    ("?delay=0.1", "a\n\udcff\n", 1, "'utf-8' codec can't encode"),
+]
 
 
-@pytest.mark.parametrize(("query", "arguments", "stdin", "said"), FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize(("arguments", "stdin", "replies", "said"), FAILURES)
 def test_the_client_ends_with_1_and_one_line_when_a_reply_is_missing(
-    server: Process, query: str, arguments: str, stdin: str, said: str
+    server: Process, arguments: str, stdin: str, replies: int, said: str
 ) -> None:
-    url = server.url + query
-    done = run(f"--connect={url}", *arguments.split(), stdin=stdin)
+    url, *options = (server.url + arguments).split()
+    done = run(f"--connect={url}", *options, stdin=stdin)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith(f"[CLIENT] error:{url}: {said}")
-    replies = 0 if "=x" in query or "=60" in query else 1
+    assert done.stderr.startswith(f"[CLIENT] error:{url}: ") and said in done.stderr
     assert done.stdout.count("Received: ECHO:a") == replies
 
 
@@ -5075,14 +4970,10 @@ STRANGE = [
     request(f"GET /{RAW}?token=secret HTTP/1.1"),
     request("GET /?secret HTTP/1.1", Cookie="secret", Authorization="secret", User_Agent=RAW),
     request(Origin=f"http://{RAW}", Cookie="secret"),
-    request(Origin=RAW),
     request(Origin=f"http://[{RAW}"),
     request(Origin="a\x1b[2J secret"),
-    request(Sec_WebSocket_Key=RAW),
-    request(Sec_WebSocket_Protocol=RAW + "secret"),
-    request(Sec_WebSocket_Version="13" + RAW),
-    request(Host=RAW),
-    request(X_Forwarded_For=RAW),
+    *(request(**{name: RAW}) for name in ("Host", "Origin", "X-Forwarded-For")),
+    *(request(**{f"Sec-WebSocket-{name}": RAW}) for name in ("Key", "Protocol", "Version")),
     request(f"{RAW} / HTTP/1.1"),
     request(f"GET /{RAW}?delay=x&a=secret HTTP/1.1"),
     request("GET /?%1b%9b=secret HTTP/1.1"),
@@ -5124,7 +5015,6 @@ EXITS = [
     (2, "--port", "--port"),
     (2, "4000", "4000"),
     (2, "--port=0 --keyfile=FOLDER/key", "--keyfile"),
-    (2, "--config=FOLDER/odd.toml", r"a\nb: there is no such option"),
     (2, "--port=0 --client-cafile=FOLDER/key", "--client-cafile"),
     (1, "--config=FOLDER/missing.toml", "FOLDER/missing.toml"),
     (1, "--connect=ws://127.0.0.1:1/", "[CLIENT] error:ws://127.0.0.1:1/: Connection refused"),
@@ -5168,6 +5058,7 @@ OBSTACLES = [
     "--certfile=FOLDER/cert --keyfile=FOLDER/key --client-cafile=FOLDER/junk",
     "--address=192.0.2.1",
     "--address=...",
+    "--address=127.0.0.1 --port=BUSY",
     "--unix-socket=/nowhere/s",
     "--unix-socket=FOLDER/junk",
     "--unix-socket=/" + "x" * 200,
@@ -5176,8 +5067,11 @@ OBSTACLES = [
 
 @ends_with_the_process
 @pytest.mark.parametrize("arguments", OBSTACLES)
-def test_each_obstacle_to_serving_is_named(files: Path, arguments: str) -> None:
-    arguments = arguments.replace("FOLDER", str(files))
+def test_each_obstacle_to_serving_is_named(
+    files: Path, listener: socket.socket, arguments: str
+) -> None:
+    port = str(listener.getsockname()[1])
+    arguments = arguments.replace("FOLDER", str(files)).replace("BUSY", port)
     options = parse_args(arguments.split())
     with pytest.raises(CannotServe, match=re.escape(arguments.rpartition("=")[2])):
         assert tls_context(options) or listening_sockets(options)
@@ -5195,37 +5089,25 @@ def test_the_bare_file_says_what_it_needs() -> None:
 # ---- What it answers
 
 
-@pytest.mark.parametrize("path", ["/", "/ws/chat?token=x", "/favicon.ico"])
-def test_a_browser_gets_the_page_at_any_path(server: Process, path: str) -> None:
-    status, headers, page = get(server, path, Accept="application/xhtml+xml,text/html;q=0.9,*/*")
-    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
-
-
-def test_the_policy_of_the_page_allows_its_own_script_and_style_and_nothing_else(
-    server: Process,
+@pytest.mark.parametrize(
+    ("host", "sockets"),
+    [("[::1]:4000", " ws://[::1]:4000 wss://[::1]:4000"), ("*", ""), ("x'", "")],
+)
+def test_the_policy_of_the_page_allows_its_own_script_and_style_its_own_host_and_nothing_else(
+    server: Process, host: str, sockets: str
 ) -> None:
-    _, headers, page = get(server, Accept="text/html")
-    own = re.findall(r"<(script|style)[^>]*>(.*?)</\1>", page, re.DOTALL)
-    digests = {tag: hashlib.sha256(code.encode()).digest() for tag, code in own}
-    assert set(headers["Content-Security-Policy"].split("; ")) == {
+    plain_get = request(without="Upgrade", Host=host, Accept="text/html")
+    policy = refused(server, plain_get)[1]["Content-Security-Policy"]
+    assert set(re.sub("sha256-[^']+", "sha256", policy).split("; ")) == {
         "default-src 'none'",
         "img-src data:",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
-        "connect-src 'self' ws://localhost wss://localhost",
-        *(f"{tag}-src 'sha256-{base64.b64encode(digests[tag]).decode()}'" for tag in digests),
+        f"connect-src 'self'{sockets}",
+        "script-src 'sha256'",
+        "style-src 'sha256'",
     }
-    # What makes the clocks of a page exact.
-    isolated = [headers[f"Cross-Origin-{name}-Policy"] for name in ("Opener", "Embedder")]
-    assert len(own) == 2 and isolated == ["same-origin", "require-corp"]
-
-
-@pytest.mark.parametrize("host", ["*", "x'"])
-def test_no_host_widens_the_policy_of_the_page(server: Process, host: str) -> None:
-    _, headers, _ = refused(server, request(without="Upgrade", Host=host, Accept="text/html"))
-    assert "connect-src 'self';" in headers["Content-Security-Policy"]
 
 
 SEEN = {
@@ -5238,21 +5120,18 @@ SEEN = {
 
 
 @pytest.mark.parametrize("accept", ["text/html", "text/plain"])
-def test_the_page_and_the_text_list_what_the_server_saw(server: Process, accept: str) -> None:
-    seen = html.unescape(re.sub("<d[td]>|</d[td]>", ": ", get(server, Accept=accept, **SEEN)[2]))
+def test_the_page_and_the_text_list_what_the_server_saw_but_no_credentials(
+    server: Process, accept: str
+) -> None:
+    secret = dict.fromkeys(["Cookie", "Authorization", "Proxy_Authorization"], "secret")
+    said = get(server, "/?secret", Accept=accept, **SEEN, **secret)[2]
+    seen = html.unescape(re.sub("<d[td]>|</d[td]>", ": ", said))
     for name, value in (SEEN | {"Host": "localhost"}).items():
         assert re.search(rf"{name}[: ]+{re.escape(value)}", seen)
-    assert re.search(r"Peer[: ]+127\.0\.0\.1:\d+", seen)
+    assert re.search(r"Peer[: ]+127\.0\.0\.1:\d+", seen) and "secret" not in seen
 
 
-@pytest.mark.parametrize("accept", ["text/html", "text/plain"])
-def test_credentials_are_not_shown(server: Process, accept: str) -> None:
-    names = "Cookie", "Authorization", "Proxy_Authorization", "User_Agent"
-    headers = dict.fromkeys(names, "hunter2")
-    assert "hunter2" not in get(server, "/?hunter2", Accept=accept, **headers)[2]
-
-
-@pytest.mark.parametrize("value", ["\"'><b>", "<!--handshake-->", "<!--scenarios-->"])
+@pytest.mark.parametrize("value", ["\"'><b>", "<!--handshake-->"])
 def test_the_page_escapes_the_headers_that_it_shows(server: Process, value: str) -> None:
     page = get(server, Accept="text/html", X_Forwarded_Host=value)[2]
     assert value not in page.split('id="handshake"')[1]
@@ -5281,10 +5160,7 @@ user_pref("network.proxy.type", 0);
 
 # How each browser is started, and what a session asks for.
 BROWSERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "chromium": (
-        "chromedriver --port=0",
-        {"webSocketUrl": True, "goog:chromeOptions": CHROME},
-    ),
+    "chromium": ("chromedriver --port=0", {"webSocketUrl": True, "goog:chromeOptions": CHROME}),
     "firefox-esr": (
         "firefox-esr --headless --no-remote --remote-debugging-port=0 --profile PROFILE",
         {},
