@@ -3618,6 +3618,15 @@ def test_replies_count_with_the_prefix_that_they_were_sent_with() -> None:
     assert (traffic.texts_sent, traffic.text_bytes_sent) == (3, 21)
 
 
+def test_metrics_have_two_series_for_the_close_codes_of_applications(serve: Serve) -> None:
+    server = serve("--metrics")
+    for code in 3000, 3999, 4000, 4999:
+        with upgraded(server) as sock:
+            sock.sendall(close(code))
+            everything(sock)
+    until(lambda: measured(server, None) == Counter({"3000-3999": 2, "4000-4999": 2}))
+
+
 @pytest.mark.parametrize(("data", "status", "text"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_bad_handshake_is_refused_with_the_status_and_the_header_at_fault(
     server: Process, data: bytes, status: int, text: str
