@@ -1064,11 +1064,6 @@ def test_a_fault_has_its_code_at_its_last_byte_after_what_came_before(code: int)
             assert receive_split(stream + rest) == ([(TEXT, b"before")], code), name
 
 
-def test_a_bad_frame_after_a_close_is_not_a_fault() -> None:
-    for name, data in BAD[1002].items():
-        assert receive_split(close() + data) == ([(CLOSE, close_body(1000))], None), name
-
-
 # A fault of the content, and what ends its message.
 STILL_TOLD_APART = {
     "not UTF-8": (1007, frame(TEXT, b"\xff"), frame(CONTINUATION, b"more") + frame(FIN)),
