@@ -4877,13 +4877,6 @@ def test_lines_of_a_kind_are_limited_and_each_omitted_line_is_counted(serve: Ser
 FORGED = "a\x1b[2J\r\n\x7f\x85\x9b31m\u2028\u2029\u202e\u2066\u061c[SERVER] forged" + "\xff" * 3000
 
 
-class Broken:
-    def __str__(self) -> str:
-        raise ZeroDivisionError
-
-    __repr__ = __str__
-
-
 @pytest.mark.gen_test
 async def test_every_line_of_the_log_is_escaped_and_short_whatever_it_is_about(
     capfd: pytest.CaptureFixture[str],
@@ -4894,15 +4887,14 @@ async def test_every_line_of_the_log_is_escaped_and_short_whatever_it_is_about(
         {"msg": "400 GET %s", "args": (FORGED,)},
         {"msg": "a traceback", "exc_info": (ValueError, ValueError(FORGED), None)},
         {"msg": "%d", "args": ("x",)},
-        {"msg": "%s", "args": (Broken(),)},
-        {"msg": Broken()},
+        {"msg": type("Broken", (), {"__str__": lambda _: 1 / 0})()},
     ]
     for record in records:
         handler.handle(logging.makeLogRecord(record))
     *lines, last = capfd.readouterr().err.split("\n")
     events = [line[len("2000-01-01 00:00:00,000 ") :] for line in lines]
     assert last == "" and len([event for event in events if event[0] != " "]) == len(records)
-    assert len([event for event in events if "cannot format" in event]) == 3
+    assert len([event for event in events if "cannot format" in event]) == 2
     assert all(line.isprintable() and len(line) <= 2000 for line in lines)
     assert not [event for event in events if event.startswith("[SERVER]")]
 
@@ -5053,6 +5045,13 @@ def test_the_bare_file_says_what_it_needs() -> None:
 # ---- What it answers
 
 
+# But for the digests and the host.
+POLICY = (
+    "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; style-src 'sha256'; "
+    "script-src 'sha256'; frame-ancestors 'none'; connect-src 'self'"
+)
+
+
 @pytest.mark.parametrize(
     ("host", "sockets"),
     [("[::1]:4000", " ws://[::1]:4000 wss://[::1]:4000"), ("*", ""), ("x'", "")],
@@ -5062,16 +5061,8 @@ def test_the_policy_of_the_page_allows_its_own_script_and_style_its_own_host_and
 ) -> None:
     plain_get = request(without="Upgrade", Host=host, Accept="text/html")
     policy = refused(server, plain_get)[1]["Content-Security-Policy"]
-    assert set(re.sub("sha256-[^']+", "sha256", policy).split("; ")) == {
-        "default-src 'none'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        f"connect-src 'self'{sockets}",
-        "script-src 'sha256'",
-        "style-src 'sha256'",
-    }
+    found = re.sub("sha256-[^']+", "sha256", policy).split("; ")
+    assert sorted(found) == sorted((POLICY + sockets).split("; "))
 
 
 SEEN = {
