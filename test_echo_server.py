@@ -4591,15 +4591,11 @@ def test_a_crash_ends_the_server_with_a_code_that_systemd_restarts() -> None:
     assert "Restart=on-failure" in unit and done.returncode not in (0, *map(int, kept))
 
 
-@pytest.mark.parametrize(("offset", "is_ours"), [(0, True), (1, False)])
-def test_sockets_that_systemd_has_opened_for_this_process_and_no_other_are_served(
-    serve: Serve, listener: socket.socket, offset: int, is_ours: bool
+def test_sockets_that_systemd_has_opened_for_another_process_are_not_served(
+    serve: Serve, listener: socket.socket
 ) -> None:
-    server = inheriting(serve, listener, offset=offset)
-    assert (server.port == listener.getsockname()[1]) == is_ours
-    assert bool(server.matching(r"systemd.*--address")) == is_ours
-    with upgraded(server) as client:
-        assert echoed(client) == "ECHO:Hello!"
+    server = inheriting(serve, listener, offset=1)
+    assert server.port != listener.getsockname()[1] and not server.matching("systemd")
 
 
 # A process that cannot serve ends, and so do its sockets.
@@ -4629,6 +4625,17 @@ def test_an_inherited_socket_of_another_kind_is_named(family: str, kind: int, wo
 def test_an_inherited_descriptor_that_is_no_socket_is_named() -> None:
     with MODULE.open() as file, pytest.raises(CannotServe, match=r"\d: Socket operation on non-so"):
         inherited_socket(file.fileno())
+
+
+@pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="it is not installed")
+def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with Process(before=["systemd-socket-activate", f"--listen={path}"]) as server:
+        until(lambda: os.path.exists(path))
+        with upgraded(path) as client:
+            assert echoed(client) == "ECHO:Hello!"
+        server.line(r"systemd.*--address")
+        assert server.stop() == 0
 
 
 # ---- Surroundings
