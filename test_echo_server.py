@@ -703,10 +703,10 @@ class Host:
 NOT_TLS = ["tcp", "tcp without epoll", "tcp over uvloop"]
 
 
-@pytest.fixture(params=[*NOT_TLS, "tls"])
-def transport(request: pytest.FixtureRequest) -> str:
-    """A test or a class may choose by parametrize."""
-    return str(request.param)
+@pytest.fixture
+def transport() -> str:
+    """A test or a class may choose others by parametrize."""
+    return "tcp"
 
 
 @pytest.fixture
@@ -905,7 +905,6 @@ def test_importing_does_nothing() -> None:
     assert python(STATE) == "[] set()\n"
 
 
-@pytest.mark.parametrize("transport", ["tcp"])
 @pytest.mark.gen_test
 class TestInAnApplication:
     @pytest.mark.parametrize(
@@ -1397,11 +1396,11 @@ def test_echo_texts_ends_after_some_kilobytes_and_before_a_text_above_the_limit(
 
 DEFLATE = {"Sec-WebSocket-Extensions": "permessage-deflate"}
 
-# A test without a mark runs over everything that may be between peer and handler; what does not
-# depend on it runs over TCP alone, and what hosts are used to also in the event loop of uvloop.
+# A test without a mark runs over TCP alone; what depends on what is between peer and handler runs
+# over more of that, and what hosts are used to also in the event loop of uvloop.
 EVERYTHING = [*NOT_TLS, "tls"]
 EITHER_LOOP = ["tcp", "tcp over uvloop"]
-over_tcp = pytest.mark.parametrize("transport", ["tcp"])
+over_everything = pytest.mark.parametrize("transport", EVERYTHING)
 over_tcp_and_tls = pytest.mark.parametrize("transport", ["tcp", "tls"])
 over_either_loop = pytest.mark.parametrize("transport", EITHER_LOOP)
 
@@ -1914,6 +1913,7 @@ LEAVES = {
 
 @pytest.mark.gen_test
 class TestLeaving:
+    @over_everything
     @pytest.mark.parametrize("leave", LEAVES.values(), ids=LEAVES.keys())
     async def test_on_close_is_the_last_call_and_comes_once_however_a_peer_leaves(
         self, host: Host, leave: Leave
@@ -1931,7 +1931,6 @@ class TestLeaving:
         with pytest.raises(WebSocketClosedError):
             calls.handler.write_message("too late")
 
-    @over_tcp
     async def test_the_last_peers_may_leave_at_once(
         self, host: Host, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -1945,6 +1944,7 @@ class TestLeaving:
             peer.leave()
         await eventually(lambda: not Connections.current().open)
 
+    @over_everything
     async def test_a_coroutine_that_writes_to_a_lost_peer_gets_an_exception_logged_in_one_line(
         self, host: Host, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -1992,7 +1992,6 @@ class TestLeaving:
 # ---- What a subclass sees
 
 
-@over_tcp
 @pytest.mark.gen_test
 class TestSubclass:
     async def test_on_close_does_not_wait_for_a_client_that_does_not_read(self, host: Host) -> None:
@@ -2559,7 +2558,6 @@ class TestClosing:
         assert await peer.replies(b"ECHO:" + word.encode()) and await peer.rest() == last
         assert calls == [("open",), ("message", word), *LEFT]
 
-    @over_tcp
     async def test_after_our_close_no_message_is_delayed_and_the_answer_is_read(
         self, host: Host, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -2568,7 +2566,6 @@ class TestClosing:
         peer.send(text(WORD) * 30)
         assert await peer.replies(REPLY) and await peer.goodbye() == 4001
 
-    @over_tcp
     async def test_the_closing_handshake_does_not_wait_for_a_coroutine(
         self, host: Host, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -2634,7 +2631,6 @@ async def close_later(handler: EchoHandler) -> None:
 
 @pytest.mark.gen_test
 class TestAmongOthers:
-    @over_tcp
     async def test_a_coroutine_that_awaits_its_writes_lets_others_live(self, host: Host) -> None:
         other, streaming = await host.connect(), await host.connect(Streaming, calls=Calls())
         streaming.send(text("go"))
@@ -2643,7 +2639,6 @@ class TestAmongOthers:
             await have_turns(other, 1)
             assert Connections.current().all_traffic().texts_sent - before < 10_000
 
-    @over_tcp
     async def test_a_write_that_is_cancelled_cancels_no_other(self, host: Host) -> None:
         calls = Calls()
         for peer in [await host.connect(Streaming, calls=calls) for _ in range(3)]:
@@ -2671,7 +2666,6 @@ class TestAmongOthers:
         await have_turns(other, 5)
         assert set(host.errors()) == {"echo_server"}
 
-    @over_tcp
     async def test_a_coroutine_on_close_may_call_ours_and_its_error_is_one_traceback(
         self, host: Host, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -2682,7 +2676,6 @@ class TestAmongOthers:
         assert "[SERVER] close() 4000 from 127.0.0.1" in caplog.text
         assert host.errors() == ["tornado.application"]
 
-    @over_tcp
     @pytest.mark.parametrize("end", [Peer.reset, Peer.leave, lambda peer: peer.send(close())])
     async def test_a_handler_that_writes_to_everybody_is_not_failed_because_others_leave(
         self, host: Host, hurried: None, end: Callable[[Peer], None]
@@ -2696,7 +2689,6 @@ class TestAmongOthers:
             assert await innocent.replies(b"to all")
         await eventually(lambda: len(calls.closes) == 5)
 
-    @over_tcp
     async def test_a_task_that_writes_to_everybody_goes_on_when_the_client_that_began_it_leaves(
         self, host: Host
     ) -> None:
@@ -2718,7 +2710,6 @@ class TestAmongOthers:
         tasks[0].cancel()
         calls.gate.set()
 
-    @over_tcp
     async def test_a_filter_of_the_log_may_write_to_the_connection_that_is_logged(
         self, host: Host, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -2732,7 +2723,6 @@ class TestAmongOthers:
         peer.send(frame(FIN | TEXT, b"\xff"))
         assert await peer.goodbye() == 1007
 
-    @over_tcp
     @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
     async def test_a_client_that_leaves_during_prepare_is_neither_opened_nor_closed(
         self, host: Host, end: Callable[[Peer], None]
@@ -2746,7 +2736,6 @@ class TestAmongOthers:
         assert calls == ["prepare", "prepared"]
         assert len(Connections.current().open) == 1
 
-    @over_tcp
     async def test_open_comes_before_on_close_even_if_no_descriptor_is_left_for_the_poller(
         self, host: Host
     ) -> None:
@@ -2763,7 +2752,6 @@ class TestAmongOthers:
         await eventually(lambda: calls.closes)
         assert calls[2:] == [("open",), *LEFT]
 
-    @over_tcp
     async def test_during_a_delay_a_connection_holds_no_more_than_a_message(
         self, host: Host
     ) -> None:
@@ -2775,7 +2763,6 @@ class TestAmongOthers:
             await others_have_their_turn(host, 100)
         peer.reset()
 
-    @over_tcp
     @pytest.mark.parametrize(
         ("code", "sent"),
         [(4001, close(4001)), (1002, b"\x81\x00"), (1007, frame(FIN | TEXT, b"\xff"))],
@@ -2793,7 +2780,6 @@ class TestAmongOthers:
         assert await peer.replies(b"a")
         assert await peer.close_code() == code
 
-    @over_tcp
     async def test_data_after_the_end_is_dropped_while_the_event_loop_is_busy(
         self, host: Host, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -2807,7 +2793,6 @@ class TestAmongOthers:
                 await taken(peer, text(WORD))
             await others_have_their_turn(host)
 
-    @over_tcp
     async def test_a_packet_of_bombs_does_not_keep_others_waiting(self, host: Host) -> None:
         bomber, other = await host.connect(headers=DEFLATE), await host.connect()
         bomber.send(frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20), 9)) * 60)
@@ -2911,7 +2896,6 @@ async def write_on(handler: EchoHandler, message: str | bytes) -> None:
 
 @pytest.mark.gen_test
 class TestDeadlines:
-    @over_tcp
     async def test_an_idle_peer_stays_while_it_answers_pings_and_is_dropped_when_it_does_not(
         self, host: Host
     ) -> None:
@@ -2926,7 +2910,6 @@ class TestDeadlines:
         await eventually(lambda: calls.closes)
         assert calls == [("open",), *[("pong", b"")] * 3, *LEFT]
 
-    @over_tcp
     async def test_time_in_which_the_process_was_stopped_does_not_count_against_a_peer(
         self, host: Host
     ) -> None:
@@ -2944,7 +2927,6 @@ class TestDeadlines:
         peer.send(frame(FIN | PONG), text("hi"))
         assert await peer.replies(b"ECHO:hi")
 
-    @over_tcp
     async def test_a_slow_peer_that_goes_on_sending_is_not_dropped(self, host: Host) -> None:
         host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.1)
         peer = await host.connect(stall_timeout=0.1)
@@ -2953,7 +2935,6 @@ class TestDeadlines:
             await asyncio.sleep(0.03)
         assert await peer.replies(b"ECHO:slow")
 
-    @over_tcp
     async def test_a_pong_may_be_late_while_the_peer_goes_on_reading(self, host: Host) -> None:
         host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.3)
         peer, calls = await host.record(Recorder, receive_buffer=4096)
@@ -2966,7 +2947,6 @@ class TestDeadlines:
         await peer.receive(len(reply_frame(FIN | TEXT, WORD.encode() * 80)) - 60 * 20_000)
         assert await peer.replies(b"ECHO:hi")
 
-    @over_tcp
     async def test_a_message_that_stalls_is_1008_even_if_pings_come(self, host: Host) -> None:
         async def stall(start: bytes, ping: bytes = b"") -> None:
             peer = await host.connect(stall_timeout=0.2)
@@ -2981,7 +2961,6 @@ class TestDeadlines:
             *(stall(start, frame(FIN | PING)) for start in (frame(TEXT, b"Hel"), frame(BINARY))),
         )
 
-    @over_tcp
     async def test_a_message_that_stalls_does_not_cost_the_reply_to_the_one_before_it(
         self, host: Host
     ) -> None:
@@ -3003,7 +2982,6 @@ class TestDeadlines:
         with pytest.raises(ConnectionResetError):
             await peer.rest()
 
-    @over_tcp
     async def test_while_our_close_waits_pings_do_not_delay_it(
         self, host: Host, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -3018,7 +2996,6 @@ class TestDeadlines:
         assert await peer.replies(pings[-1], first=FIN | PONG)
         assert await peer.goodbye() == 4000
 
-    @over_tcp
     async def test_a_peer_that_takes_nothing_while_our_close_waits_is_reset(
         self, host: Host, hurried: None
     ) -> None:
@@ -3039,7 +3016,6 @@ class TestDeadlines:
         peer.send(text(WORD * words))
         await eventually(lambda: Connections.current().closed[1008])
 
-    @over_tcp
     async def test_a_peer_that_stays_after_its_fault_is_dropped(
         self, host: Host, hurried: None
     ) -> None:
@@ -3050,7 +3026,6 @@ class TestDeadlines:
             peer.send(bytes(1000))
             await have_turns(other, 1)
 
-    @over_tcp
     async def test_the_latest_ping_of_a_turn_is_answered_even_above_the_high_water_mark(
         self, host: Host
     ) -> None:
@@ -5318,7 +5293,6 @@ class TestReadme:
             peer.send(b"GET /echo.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert b"It is at /echo." in await peer.rest()
 
-    @over_tcp
     @pytest.mark.parametrize("kind", ["def", "async def"])
     async def test_as_the_readme_shows_a_subclass_answers_in_json_and_says_what_is_nonsense(
         self, host: Host, kind: str
@@ -5350,7 +5324,6 @@ class TestReadme:
             assert await friend.replies(b"ECHO:" + b"x" * 65536)
             assert await friend.goodbye() == 1009
 
-    @over_tcp
     @pytest.mark.parametrize(("level", "lines"), [("DEBUG", 3), ("WARNING", 0)])
     async def test_as_the_readme_shows_a_host_sets_our_log_level_and_closes_its_clients(
         self, host: Host, caplog: pytest.LogCaptureFixture, level: str, lines: int
