@@ -750,6 +750,9 @@ def host(
         server.add_socket(bind_unix_socket(address))
     if transport == "tcp without epoll":
         monkeypatch.delattr(select, "epoll", raising=False)
+    # A connection that ends well does so without the limits of time, unless a test is `hurried`.
+    for name in "CLOSE_TIMEOUT", "LINGER_TIMEOUT":
+        monkeypatch.setattr(echo_server, name, 4 * PATIENCE)
     host = Host(app, address, trust if transport == "tls" else None, caplog)
     yield host
     io_loop.run_sync(host.finish, timeout=PATIENCE)
@@ -1770,6 +1773,12 @@ SCRIPTS = {
         calls=[*(("message", word) for word in "abc"), ("close", 4000, "ok")],
         last=text("c") + close(4000, "ok") + text("d"),
     ),
+    "after our close no message is delayed": Script(
+        text(WORD) * 30,
+        said(REPLY),
+        4001,
+        options={"query": "?close=4001&after=1&delay=1", "scenarios": True},
+    ),
     "a fault has its code even if a close comes before the handler has finished": Script(
         text("a") + frame(FIN | TEXT, b"\xff") + close() + frame(FIN | PING),
         said("a"),
@@ -1911,6 +1920,12 @@ LEAVES = {
 }
 
 
+AB, BYE = text("a") + text("b"), close(4000, "bye")
+DELIVERED = [(call, word) for word in "ab" for call in ("start", "end")]
+GONE = [("close", 4000, "bye")]
+Dropping = doing("on_message", wait_and_drop)
+
+
 @pytest.mark.gen_test
 class TestLeaving:
     @over_everything
@@ -1945,48 +1960,29 @@ class TestLeaving:
         await eventually(lambda: not Connections.current().open)
 
     @over_everything
-    async def test_a_coroutine_that_writes_to_a_lost_peer_gets_an_exception_logged_in_one_line(
-        self, host: Host, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        peer, calls = await host.record(Waiting, shut=True)
-        peer.send(text("a"))
-        await eventually(lambda: ("start", "a") in calls)
-        peer.reset()
-        await eventually(lambda: cast(Any, calls.handler.ws_connection).is_closing())
-        assert not calls.closes
-        calls.gate.set()
-        await eventually(lambda: calls.closes)
-        assert calls[1:] == [("start", "a"), ("end", "a"), *LEFT]
-        (line,) = await log_lines(caplog, 1)
-        assert line.startswith("[SERVER] error:reply not sent, 127.0.0.1:")
-
-    @over_either_loop
-    @pytest.mark.parametrize("end", [b"", close(4000, "bye")], ids=["nothing", "close"])
+    @pytest.mark.parametrize(
+        ("handler", "sent", "end", "calls", "says"),
+        [
+            (Waiting, AB, Peer.reset, DELIVERED + LEFT, "error:reply not sent, 127.0.0.1:"),
+            (Waiting, AB, Peer.leave, DELIVERED + LEFT, ""),
+            (Waiting, AB + BYE, Peer.leave, DELIVERED + GONE, ""),
+            # More messages than are looked at while the handler has not finished.
+            (Dropping, AB * 200 + BYE, Peer.reset, [("waited",), *GONE], ""),
+        ],
+    )
     async def test_what_a_peer_sent_before_it_left_is_delivered_in_order_before_on_close(
-        self, host: Host, end: bytes
-    ) -> None:
-        peer, calls = await host.record(Waiting, shut=True)
-        peer.send(*map(text, "abc"), end)
-        peer.leave()
-        await others_have_their_turn(host)
-        calls.gate.set()
-        await eventually(lambda: calls.closes)
-        delivered = [(name, word) for word in "abc" for name in ("start", "end")]
-        assert calls[1:] == [*delivered, *([("close", 4000, "bye")] if end else LEFT)]
-
-    @pytest.mark.parametrize("transport", ["tcp", "tcp without epoll"])
-    async def test_on_close_has_the_code_of_a_lost_peer_even_if_a_coroutine_drops_it_later(
-        self, host: Host
+        self, host: Host, handler: Any, sent: bytes, end: Any, calls: list[Any], says: str
     ) -> None:
         host.app.settings["websocket_max_message_size"] = 1000
-        # More messages than are looked at while the handler has not finished.
-        sent, handler = text("a") * 400 + close(4000, "bye"), doing("on_message", wait_and_drop)
-        peer, calls = await host.record(handler, early=sent, shut=True)
-        peer.reset()
-        await eventually(lambda: cast(Any, calls.handler.ws_connection).is_closing())
-        calls.gate.set()
-        await eventually(lambda: calls.closes)
-        assert calls[1:] == [("waited",), ("close", 4000, "bye")]
+        peer, made = await host.record(handler, early=sent, shut=True)
+        end(peer)
+        if end is Peer.reset:
+            await eventually(lambda: cast(Any, made.handler.ws_connection).is_closing())
+        else:
+            await others_have_their_turn(host)
+        made.gate.set()
+        await eventually(lambda: made.closes)
+        assert made[1:] == calls and says in host.caplog.text
 
 
 # ---- What a subclass sees
@@ -2013,18 +2009,6 @@ class TestSubclass:
         assert await peer.frame() == (FIN | CLOSE, body)
         with pytest.raises(WebSocketClosedError):
             calls.handler.write_message("too late")
-
-    async def test_messages_that_wait_for_a_coroutine_have_not_stalled(self, host: Host) -> None:
-        """Nor has the one after them, the rest of which the server does not read yet."""
-        host.app.settings["websocket_max_message_size"] = 100_000
-        peer, calls = await host.record(Waiting, stall_timeout=0.2, shut=True)
-        peer.send(text("a" * 60_000) * 10)
-        other = await host.connect(stall_timeout=0.2)
-        other.send(frame(TEXT, b"unfinished"))
-        # What is failed later has waited for no longer.
-        assert await other.close_code() == 1008
-        calls.gate.set()
-        assert await peer.replies(*[b"a" * 60_000] * 10)
 
     async def test_bombs_that_wait_for_a_coroutine_are_not_inflated_ahead(self, host: Host) -> None:
         peer, calls = await host.record(Waiting, headers=DEFLATE, shut=True)
@@ -2447,10 +2431,8 @@ class TestOwed:
 
     @pytest.mark.parametrize("transport", ["tcp", "tcp without epoll", "unix"])
     async def test_a_peer_that_shuts_its_side_gets_all_replies_and_our_close_without_a_timeout(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
+        self, host: Host
     ) -> None:
-        monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
-
         async def shut(end: End) -> None:
             peer = await host.connect(receive_buffer=4096, query=end.query, scenarios=True)
             peer.send(text(WORD) * PILE, end.sent)
@@ -2528,10 +2510,9 @@ class DropsItself(Recorder):
 class TestClosing:
     @over_tcp_and_tls
     async def test_a_peer_can_read_why_it_was_failed_while_it_is_still_sending(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
+        self, host: Host
     ) -> None:
         """Nor does it have to answer, since its frames cannot be told apart any more."""
-        monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
         peer = await host.connect()
         peer.send(b"\xff\xff", bytes(4 << 20))
         await asyncio.wait_for(peer.writer.drain(), PATIENCE)
@@ -2558,18 +2539,7 @@ class TestClosing:
         assert await peer.replies(b"ECHO:" + word.encode()) and await peer.rest() == last
         assert calls == [("open",), ("message", word), *LEFT]
 
-    async def test_after_our_close_no_message_is_delayed_and_the_answer_is_read(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
-        peer = await host.connect(query="?close=4001&after=1&delay=1", scenarios=True)
-        peer.send(text(WORD) * 30)
-        assert await peer.replies(REPLY) and await peer.goodbye() == 4001
-
-    async def test_the_closing_handshake_does_not_wait_for_a_coroutine(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 4 * PATIENCE)
+    async def test_the_closing_handshake_does_not_wait_for_a_coroutine(self, host: Host) -> None:
         peer, calls = await host.record(doing("on_message", close_and_wait), shut=True)
         peer.send(text("start"))
         assert await peer.goodbye() == 4000 and not calls.closes
@@ -2961,17 +2931,24 @@ class TestDeadlines:
             *(stall(start, frame(FIN | PING)) for start in (frame(TEXT, b"Hel"), frame(BINARY))),
         )
 
-    async def test_a_message_that_stalls_does_not_cost_the_reply_to_the_one_before_it(
-        self, host: Host
+    @pytest.mark.parametrize(
+        ("word", "rest", "code"), [("a", text("b")[:-1], 1008), ("a" * 60_000, b"", 1000)]
+    )
+    async def test_messages_that_wait_for_a_coroutine_have_not_stalled(
+        self, host: Host, word: str, rest: bytes, code: int
     ) -> None:
+        """Nor does one that stalls behind them cost their replies."""
+        host.app.settings["websocket_max_message_size"] = 100_000
         peer, calls = await host.record(Waiting, stall_timeout=0.2, shut=True)
         other = await host.connect(stall_timeout=0.2)
-        for unfinished in (peer, other):
-            unfinished.send(text("a"), text("unfinished")[:9])
+        peer.send(text(word) * 10, rest)
+        other.send(text("unfinished")[:-1])
         # What is failed later has stalled for no longer.
-        assert await other.replies(b"ECHO:a") and await other.close_code() == 1008
+        assert await other.close_code() == 1008
         calls.gate.set()
-        assert await peer.replies(b"a") and await peer.close_code() == 1008
+        assert await peer.replies(*[word.encode()] * 10)
+        peer.send(close())
+        assert await peer.close_code() == code
 
     @over_tcp_and_tls
     async def test_a_peer_that_takes_nothing_is_reset(self, host: Host) -> None:
