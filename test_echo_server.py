@@ -1462,6 +1462,12 @@ async def others_have_their_turn(host: Host, turns: int = 5) -> None:
     await have_turns(await host.connect(), turns)
 
 
+async def sweep() -> None:
+    """The server looks at its deadlines once more."""
+    before = Connections.current().now
+    await eventually(lambda: Connections.current().now > before)
+
+
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits of time for a closing peer, so that a second is far more than they are."""
@@ -2070,20 +2076,11 @@ class Personal(Recorder):
             raise ZeroDivisionError
 
 
-def swallow(handler: Recorder, message: str) -> None:
-    handler.calls.append(len(message))
-
-
 class WithDatabase(Recorder):
     async def get(self, *args: Any, **kwargs: Any) -> None:
         self.calls.append(("get", asyncio.current_task()))
         await super().get(*args, **kwargs)
         self.calls.append("close the database")
-
-
-async def reply_slowly(handler: EchoHandler, message: str) -> None:
-    await asyncio.sleep(0.02)
-    await handler.write_message(message)
 
 
 def close_with_callback(handler: Any) -> None:
@@ -2153,9 +2150,7 @@ class TestAsTornado:
         assert protocol.client_terminated and protocol.server_terminated
         assert await peer.rest() == b"" and calls[1:] == [*LEFT, ("waited",)]
 
-    async def test_a_socket_that_a_host_closes_is_not_watched_even_if_a_fork_has_a_copy(
-        self, host: Host
-    ) -> None:
+    async def test_a_closed_socket_is_not_watched_even_if_a_fork_has_it(self, host: Host) -> None:
         other, (peer, calls) = await host.connect(), await host.record(Recorder)
         stream = cast(Any, calls.handler.ws_connection).stream
         with stream.socket.dup():
@@ -2185,10 +2180,8 @@ class TestAsTornado:
         assert await peer.replies(b"mine")
 
     async def test_a_negative_interval_does_not_keep_the_event_loop_busy(self, host: Host) -> None:
-        _, connections = await host.connect(Careless, calls=Calls()), Connections.current()
-        before = connections.now
-        await eventually(lambda: connections.now != before)
-        assert connections.now > before
+        await host.connect(Careless, calls=Calls())
+        await sweep()
 
     async def test_an_error_in_a_property_that_a_connection_needs_is_500(self, host: Host) -> None:
         peer = await host.dial()
@@ -2210,9 +2203,7 @@ class TestAsTornado:
         for name in ("Upgrade: websocket", "Content-Type: text/plain;"):
             assert (name in head) == (status == 426)
 
-    async def test_go_away_closes_the_clients_of_one_application_and_nobody_afterwards(
-        self, host: Host
-    ) -> None:
+    async def test_go_away_closes_only_the_clients_of_one_application(self, host: Host) -> None:
         async with listening(Application([("/", EchoHandler)])) as port:
             other, peer = await peer_at(port), await host.connect()
             await other.upgrade(request())
@@ -2224,9 +2215,7 @@ class TestAsTornado:
                 await have_turns(still_here, 1)
                 still_here.leave()
 
-    async def test_go_away_waits_for_what_has_arrived_and_has_not_been_read(
-        self, host: Host
-    ) -> None:
+    async def test_go_away_waits_for_what_has_arrived_but_is_unread(self, host: Host) -> None:
         host.app.settings["websocket_max_message_size"] = 100_000
         other, (peer, calls) = await host.connect(), await host.record(Waiting, shut=True)
         peer.send(text("a" * 60_000) * 3)
@@ -2240,26 +2229,21 @@ class TestAsTornado:
         await leaving
 
     async def test_go_away_also_sends_away_a_peer_that_goes_on_sending(self, host: Host) -> None:
-        async def send() -> None:
-            while True:
-                peer.send(text("a"))
-                await asyncio.sleep(0.01)
-
-        peer, _ = await host.record(doing("on_message", reply_slowly))
-        sending = asyncio.create_task(send())
-        assert await peer.replies(b"a")
+        peer = await host.connect()
+        peer.send(text(WORD) * 8)
+        assert await peer.replies(REPLY)
         leaving = asyncio.create_task(Connections.current().go_away(host.app, 3))
         while (got := await peer.frame())[0] == FIN | TEXT:
-            pass
+            peer.send(text(WORD))
         assert got[1][:2] == close_body(1001) and not leaving.done()
-        sending.cancel()
         peer.send(close(1001))
         assert await peer.rest() == b""
         await leaving
 
     @pytest.mark.gen_test(timeout=20)
     async def test_both_sides_may_send_24_mb_before_they_read(self, host: Host) -> None:
-        peer, calls = await host.record(doing("on_message", swallow), stall_timeout=1.0)
+        counting = doing("on_message", lambda handler, text: handler.calls.append(len(text)))
+        peer, calls = await host.record(counting, stall_timeout=1.0)
         for _ in range(240):
             calls.handler.write_message(WORD)
         for _ in range(240):
@@ -2635,9 +2619,7 @@ class TestAmongOthers:
             assert await innocent.replies(b"to all")
         await eventually(lambda: len(calls.closes) == 5)
 
-    async def test_a_task_that_writes_to_everybody_goes_on_when_the_client_that_began_it_leaves(
-        self, host: Host
-    ) -> None:
+    async def test_a_task_goes_on_when_the_client_that_began_it_leaves(self, host: Host) -> None:
         tasks = []
 
         async def broadcast() -> None:
@@ -2681,9 +2663,7 @@ class TestAmongOthers:
         assert calls == ["prepare", "prepared"]
         assert len(Connections.current().open) == 1
 
-    async def test_open_comes_before_on_close_even_if_no_descriptor_is_left_for_the_poller(
-        self, host: Host
-    ) -> None:
+    async def test_open_is_called_even_if_the_poller_has_no_descriptor(self, host: Host) -> None:
         peer, calls = await being_prepared(host)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
@@ -2723,32 +2703,26 @@ class TestAmongOthers:
         calls.gate.set()
 
     @pytest.mark.parametrize(
-        ("code", "sent"),
-        [(4001, close(4001)), (1002, b"\x81\x00"), (1007, frame(FIN | TEXT, b"\xff"))],
+        ("handler", "sent", "code"),
+        [
+            (Recorder, close(4001), 4001),
+            (Waiting, close(4001), 4001),
+            (Waiting, b"\x81\x00", 1002),
+            (Waiting, frame(FIN | TEXT, b"\xff"), 1007),
+        ],
     )
-    async def test_data_after_the_end_is_not_kept_while_a_coroutine_runs(
-        self, host: Host, code: int, sent: bytes
+    async def test_data_after_the_end_is_dropped_while_a_coroutine_runs_or_the_loop_is_busy(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch, handler: Any, sent: bytes, code: int
     ) -> None:
-        peer, calls = await host.record(Waiting, early=text("a") + sent, shut=True)
+        # No round has time for what may have to be inflated.
+        monkeypatch.setattr(echo_server, "ROUND", 0.0)
+        options = {"early": text("a") + sent, "headers": DEFLATE, "prefix": ""}
+        peer, calls = await host.record(handler, shut=True, **options)
         async with little_memory(1_500_000):
             for _ in range(5):
                 await taken(peer, text("x" * 1_000_000))
         calls.gate.set()
-        assert await peer.replies(b"a")
-        assert await peer.close_code() == code
-
-    async def test_data_after_the_end_is_dropped_while_the_event_loop_is_busy(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        # No round has time for what may have to be inflated.
-        monkeypatch.setattr(echo_server, "ROUND", 0.0)
-        peer = await host.connect(headers=DEFLATE)
-        peer.send(close())
-        assert await peer.close_code() == 1000 and await peer.reader.read() == b""
-        async with little_memory(500_000):
-            for _ in range(10):
-                await taken(peer, text(WORD))
-            await others_have_their_turn(host)
+        assert await peer.replies(b"a") and await peer.close_code() == code
 
     async def test_a_packet_of_bombs_does_not_keep_others_waiting(self, host: Host) -> None:
         bomber, other = await host.connect(headers=DEFLATE), await host.connect()
@@ -2872,14 +2846,7 @@ class TestDeadlines:
         await eventually(lambda: calls.closes)
         assert calls == [("open",), *[("pong", b"")] * 3, *LEFT]
 
-    async def test_time_in_which_the_process_was_stopped_does_not_count_against_a_peer(
-        self, host: Host
-    ) -> None:
-        async def sweep() -> None:
-            """The server looks at its deadlines once more."""
-            before = Connections.current().now
-            await eventually(lambda: Connections.current().now > before)
-
+    async def test_time_in_which_the_process_was_stopped_does_not_count(self, host: Host) -> None:
         host.app.settings.update(websocket_ping_interval=0.4, websocket_ping_timeout=0.4)
         peer = await host.connect(stall_timeout=0.1)
         assert await peer.frame() == (FIN | PING, b"")
@@ -2910,18 +2877,12 @@ class TestDeadlines:
         assert await peer.replies(b"ECHO:hi")
 
     async def test_a_message_that_stalls_is_1008_even_if_pings_come(self, host: Host) -> None:
-        async def stall(start: bytes, ping: bytes = b"") -> None:
-            peer = await host.connect(stall_timeout=0.2)
-            peer.send(text("before"), start, ping)
-            assert await peer.replies(b"ECHO:before")
-            while (got := await peer.frame()) == (FIN | PONG, b""):
-                peer.send(ping)
-            assert got == (FIN | CLOSE, close_body(1008, "message does not go on")), start
-
-        await asyncio.gather(
-            *map(stall, (text("Hello")[:1], text("Hello")[:-1])),
-            *(stall(start, frame(FIN | PING)) for start in (frame(TEXT, b"Hel"), frame(BINARY))),
-        )
+        peer = await host.connect(stall_timeout=0.2)
+        peer.send(text("before"), frame(TEXT, b"Hel"), frame(FIN | PING))
+        assert await peer.replies(b"ECHO:before")
+        while (got := await peer.frame()) == (FIN | PONG, b""):
+            peer.send(frame(FIN | PING))
+        assert got == (FIN | CLOSE, close_body(1008, "message does not go on"))
 
     @pytest.mark.parametrize(
         ("word", "rest", "code"), [("a", text("b")[:-1], 1008), ("a" * 60_000, b"", 1000)]
@@ -2979,9 +2940,7 @@ class TestDeadlines:
         assert await peer.replies(pings[-1], first=FIN | PONG)
         assert await peer.goodbye() == 4000
 
-    async def test_a_peer_that_stays_after_its_fault_is_dropped(
-        self, host: Host, hurried: None
-    ) -> None:
+    async def test_who_stays_after_a_fault_is_dropped(self, host: Host, hurried: None) -> None:
         peer, other = await host.connect(), await host.connect()
         peer.send(b"\xff\xff")
         assert await peer.close_code() == 1002
