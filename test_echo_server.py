@@ -1975,6 +1975,7 @@ class TestLeaving:
             # More messages than are looked at while the handler has not finished.
             (Dropping, AB * 200 + BYE, Peer.reset, [("waited",), *GONE], ""),
         ],
+        ids=["reset", "FIN", "close", "drop"],
     )
     async def test_what_a_peer_sent_before_it_left_is_delivered_in_order_before_on_close(
         self, host: Host, handler: Any, sent: bytes, end: Any, calls: list[Any], says: str
@@ -2229,12 +2230,12 @@ class TestAsTornado:
         await leaving
 
     async def test_go_away_also_sends_away_a_peer_that_goes_on_sending(self, host: Host) -> None:
-        peer = await host.connect()
-        peer.send(text(WORD) * 8)
-        assert await peer.replies(REPLY)
+        peer = await host.connect(query="?delay=0.02", scenarios=True)
+        peer.send(text("a") * 3)
+        assert await peer.replies(b"ECHO:a")
         leaving = asyncio.create_task(Connections.current().go_away(host.app, 3))
         while (got := await peer.frame())[0] == FIN | TEXT:
-            peer.send(text(WORD))
+            peer.send(text("a"))
         assert got[1][:2] == close_body(1001) and not leaving.done()
         peer.send(close(1001))
         assert await peer.rest() == b""
@@ -2678,29 +2679,32 @@ class TestAmongOthers:
         assert calls[2:] == [("open",), *LEFT]
 
     @pytest.mark.parametrize(
-        ("does", "sent", "most"),
+        ("message", "count", "most"),
         [
             # The one that waits for its time, one that waits for it, and a piece of the next.
-            (EchoHandler.on_message, text("x" * 600_000 + "\U0001f600") * 4, 1_800_000),
-            (
-                EchoHandler.on_message,
-                frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20))) * 20,
-                5_000_000,
-            ),
-            (close_and_wait, text(WORD) * 30, 1_800_000),
+            (text("x" * 600_000 + "\U0001f600"), 4, 1_800_000),
+            # They are not inflated ahead.
+            (frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20))), 20, 5_000_000),
         ],
-        ids=["messages", "bombs", "messages after our close"],
+        ids=["text", "bomb"],
     )
-    async def test_while_a_coroutine_is_pending_no_more_than_a_message_is_read_ahead(
-        self, host: Host, does: Callable[..., Any], sent: bytes, most: int
+    async def test_during_a_delay_a_connection_holds_no_more_than_a_message(
+        self, host: Host, message: bytes, count: int, most: int
     ) -> None:
-        options: dict[str, Any] = {"headers": DEFLATE, "query": "?delay=60", "scenarios": True}
-        peer, calls = await host.record(doing("on_message", does), shut=True, **options)
+        peer = await host.connect(headers=DEFLATE, query="?delay=60", scenarios=True)
         async with little_memory(most):
-            peer.send(sent)
+            peer.send(message * count)
             await others_have_their_turn(host, 100)
         peer.reset()
+
+    async def test_after_our_close_messages_also_wait_for_a_coroutine(self, host: Host) -> None:
+        """They are not read meanwhile, and delivered in the end."""
+        host.app.settings["websocket_max_message_size"] = 100_000
+        peer, calls = await host.record(doing("on_message", close_and_wait), shut=True)
+        peer.send(text("a" * 60_000) * 10)
+        await others_have_their_turn(host)
         calls.gate.set()
+        await eventually(lambda: len(calls) == 11)
 
     @pytest.mark.parametrize(
         ("handler", "sent", "code"),
