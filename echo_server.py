@@ -22,22 +22,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import codecs
 import contextlib
 import contextvars
 import dataclasses
 import errno
 import functools
+import gc
+import hashlib
 import ipaddress
 import itertools
 import logging
 import os
 import re
 import select
+import signal
 import socket
 import ssl
 import struct
 import sys
+import threading
 import time
 import zlib
 from collections import Counter, OrderedDict, deque
@@ -50,6 +55,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
+from http.client import responses
 from typing import Any, ClassVar, NamedTuple, cast
 from urllib.parse import urlsplit
 
@@ -239,8 +245,8 @@ class EchoHandler(websocket.WebSocketHandler):
                 # It is the host that has called this method.
                 protocol.connection.drop(reset=False)
             protocol.call_on_close()
-        # Both are parts of reference cycles, which only the garbage collector would free. But an
-        # `async def on_close` may still call ours.
+        # The protocol and `ui` belong to reference cycles, which only the garbage collector would
+        # free. But an `async def on_close` may still call ours, which needs the protocol.
         if protocol and not protocol.inbox.is_busy():
             self.__protocol = None
         self.ui = None  # type: ignore[assignment]  # as Tornado does it
@@ -255,8 +261,8 @@ ECHOING = {name: vars(EchoHandler)[name] for name in ("on_message", "on_sent", "
 
 
 def until_open(name: str) -> Any:
-    """Wraps a method of Tornado's that is not allowed after the handshake: it then raises what it
-    raises in Tornado."""
+    """Wraps a method that may not be called after the handshake: it then raises RuntimeError, as in
+    Tornado."""
 
     def method(self: EchoHandler, *args: Any, **kwargs: Any) -> Any:
         if self._has_opened():
@@ -298,6 +304,7 @@ class Scenario:
         self.drop: int = asked.get("drop", 0)
         self.after: int = asked.get("after", 0)
         self.push: int = asked.get("push", 0)
+        # Kept since asyncio has only a weak reference to a task.
         self._pushing: asyncio.Task[None] | None = None
 
     @classmethod
@@ -459,15 +466,16 @@ def check_frame(first: int, second: int, deflate: bool, unfinished: int) -> None
 
 
 def payload_at(data: bytes, pos: int) -> tuple[int, int]:
-    """Section 5.2: returns where the payload of the frame at `pos` starts, and its length, or -1 if
-    that has not arrived yet. A length uses as few bytes as possible, and its top bit is 0."""
+    """Section 5.2: returns where the payload of the frame at `pos` starts, and its length. While
+    that has not arrived, the start is beyond `data`. A length uses as few bytes as possible, and
+    its top bit is 0."""
     length = data[pos + 1] & 0x7F
     if length < 126:
         return pos + 6, length
     size, least = (2, 126) if length == 126 else (8, 65536)
     start = pos + 2 + size
     if start > len(data):
-        return start + 4, -1
+        return start + 4, 0
     length = int.from_bytes(data[pos + 2 : start], "big")
     if not least <= length < 1 << 63:
         raise Fault(1002, "length is not minimal or too large")
@@ -566,6 +574,7 @@ class Receiver:
             self.more = True
 
     def take_rest(self) -> bytes:
+        """Returns the bytes that are not parsed yet, and forgets them: `unfinished` changes."""
         self._progress += 1
         rest, self.rest, self.more = self.rest, b"", False
         return rest
@@ -581,7 +590,7 @@ class Receiver:
                     budget -= self._add(piece, events)
                     continue
                 start, length = self._header(data, pos)
-                if start > end or length < 0:
+                if start > end:
                     break
                 first, stop, key = data[pos], start + length, data[start - 4 : start]
                 if stop <= end and first in WHOLE:
@@ -602,7 +611,7 @@ class Receiver:
     def _header(self, data: bytes, pos: int) -> tuple[int, int]:
         """Like `payload_at`, but raises Fault if the frame is not allowed here, or is too long."""
         if pos + 2 > len(data):
-            return pos + 6, -1
+            return pos + 6, 0
         first = data[pos]
         check_frame(first, data[pos + 1], self.deflate, self.opcode)
         start, length = payload_at(data, pos)
@@ -706,10 +715,8 @@ class Receiver:
 
     def _recent(self, content: bytes | bytearray = b"") -> bytes:
         """Returns the last WINDOW bytes of earlier messages, this message and `content`."""
-        recent = bytes(content[-WINDOW:])
-        for before in (self._message, self._window or b""):
-            recent = bytes(before[len(recent) - WINDOW :] if len(recent) < WINDOW else b"") + recent
-        return recent
+        pieces = self._window or b"", self._message[-WINDOW:], content[-WINDOW:]
+        return b"".join(pieces)[-WINDOW:]
 
     def _end_message(self, events: list[Event]) -> int:
         if self._inflater:
@@ -865,12 +872,14 @@ def accept_deflate(offers: str, options: Mapping[str, int]) -> Deflate | None:
 
     An offer is unsuitable if a parameter is unknown, repeated or malformed, or if it contains
     server_max_window_bits=8, for which zlib has no raw compressor."""
-    for offer in re.findall(r'(?:[^,"]|"[^"]*")+', offers) if offers.count('"') % 2 == 0 else ():
+    if offers.count('"') % 2:
+        return None
+    for offer in re.findall(r'(?:[^,"]|"[^"]*")+', offers):
         given = DEFLATE_PARAMETER.findall(offer)
         values = dict(given)
         if not DEFLATE_OFFER.fullmatch(offer.strip()) or len(values) < len(given):
             continue
-        if not values.get("client_max_window_bits", "8"):
+        if values.get("client_max_window_bits") == "":
             del values["client_max_window_bits"]
         answer = [f"{name}={value}" if value else name for name, value in values.items()]
         return Deflate(
@@ -900,7 +909,8 @@ READ_SIZE = 256 * 1024
 # Bytes to ask for after a short read: so small a buffer comes from Python's own allocator, 0.2 us
 # faster.
 SHORT_READ = 470
-# If pieces contain this many bytes in total, they are written as they are rather than joined.
+# If at most 64 pieces contain this many bytes in total, they are written as they are rather than
+# joined.
 SCATTER = 16 * 1024
 # The most bytes in a record of TLS (RFC 8446 section 5.1).
 RECORD = 16 * 1024
@@ -942,14 +952,13 @@ class Wire:
         # Done when the socket is closed.
         self._closed: asyncio.Future[None] | None = None
 
-        # The numbers of bytes received, of those after which no more are read if the server stops,
-        # of bytes put, and of those that the kernel has not taken.
-        self.received = 0
-        self._last = 0
-        self.total = 0
-        self.waiting = 0
-        # The `total` when all of it was last acknowledged; and for `acknowledged`.
+        # Bytes received so far, and at which of them reading ends when the server stops.
+        self.received = self._last = 0
+        # Bytes put so far, and how many of them the kernel has not taken.
+        self.total = self.waiting = 0
+        # The `total` at which nothing was unacknowledged.
         self._acknowledged_total = 0
+        # What `acknowledged` last returned, and what `total - held` was then.
         self._progress = self._level = 0
         # How many bytes to ask for in the next read.
         self._ask = SHORT_READ
@@ -1072,9 +1081,9 @@ class Wire:
 
     def acknowledged(self, held: int) -> tuple[int, bool]:
         """Returns a number that grows with what the peer's kernel acknowledges, and whether
-        anything is unacknowledged. TCP counts these bytes. Elsewhere, the number grows by 1 when
-        `total - held` has grown since the last call; that difference may also shrink when we write,
-        since the kernel holds what TLS or a Unix socket adds to each piece."""
+        anything is unacknowledged. On Linux, TCP counts these bytes. Elsewhere, the number grows by
+        1 when `total - held` has grown since the last call; that difference may also shrink when we
+        write, since the kernel holds what TLS or a Unix socket adds to each piece."""
         if held and (count := bytes_acknowledged(self.socket)):
             self._progress = count
         elif self.total - held > self._level:
@@ -1087,10 +1096,6 @@ class Wire:
         self.shut = True
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_WR)
-
-    def set_nodelay(self, value: bool) -> None:
-        if self.socket.family != getattr(socket, "AF_UNIX", None):
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, value)
 
     def until_closed(self) -> asyncio.Future[None]:
         self._closed = self._closed or asyncio.Future()
@@ -1157,11 +1162,6 @@ class TlsWire(Wire):
         with contextlib.suppress(OSError, ValueError):
             self.socket.unwrap()
         super().half_close()
-
-
-def make_wire(stream: iostream.IOStream) -> Wire:
-    kind = TlsWire if isinstance(stream.socket, ssl.SSLSocket) else Wire
-    return kind(stream.socket, stream)
 
 
 def take_over(stream: iostream.IOStream, on_close: Callable[[], None]) -> bytes:
@@ -1248,7 +1248,7 @@ class Traffic:
 
     # The texts that `echo_texts` has answered and that are in no other number yet: how many, the
     # bytes of their frames, and those of the prefix of each reply. Adding up two numbers for each
-    # read rather than four makes a tenth of its Python.
+    # read rather than four saves a tenth of its Python.
     echoes: int = 0
     echo_bytes: int = 0
     prefix: int = 0
@@ -1273,10 +1273,8 @@ class Traffic:
         """Counts the echoes and their replies like other texts. In front of each payload, a frame
         of theirs has 6 bytes."""
         number, size = self.echoes, self.echo_bytes - 6 * self.echoes
-        self.texts_received += number
-        self.text_bytes_received += size
-        self.texts_sent += number
-        self.text_bytes_sent += size + number * self.prefix
+        self.count_received(TEXT, size, number)
+        self.count_sent(TEXT, size + number * self.prefix, number)
         self.echoes = self.echo_bytes = 0
 
     def echo_with(self, prefix: int) -> None:
@@ -1339,8 +1337,8 @@ class Deadlines:
         # connections each time would take 5 % of a core.
         self.due = 0.0
 
-    def shortest(self) -> float:
-        limits = self.ping_interval, self.ping_timeout, self.stall_timeout, LINGER_TIMEOUT
+    def shortest(self, most: float) -> float:
+        limits = self.ping_interval, self.ping_timeout, self.stall_timeout, most
         return min(filter(None, limits))
 
     def passed(self, now: float, state: int, wire: Wire, unfinished: object, reads: bool) -> str:
@@ -1370,8 +1368,7 @@ class Deadlines:
         if not held and 0 < self.ping_interval <= silent:
             return "silence"
         if reads and not (held or unfinished):
-            limits = self.ping_interval, self.ping_timeout, self.stall_timeout
-            self.due = now + min(filter(None, limits), default=30.0) / 4
+            self.due = now + self.shortest(30.0) / 4
         return ""
 
 
@@ -1388,8 +1385,9 @@ class Inbox:
         self._limit = limit
         # Nothing counts any more but the peer's Close (section 7.1.7).
         self.is_shut = False
-        # The calls of the handler whose coroutines run, and writes that `on_message` has returned;
-        # and the bytes of the message that they work on.
+        # The calls of the handler whose coroutines run, and writes that `on_message` has returned
+        # (None rather than an empty set, which would take 200 bytes); and the bytes of the message
+        # that they work on.
         self._running: set[object] | None = None
         self._held = 0
         # The queue, and its bytes, to which each entry adds EVENT.
@@ -1453,7 +1451,7 @@ class Inbox:
             self._running, self._held = None, 0
 
 
-# The call of a method of a handler that is going on, also in the tasks that it has begun.
+# The call of a handler's method that runs in this context. Tasks that it begins inherit it.
 CALL: contextvars.ContextVar[object] = contextvars.ContextVar("CALL")
 
 
@@ -1503,7 +1501,8 @@ class EchoProtocol(websocket.WebSocketProtocol):
         # 40 ms more.
         stream.set_nodelay(True)
         self.stream, early = stream, take_over(stream, self.on_stream_close)
-        self.start(make_wire(stream), early)
+        kind = TlsWire if isinstance(stream.socket, ssl.SSLSocket) else Wire
+        self.start(kind(stream.socket, stream), early)
         if type(handler).get is not EchoHandler.get and not self.finished:
             # As in Tornado, a host's own `get` goes on when the connection has ended.
             self._ended = asyncio.Future()
@@ -1513,9 +1512,19 @@ class EchoProtocol(websocket.WebSocketProtocol):
                 self._abort()
 
     def negotiate(self) -> dict[str, str]:
-        """Returns the headers of the answer to the handshake."""
-        answer, self.deflate = negotiate(self.handler)
-        self.selected_subprotocol = answer.get("Sec-WebSocket-Protocol")
+        """Section 4.2.2: chooses the subprotocol and the extension. Returns the headers of the
+        answer."""
+        handler, headers = self.handler, self.handler.request.headers
+        accept = websocket.WebSocketProtocol13.compute_accept_value(headers["Sec-WebSocket-Key"])
+        answer = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept}
+        self.selected_subprotocol = handler.select_subprotocol(offered_protocols(headers)) or None
+        if self.selected_subprotocol:
+            answer["Sec-WebSocket-Protocol"] = self.selected_subprotocol
+        options = handler.get_compression_options()
+        if options is not None:
+            self.deflate = accept_deflate(headers.get("Sec-WebSocket-Extensions", ""), options)
+        if self.deflate:
+            answer["Sec-WebSocket-Extensions"] = self.deflate.answer
         return answer
 
     def start(self, wire: Wire, early: bytes) -> None:
@@ -1530,11 +1539,11 @@ class EchoProtocol(websocket.WebSocketProtocol):
     # ---- Calls of the handler
 
     def open(self) -> None:
-        self.call(self._open, *self.handler.open_args, **self.handler.open_kwargs)
+        self.call(self._open)
 
-    def _open(self, *args: Any, **kwargs: Any) -> Awaitable[Any] | None:
+    def _open(self) -> Awaitable[Any] | None:
         """As in Tornado, what an `async def open` changes in its context is there later."""
-        opened = self.handler.open(*args, **kwargs)
+        opened = self.handler.open(*self.handler.open_args, **self.handler.open_kwargs)
         if not asyncio.iscoroutine(opened):
             return opened
         context = contextvars.copy_context()
@@ -1550,16 +1559,16 @@ class EchoProtocol(websocket.WebSocketProtocol):
         task.add_done_callback(keep)
         return task
 
-    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        self._context.run(self.run, method, *args, **kwargs)
+    def call(self, method: Callable[..., Any], *args: Any) -> None:
+        self._context.run(self.run, method, *args)
 
-    def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def run(self, method: Callable[..., Any], *args: Any) -> None:
         """Calls a method of the handler. If it returns a coroutine or a future, messages are queued
         until that is done."""
         call = object()
         token = CALL.set(call)
         try:
-            result = method(*args, **kwargs)
+            result = method(*args)
             if result is not None:
                 self.wait_for(gen.convert_yielded(result), call)
         except (Exception, asyncio.CancelledError):
@@ -1634,7 +1643,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
         """Returns a future. If more than HIGH_WATER bytes wait, it is done when the kernel has
         taken them; otherwise at once or, outside a turn when the round is over, in the next round.
         It fails with WebSocketClosedError if the connection is closing. In coroutines for whose end
-        `on_close` waits, and in tasks of theirs, that is raised: they may not await their writes.
+        `on_close` waits, and in tasks of theirs, that is raised, since they may await no write.
         """
         if self.connection is None or self.is_closing():
             if self.inbox.has_begun(CALL.get(None)):
@@ -1686,7 +1695,8 @@ class EchoProtocol(websocket.WebSocketProtocol):
             self.connection.drop(reset=False)
 
     def set_nodelay(self, x: bool) -> None:
-        self._wire.set_nodelay(x)
+        if self.stream:
+            self.stream.set_nodelay(x)
 
     async def sleep(self, seconds: float) -> None:
         """Lets the handler sleep, but no longer than until the socket is closed."""
@@ -1727,7 +1737,7 @@ class EchoProtocol(websocket.WebSocketProtocol):
 # CLOSING, AWAITING and ENDING last for at most CLOSE_TIMEOUT without progress, and LINGERING for
 # LINGER_TIMEOUT. While bytes of ours are under way, they last instead until the peer's kernel has
 # acknowledged none for `stall_timeout`. Then AWAITING becomes ENDING, and the others become CLOSED.
-# A reset, an error of ours, or `drop` leads from any state to CLOSED.
+# A reset, an unhandled exception, or `drop` leads from any state to CLOSED.
 OPEN, CLOSING, AWAITING, ENDING, LINGERING, CLOSED = range(6)
 
 
@@ -1779,8 +1789,9 @@ class Connection:
 
     def start(self, early: bytes) -> None:
         self._corked = True
+        limit = self._deadlines.shortest(LINGER_TIMEOUT)
         try:
-            self.enter(self._registry.add, self, self._wire.fd, self._deadlines.shortest())
+            self.enter(self._registry.add, self, self._wire.fd, limit)
             self.protocol.open()
         finally:
             self._corked = False
@@ -1794,13 +1805,12 @@ class Connection:
         without events when a round gives this connection another turn."""
         receiver = self._receiver
         try:
-            if events and (events != READ or self._watched != READ):
-                if events & WRITE:
-                    self._wire.drain()
-                if not self._watched & READ:
-                    self._wire.find_loss(events)
-                    self.settle()
-                    return
+            if events & WRITE:
+                self._wire.drain()
+            if events and not self._watched & READ:
+                self._wire.find_loss(events)
+                self.settle()
+                return
             data = self._wire.receive() if events else b""
             table = None if self._registry.shows else self._table
             if table and receiver.rest:
@@ -1890,8 +1900,8 @@ class Connection:
         try:
             wire.flush()
             ending = receiver.fault or wire.eof or self._registry.leaving or self.state != OPEN
-            calm = self._inbox.is_empty() and not (wire.backlog or ending)
-            calm = calm and self._sender.late_ping is None
+            late_pong = self._sender.late_ping is not None
+            calm = self._inbox.is_empty() and not (ending or wire.backlog or late_pong)
             quick = calm and not receiver.opcode and self._prefix is not None
             self._table = echo_table(self._prefix or b"", receiver.limit) if quick else None
             if not calm or receiver.opcode or receiver.rest:
@@ -1944,7 +1954,7 @@ class Connection:
             self.state = ENDING
 
     def _hand_over(self) -> None:
-        """Puts the connection in line if the handler has not got everything that has arrived;
+        """Queues the connection for a turn if the handler has not got everything that has arrived;
         otherwise, in the end, has `on_close` called."""
         inbox, more = self._inbox, self._receiver.more and not self._discards()
         if (more and inbox.has_place()) or inbox.has_next():
@@ -1961,8 +1971,10 @@ class Connection:
             self._registry.remove(self)
 
     def _may_read(self) -> bool:
-        if self._wire.eof or self._discards():
-            return not self._wire.eof
+        if self._wire.eof:
+            return False
+        if self._discards():
+            return True
         if self._receiver.more or not self._inbox.has_place():
             return False
         leaving = self._registry.sends_away(self.handler)
@@ -2170,8 +2182,8 @@ class Connections:
         self.unshown = 0
         self.shows = log.isEnabledFor(logging.DEBUG)
 
-        # The connections in line for another turn.
-        self._line: OrderedDict[Connection, None] = OrderedDict()
+        # The connections that have more to do, in the order of their next turns.
+        self._queue: OrderedDict[Connection, None] = OrderedDict()
         # When the time of this round is over, in time.monotonic(); 0 until it is asked for.
         self._round_ends = 0.0
         # Those that wait for the next round, each of which may be cancelled; and one always done.
@@ -2198,8 +2210,7 @@ class Connections:
     # ---- The poller: one epoll; or the IOLoop, where there is none
 
     def register(self, fd: int, who: Connection | Visitor) -> None:
-        if not self.watched:
-            self._begin()
+        self._begin()
         known = isinstance(self.watched.get(fd), Visitor)
         self.watched[fd] = who
         if known:
@@ -2220,7 +2231,7 @@ class Connections:
     def forget(self, fd: int, who: Connection | Visitor) -> None:
         """Called before the socket is closed, unless somebody else has closed it already."""
         if isinstance(who, Connection):
-            self._line.pop(who, None)
+            self._queue.pop(who, None)
         if self.watched.get(fd) is not who:
             return
         del self.watched[fd]
@@ -2229,8 +2240,7 @@ class Connections:
         else:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
-        if not self.watched and not self.open:
-            self._end()
+        self._end()
 
     def _ready(self, fd: int, events: int) -> None:
         if who := self.watched.get(fd):
@@ -2269,6 +2279,8 @@ class Connections:
         self._sweeper = outside(self.loop.create_task, self._sweep())
 
     def _end(self) -> None:
+        if self.watched or self.open:
+            return
         sweeper, self._sweeper = self._sweeper, None
         if sweeper:
             sweeper.cancel()
@@ -2298,8 +2310,7 @@ class Connections:
         self.closed[connection.protocol.outcome] += 1
         self.traffic.add(connection.traffic)
         connection.protocol.release()
-        if not self.watched and not self.open:
-            self._end()
+        self._end()
 
     def omits(self, line: str) -> bool:
         """Whether the log has too many of these lines already. Then it only counts this one."""
@@ -2358,16 +2369,19 @@ class Connections:
     # ---- Rounds
 
     def again(self, connection: Connection) -> None:
-        """Puts a connection that has more to do in line for another turn."""
-        self._line[connection] = None
-        self.has_time()
+        """Queues a connection that has more to do for another turn."""
+        self._queue[connection] = None
+        self._plan_round()
 
     def has_time(self) -> bool:
-        """Whether slow work may begin: no connection is in line, and the round is not over."""
+        """Whether slow work may begin: no connection is queued, and the round is not over."""
+        self._plan_round()
+        return not self._queue and time.monotonic() < self._round_ends
+
+    def _plan_round(self) -> None:
         if not self._round_ends:
             self._round_ends = time.monotonic() + ROUND
             outside(self.loop.call_soon, self._begin_round)
-        return not self._line and time.monotonic() < self._round_ends
 
     def next_write(self) -> asyncio.Future[None]:
         """The future is done while the round has time, otherwise in the next round."""
@@ -2382,13 +2396,13 @@ class Connections:
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             future_set_result_unless_cancelled(future, None)
-        while self._line:
-            self._line.popitem(last=False)[0].ready()
+        while self._queue:
+            self._queue.popitem(last=False)[0].ready()
             if time.monotonic() >= self._round_ends:
                 break
         self._round_ends = 0.0
-        if self._line or self._waiting:
-            self.has_time()
+        if self._queue or self._waiting:
+            self._plan_round()
 
     # ---- The sweep
 
@@ -2508,27 +2522,6 @@ def refuse_body(headers: httputil.HTTPHeaders) -> None:
         raise Refusal(400, "a request may not have a body")
 
 
-# RFC 6455 section 4.2.2, item 5.4: from Sec-WebSocket-Key to Sec-WebSocket-Accept.
-accept_key = websocket.WebSocketProtocol13.compute_accept_value
-
-
-def negotiate(handler: EchoHandler) -> tuple[dict[str, str], Deflate | None]:
-    """Section 4.2.2: chooses the subprotocol and the extension. Returns the headers of the answer,
-    and the compression that has been agreed on, if any."""
-    headers = handler.request.headers
-    answer = {"Upgrade": "websocket", "Connection": "Upgrade"}
-    answer["Sec-WebSocket-Accept"] = accept_key(headers["Sec-WebSocket-Key"])
-    subprotocol = handler.select_subprotocol(offered_protocols(headers))
-    if subprotocol:
-        answer["Sec-WebSocket-Protocol"] = subprotocol
-    options, deflate = handler.get_compression_options(), None
-    if options is not None and "Sec-WebSocket-Extensions" in headers:
-        deflate = accept_deflate(headers["Sec-WebSocket-Extensions"], options)
-    if deflate:
-        answer["Sec-WebSocket-Extensions"] = deflate.answer
-    return answer, deflate
-
-
 def switching_protocols(headers: Mapping[str, str]) -> bytes:
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return f"HTTP/1.1 101 Switching Protocols\r\n{lines}\r\n".encode("latin-1")
@@ -2624,20 +2617,17 @@ def peer_of(request: httputil.HTTPServerRequest, proxies: Proxies = ()) -> str:
     header. Behind trusted proxies, it is the last address in X-Forwarded-For that is not one of
     theirs."""
     address = cast(Any, request.connection).context.address
-    if not isinstance(address, tuple):
-        host: Address | str = "unix"
-    elif request.remote_ip and request.remote_ip != address[0]:
+    is_ip = isinstance(address, tuple)
+    if is_ip and request.remote_ip and request.remote_ip != address[0]:
         return str(request.remote_ip)
-    elif proxies:
-        host = parse_address(address[0])
     peer = name_of(address)
-    if not proxies:
-        return peer
-    forwarded = listed(request.headers.get("X-Forwarded-For", ""))[-MOST_PROXIES:]
-    with contextlib.suppress(ValueError):
-        while forwarded and is_trusted(host, proxies):
-            host = parse_address(forwarded.pop())
-            peer = str(host)
+    if proxies:
+        host = parse_address(address[0]) if is_ip else "unix"
+        forwarded = listed(request.headers.get("X-Forwarded-For", ""))[-MOST_PROXIES:]
+        with contextlib.suppress(ValueError):
+            while forwarded and is_trusted(host, proxies):
+                host = parse_address(forwarded.pop())
+                peer = str(host)
     return peer
 
 
@@ -2668,7 +2658,7 @@ def printable(text: str | bytes | bytearray, most: int = 200) -> str:
 
 def seen_by_server(request: httputil.HTTPServerRequest, peer: str) -> list[tuple[str, str]]:
     """Returns the peer and the headers of a handshake, for people whose proxy drops or changes
-    some. Cookies and credentials are left out, since any page may read the answer."""
+    some. Cookies and credentials are left out, since people pass such answers on."""
     shown = re.compile(r"Host|Connection|Upgrade|Origin|Sec-Websocket-.*|X-Forwarded-.*")
     headers = [item for item in sorted(request.headers.get_all()) if shown.fullmatch(item[0])]
     return [
@@ -2771,7 +2761,7 @@ STARTED = time.time()
 
 
 class PlainGet(routing.Matcher):
-    """Matches a GET that is not a handshake, if its path is one of these or it accepts HTML."""
+    """Matches a GET or HEAD that is no handshake, if it has one of these paths or accepts HTML."""
 
     def __init__(self, paths: Collection[str]) -> None:
         self.paths = paths
@@ -2784,6 +2774,7 @@ class PlainGet(routing.Matcher):
         return {} if wanted else None
 
 
+# Without this, Tornado would parse the body for some values of Content-Type, but there is none.
 @web.stream_request_body
 class PlainHandler(web.RequestHandler):
     """Answers plain GETs with the health check, the metrics, or the page."""
@@ -2828,9 +2819,6 @@ def page_policy(host: str) -> str:
     """Returns the Content-Security-Policy: it allows the page's own style and script, and
     connections to its host, which is named since 'self' excludes ws: in older versions of Safari.
     """
-    import base64
-    import hashlib
-
     rules = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
     for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL):
         digest = base64.b64encode(hashlib.sha256(utf8(text)).digest()).decode()
@@ -2985,8 +2973,6 @@ END_OF_HEAD = re.compile(rb"\n\r?\n")
 
 
 async def run_server(options: Options, reread: Callable[[], Options]) -> int:
-    import gc
-
     # The level of all other loggers stays WARNING: what Tornado and asyncio log below that is
     # caused by peers.
     lines = LineHandler(Connections.current())
@@ -3005,7 +2991,6 @@ async def run_server(options: Options, reread: Callable[[], Options]) -> int:
     return 0
 
 
-# Without this, Tornado would parse the body for some values of Content-Type, but there is none.
 @web.stream_request_body
 class ServedHandler(EchoHandler):
     """EchoHandler in the stand-alone server."""
@@ -3070,7 +3055,9 @@ class Visitor:
     handshake, it stands in for Tornado's HTTP connection."""
 
     protocol = "http"
-    __slots__ = "address", "asked", "fd", "head", "lobby", "remote_ip", "since", "socket", "stream"
+    __slots__ = (
+        "address", "answered", "fd", "head", "lobby", "remote_ip", "since", "socket", "stream",
+    )  # fmt: skip
 
     def __init__(self, lobby: Lobby, sock: socket.socket, address: Any) -> None:
         self.lobby = lobby
@@ -3082,11 +3069,11 @@ class Visitor:
         self.remote_ip = address[0] if is_ip else "0.0.0.0"  # noqa: S104  # nothing is bound to it
         # When it connected or last got an answer, in time.monotonic(); and whether it ever got one.
         self.since = time.monotonic()
-        self.asked = False
+        self.answered = False
         # What has been read of its first request, until Tornado's HTTP server takes it.
         self.head = b""
         # Set when Tornado's HTTP server takes over.
-        self.stream: iostream.IOStream | None = None
+        self.stream: HeadCheck | None = None
 
     @property
     def context(self) -> Visitor:
@@ -3177,6 +3164,7 @@ class Lobby:
                 if not number:
                     log.error("[SERVER] error:cannot accept connections: %s", error.strerror)
                 IOLoop.current().remove_handler(listener)
+                # If some could be accepted, descriptors come and go, so there may soon be another.
                 pause = PAUSE / 50 if number else PAUSE
                 IOLoop.current().call_later(pause, self.watch, listener)
                 return
@@ -3187,8 +3175,8 @@ class Lobby:
             self.server.connections.register(visitor.fd, visitor)
 
     def accept_rest(self, listener: socket.socket) -> None:
-        """Accepts all connections in the queue of a listening socket, since closing it would reset
-        them."""
+        """Accepts the connections in the queue of a listening socket, of which there are at most
+        BACKLOG, since closing it would reset them."""
         latest = self.accepted + BACKLOG
         before = -1
         while before < self.accepted < latest:
@@ -3207,7 +3195,7 @@ class Lobby:
         # Even if the head arrives byte by byte, this copy costs less than the system call.
         visitor.head = data = before + data
         end = None if tls else END_OF_HEAD.search(data, max(0, len(before) - 3))
-        if end and self.open(visitor, end.end()):
+        if end and self.admit(visitor, end.end()):
             return
         # Tornado also gets a head that is too long, and refuses it.
         ready = tls or end or len(data) == HEAD
@@ -3230,8 +3218,10 @@ class Lobby:
         """If `data` belongs to another protocol, returns what that is, what the log advises, and
         the answer to send. More bytes can change the result from None to something, but not from
         something to None."""
-        is_tls, line = data[:1] == b"\x16", data.lstrip(b"\r\n").partition(b"\n")
-        http = re.match(rb"[!-~]+ .*HTTP/1" if line[1] else rb"[!-~]*( |$)", line[0])
+        is_tls = data[:1] == b"\x16"
+        line, ended, _ = data.lstrip(b"\r\n").partition(b"\n")
+        # A whole request line names the version; the start of one is a method, perhaps unfinished.
+        http = re.match(rb"[!-~]+ .*HTTP/1" if ended else rb"[!-~]*( |$)", line)
         if is_tls and not tls:
             return "TLS on a plain port", "use ws:// or --certfile", b""
         if tls and http and not is_tls:
@@ -3245,7 +3235,7 @@ class Lobby:
             return "the PROXY protocol", "it is not supported", b""
         return "not HTTP", f"it begins with {printable(data, 40)}", b""
 
-    def open(self, visitor: Visitor, end: int) -> bool:
+    def admit(self, visitor: Visitor, end: int) -> bool:
         """If the head that ends at `end` is a valid handshake, makes the visitor a WebSocket and
         returns True."""
         head, early = visitor.head[:end], visitor.head[end:]
@@ -3257,7 +3247,7 @@ class Lobby:
                 return False
             handler = ServedHandler(self.server.application, request, server=self.server)
             protocol, answer = handler.shake_hands()
-        except (httputil.HTTPInputError, Refusal):
+        except Refusal:
             return False
         visitor.head = b""
         self.visitors.pop(visitor, None)
@@ -3271,20 +3261,18 @@ class Lobby:
         """Hands the visitor over to Tornado's HTTP server."""
         server, sock = self.server, visitor.socket
         server.connections.forget(visitor.fd, visitor)
-        stream: HeadCheck
         if server.tls is None:
-            stream = HeadCheck(sock, max_buffer_size=1 << 20)
-        else:
-            visitor.head = b""
-            sock = server.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            stream = TlsHeadCheck(sock, ssl_options=server.tls, max_buffer_size=1 << 20)
+            visitor.stream = HeadCheck(sock, max_buffer_size=1 << 20)
+            visitor.stream.visitor = visitor
+            self.http.handle_stream(visitor.stream, visitor.address)
+            return
+        visitor.head = b""
+        sock = server.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        stream = TlsHeadCheck(sock, ssl_options=server.tls, max_buffer_size=1 << 20)
         stream.visitor = visitor
         visitor.stream, visitor.socket = stream, sock
-        if isinstance(stream, TlsHeadCheck):
-            begin = functools.partial(self.begin_request, visitor)
-            outside(IOLoop.current().add_future, stream.wait_for_handshake(), begin)
-        else:
-            self.http.handle_stream(stream, visitor.address)
+        begin = functools.partial(self.begin_request, visitor)
+        outside(IOLoop.current().add_future, stream.wait_for_handshake(), begin)
 
     def begin_request(self, visitor: Visitor, handshake: asyncio.Future[Any]) -> None:
         """Called when the TLS handshake is over. The time for the request begins."""
@@ -3299,7 +3287,7 @@ class Lobby:
         """Called when Tornado has answered a request with anything but 101."""
         stream = cast(Any, handler.request.connection).stream
         visitor = stream.visitor
-        visitor.asked, visitor.since = True, time.monotonic()
+        visitor.answered, visitor.since = True, time.monotonic()
         if visitor in self.visitors:
             self.visitors.move_to_end(visitor)
         if self.is_crowded():
@@ -3344,7 +3332,7 @@ class Lobby:
 
     def is_quiet(self) -> bool:
         """Whether each visitor has had an answer."""
-        return all(visitor.asked for visitor in self.visitors)
+        return all(visitor.answered for visitor in self.visitors)
 
 
 class HeadCheck(iostream.IOStream):
@@ -3417,22 +3405,18 @@ def read_head(head: bytes, visitor: Visitor) -> httputil.HTTPServerRequest:
     start = line.rstrip("\r")
     try:
         start_line, headers = httputil.parse_request_start_line(start), read_headers(rest)
-        connection = cast(Any, visitor)
-        request = httputil.HTTPServerRequest(
-            start_line=start_line, headers=headers, connection=connection
+        return httputil.HTTPServerRequest(
+            start_line=start_line, headers=headers, connection=cast(Any, visitor)
         )
     except httputil.HTTPInputError as error:
         # Tornado's text then quotes the value, which may be a secret.
         detail = re.split(":? ['\"]", str(error), maxsplit=1)[0]
         raise Refusal(400, "the request cannot be read", detail) from None
-    return request
 
 
 def plain_answer(status: int, text: str) -> bytes:
     """Returns an answer like that of Refusal.answer, for use without a handler."""
-    from http import HTTPStatus
-
-    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
+    head = f"HTTP/1.1 {status} {responses[status]}\r\nConnection: close\r\n"
     body = f"{status}: {text}\n"
     about = f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
     return f"{head}{about}\r\n{body}".encode("latin-1")
@@ -3466,8 +3450,6 @@ class Server:
         self.lobby = Lobby(self)
 
     async def serve(self) -> None:
-        import signal
-
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop, number)
@@ -3497,7 +3479,6 @@ class Server:
     async def clean_up(self) -> None:
         """Dismisses idle visitors. Returns memory to the kernel when many clients have left."""
         import ctypes
-        import gc
 
         # This function of glibc returns all that is free, not only what is at the top of the heap.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
@@ -3814,8 +3795,6 @@ def shown(message: str | bytes) -> str:
 
 async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
     """Yields the texts to send: those of --send, or else the lines of standard input."""
-    import threading
-
     queue: asyncio.Queue[str | OSError | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -3967,7 +3946,8 @@ def fail(text: str, code: int = 1) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 after a clean stop, 1 if the server cannot serve or the client was
-    not answered, 2 for wrong options, 70 after an unhandled exception. Raises SystemExit: with 2 if
+    not answered, 2 for wrong options, 70 after an unhandled exception, and 130 if the client was
+    interrupted. Raises SystemExit: with 2 if
     a flag is wrong, and with 128 plus the number of the signal after the second one."""
     # If a standard stream is closed, /dev/null takes its descriptor before a socket can.
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
