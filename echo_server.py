@@ -132,10 +132,11 @@ class EchoHandler(websocket.WebSocketHandler):
         stall_timeout: float = 60.0,
         scenarios: bool = False,
     ) -> None:
-        """`prefix` goes before each message. `compression`: permessage-deflate (RFC 7692) is
-        accepted if offered. `origins`: pages of these may connect in addition to our own; "*"
-        means any. `stall_timeout`: for how many seconds a message, in or out, may make no progress;
-        0 means forever. `scenarios`: the URL may ask for misbehaviour, see Scenario."""
+        """`prefix` goes before each message, and stays the same after `open`. `compression`:
+        permessage-deflate (RFC 7692) is accepted if offered. `origins`: pages of these may connect
+        in addition to our own; "*" means any. `stall_timeout`: for how many seconds a message, in
+        or out, may make no progress; 0 means forever. `scenarios`: the URL may ask for
+        misbehaviour, see Scenario."""
         self.prefix = prefix
         self.__compression = compression
         self.__origins = parse_origins(origins if isinstance(origins, str) else ",".join(origins))
@@ -256,7 +257,7 @@ class EchoHandler(websocket.WebSocketHandler):
 
 
 # What `_only_echoes` compares with: these methods may be replaced in a subclass, in a handler, and
-# even in this class.
+# even in this class, but not after `open`, unless by a coroutine of the handler.
 ECHOING = {name: vars(EchoHandler)[name] for name in ("on_message", "on_sent", "write_message")}
 
 
@@ -337,7 +338,13 @@ class Scenario:
         with contextlib.suppress(WebSocketClosedError):
             for number in itertools.count(1):
                 await protocol.sleep(1)
-                await handler.write_message(f"PUSH:{number}")
+                await self._write(handler, f"PUSH:{number}")
+
+    async def _write(self, handler: EchoHandler, *message: Any) -> None:
+        """Awaits the write, unless a subclass has a `write_message` that returns nothing."""
+        sent: Awaitable[None] | None = handler.write_message(*message)
+        if sent is not None:
+            await sent
 
     def reply(
         self, handler: EchoHandler, protocol: EchoProtocol, message: str | bytes
@@ -352,7 +359,7 @@ class Scenario:
         if not protocol.is_closing():
             await protocol.sleep(self.delay)
         with contextlib.suppress(WebSocketClosedError):
-            await handler.write_message(payload, binary)
+            await self._write(handler, payload, binary)
             if protocol.traffic.received()[0] >= self.after:
                 self._strike(handler, protocol)
 
@@ -402,6 +409,9 @@ Event = tuple[int, bytes | bytearray]
 TURN = 256 * 1024
 EVENT = 1024
 ECHO_TURN = 32 * 1024
+# With a longer prefix, texts are answered one by one: the replies to ECHO_TURN bytes of empty texts
+# would be more than HIGH_WATER bytes.
+SHORT_PREFIX = 10
 
 # The most frames in a message, of which Autobahn sends 65,536, and the most empty ones among them.
 MAX_FRAGMENTS = 131_072
@@ -616,8 +626,8 @@ class Receiver:
         check_frame(first, data[pos + 1], self.deflate, self.opcode)
         start, length = payload_at(data, pos)
         if first & 0x0F < CLOSE and not self.skipping:
-            # Deflate makes some data longer, but by less than 1/64.
-            room = self.limit // 64 + 256 if first & RSV1 or self._inflater else 0
+            # Deflate makes some data longer: by up to 1/8 + 1/64, according to zlib's deflateBound.
+            room = self.limit // 7 + 256 if first & RSV1 or self._inflater else 0
             if self._size + length > self.limit + room:
                 # The key may not have arrived, so the header is skipped with the payload.
                 self._left = start + length - pos
@@ -813,9 +823,9 @@ ShortText = tuple[Callable[[bytes, int], tuple[Any, ...]], bytes, int]
 @functools.lru_cache(16)
 def echo_table(prefix: bytes, limit: int) -> list[ShortText | None]:
     """Returns what `echo_texts` needs, indexed by the second byte of a frame. An entry is None
-    unless that byte is MASK plus a length below 126 and within the limit."""
+    unless that byte is MASK plus a length below 126 and within the limit, and the prefix short."""
     table: list[ShortText | None] = [None] * 256
-    for length in range(min(limit, 125) + 1):
+    for length in range(min(limit, 125) + 1 if len(prefix) <= SHORT_PREFIX else 0):
         head = frame_header(FIN | TEXT, len(prefix) + length) + prefix
         table[MASK | length] = KEY_AND_PAYLOAD[length], head, 6 + length
     return table
@@ -840,9 +850,10 @@ def echo_texts(data: bytes, table: list[ShortText | None]) -> tuple[list[bytes],
 DEFLATE_OFFER = re.compile(
     r"permessage-deflate(?:\s*;\s*(?:server_no_context_takeover|client_no_context_takeover"
     r'|server_max_window_bits=("?)(?:9|1[0-5])\1|client_max_window_bits(?:=("?)(?:[89]|1[0-5])\2)?'
-    r"))*"
+    r"))*",
+    re.ASCII,
 )
-DEFLATE_PARAMETER = re.compile(r';\s*(\w+)(?:="?(\d+))?')
+DEFLATE_PARAMETER = re.compile(r';\s*(\w+)(?:="?(\d+))?', re.ASCII)
 
 
 class Deflate(NamedTuple):
@@ -874,10 +885,13 @@ def accept_deflate(offers: str, options: Mapping[str, int]) -> Deflate | None:
     server_max_window_bits=8, for which zlib has no raw compressor."""
     if offers.count('"') % 2:
         return None
+    level, memory = options.get("compression_level", 1), options.get("mem_level", 8)
+    if not (-1 <= level <= 9 and 1 <= memory <= 9):
+        raise ValueError(f"these are no compression options: {options}")
     for offer in re.findall(r'(?:[^,"]|"[^"]*")+', offers):
         given = DEFLATE_PARAMETER.findall(offer)
         values = dict(given)
-        if not DEFLATE_OFFER.fullmatch(offer.strip()) or len(values) < len(given):
+        if not DEFLATE_OFFER.fullmatch(offer.strip(" \t")) or len(values) < len(given):
             continue
         if values.get("client_max_window_bits") == "":
             del values["client_max_window_bits"]
@@ -886,8 +900,8 @@ def accept_deflate(offers: str, options: Mapping[str, int]) -> Deflate | None:
             "; ".join(["permessage-deflate", *answer]),
             "client_no_context_takeover" not in values,
             int(values.get("server_max_window_bits", 15)),
-            options.get("compression_level", 1),
-            options.get("mem_level", 8),
+            level,
+            memory,
         )
     return None
 
@@ -1176,9 +1190,13 @@ def take_over(stream: iostream.IOStream, on_close: Callable[[], None]) -> bytes:
 
     stream.close_fd = close_fd  # type: ignore[method-assign]  # a callback would come too late
     stream.read_from_fd = lambda buf: None  # type: ignore[method-assign]  # so it reads no more
-    early = cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True))
+    early = b""
+    # The last of these reads waits for ever. Without one that waits, the stream would watch the
+    # socket again as soon as somebody sets its close callback.
+    while (read := cast("asyncio.Future[bytes]", stream.read_bytes(1 << 20, partial=True))).done():
+        early += read.result()
     stream.io_loop.remove_handler(stream.socket)
-    return early.result() if early.done() else b""
+    return early
 
 
 def in_kernel(fd: int, queue: str) -> int:
@@ -1517,9 +1535,12 @@ class EchoProtocol(websocket.WebSocketProtocol):
         handler, headers = self.handler, self.handler.request.headers
         accept = websocket.WebSocketProtocol13.compute_accept_value(headers["Sec-WebSocket-Key"])
         answer = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept}
-        self.selected_subprotocol = handler.select_subprotocol(offered_protocols(headers)) or None
-        if self.selected_subprotocol:
-            answer["Sec-WebSocket-Protocol"] = self.selected_subprotocol
+        offered = offered_protocols(headers)
+        selected = self.selected_subprotocol = handler.select_subprotocol(offered) or None
+        if selected:
+            if selected not in offered:
+                raise ValueError(f"select_subprotocol may not select {selected}, only {offered}")
+            answer["Sec-WebSocket-Protocol"] = selected
         options = handler.get_compression_options()
         if options is not None:
             self.deflate = accept_deflate(headers.get("Sec-WebSocket-Extensions", ""), options)
@@ -1571,7 +1592,9 @@ class EchoProtocol(websocket.WebSocketProtocol):
             result = method(*args)
             if result is not None:
                 self.wait_for(gen.convert_yielded(result), call)
-        except (Exception, asyncio.CancelledError):
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
             self._report()
         finally:
             CALL.reset(token)
@@ -1587,7 +1610,9 @@ class EchoProtocol(websocket.WebSocketProtocol):
         self.inbox.release(call)
         try:
             future.result()
-        except (Exception, asyncio.CancelledError):
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
             # If EchoHandler.on_message has returned a write, `on_sent` already reports its failure.
             self._context.run(self._report, isinstance(future, asyncio.Task))
         if self.connection:
@@ -2396,13 +2421,16 @@ class Connections:
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             future_set_result_unless_cancelled(future, None)
-        while self._queue:
-            self._queue.popitem(last=False)[0].ready()
-            if time.monotonic() >= self._round_ends:
-                break
-        self._round_ends = 0.0
-        if self._queue or self._waiting:
-            self._plan_round()
+        try:
+            while self._queue:
+                self._queue.popitem(last=False)[0].ready()
+                if time.monotonic() >= self._round_ends:
+                    break
+        finally:
+            # Also after a KeyboardInterrupt in a handler.
+            self._round_ends = 0.0
+            if self._queue or self._waiting:
+                self._plan_round()
 
     # ---- The sweep
 
