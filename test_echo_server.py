@@ -1115,13 +1115,16 @@ def test_a_close_may_have_the_codes_of_section_7_4_and_no_other() -> None:
 
 @pytest.mark.parametrize("limit", [125, 126, 65535, 65536, 1 << 20])
 def test_a_message_may_have_exactly_the_limit(limit: int) -> None:
-    """Also one that deflate makes longer."""
+    """Also one that deflate makes longer, as with fixed codes."""
     for size in (limit, limit + 1):
         payload, zeros = noise(size), bytes(size)
+        fixed = zlib.compressobj(1, wbits=-15, memLevel=1, strategy=zlib.Z_FIXED)
+        longer = (fixed.compress(payload) + fixed.flush(zlib.Z_SYNC_FLUSH))[:-4]
         for stream, content in (
             (frame(FIN | BINARY, payload), payload),
             (fragments(BINARY, payload[:9], payload[9:]), payload),
             (frame(FIN | RSV1 | BINARY, packed(zeros)), zeros),
+            (frame(FIN | RSV1 | BINARY, longer), payload),
             *((frame(FIN | RSV1 | BINARY, packed(payload, n)), payload) for n in (0, 1, 6, 9)),
         ):
             expected = ([(BINARY, content)], None) if size == limit else ([], 1009)
@@ -1286,6 +1289,8 @@ DECLINED = [
     "",
     "x-permessage-deflate",
     f"{OFFER}d",
+    f"{OFFER}\xa0",
+    f"{OFFER};\x85client_max_window_bits=10",
     f"{OFFER} server_no_context_takeover",
     f'x; y=", {OFFER}, "',
     f"{OFFER}; ",
@@ -1392,6 +1397,9 @@ def test_echo_texts_ends_after_some_kilobytes_and_before_a_text_above_the_limit(
     data = text("Hello!") * 10_000
     replies, end = echo_texts(data, TABLE)
     assert end == len(replies) * len(text("Hello!")) < len(data)
+    for size in range(20):
+        replies, _ = echo_texts(text("") * 20_000, echo_table(b"x" * size, LIMIT))
+        assert len(b"".join(replies)) < 66_000
     assert echo_texts(text("x" * 101), echo_table(b"ECHO:", 100)) == ([], 0)
 
 
@@ -1533,6 +1541,10 @@ async def close_and_wait(handler: Recorder, message: str) -> None:
     handler.close(4000)
     await handler.calls.gate.wait()
     handler.calls.append(("message", message))
+
+
+def set_close_callback(handler: Any) -> None:
+    handler.ws_connection.stream.set_close_callback(lambda: None)
 
 
 async def set_a_method(handler: Any) -> None:
@@ -1762,6 +1774,7 @@ SCRIPTS = {
             ("a generator from on_message", "on_message", generate, text("1"), b"", []),
             ("a moment from on_message", "on_message", lambda *_: gen.moment, text("1"), b"", []),
             ("a number from open", "open", lambda *_: 5, b"", b"", []),
+            ("a failure of pytest", "on_message", lambda *_: pytest.fail("x"), text("1"), b"", []),
         )
     },
     # ---- The end
@@ -1847,6 +1860,22 @@ SCRIPTS = {
             (OfTornado, text("a"), NO_HEADERS),
         )
     },
+    "scenarios need no write_message that returns anything": Script(
+        text("a"),
+        said("ECHO:a"),
+        4000,
+        handler=Careless,
+        calls=[("message", "a"), ("close", 4000, None)],
+        options={"scenarios": True, "query": "?close=4000&after=1"},
+    ),
+    "a host may set the close callback of its stream, also after an early message": Script(
+        text("b") + close(4000),
+        said("ECHO:a", "ECHO:b"),
+        4000,
+        handler=doing("open", set_close_callback, EchoHandler),
+        early=text("a"),
+        over=(*EITHER_LOOP, "tls"),
+    ),
     "what an asynchronous open sets in its context is there later": Script(
         text("a"), said("Zoe"), handler=Remembering, over=EITHER_LOOP
     ),
@@ -2085,8 +2114,7 @@ class WithDatabase(Recorder):
 
 
 def close_with_callback(handler: Any) -> None:
-    """It has a callback of its own."""
-    handler.ws_connection.stream.set_close_callback(lambda: None)
+    set_close_callback(handler)
     handler.ws_connection.stream.close()
 
 
@@ -2184,9 +2212,19 @@ class TestAsTornado:
         await host.connect(Careless, calls=Calls())
         await sweep()
 
-    async def test_an_error_in_a_property_that_a_connection_needs_is_500(self, host: Host) -> None:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("ping_interval", property(fail)),
+            ("select_subprotocol", lambda *_: "not offered"),
+            ("get_compression_options", lambda _: {"compression_level": 10}),
+        ],
+    )
+    async def test_what_a_connection_cannot_be_made_with_is_500(
+        self, host: Host, name: str, value: Any
+    ) -> None:
         peer = await host.dial()
-        broken = type("Broken", (EchoHandler,), {"ping_interval": property(fail)})
+        broken = type("Broken", (EchoHandler,), {name: value})
         peer.send(request(f"GET {host.route(broken)} HTTP/1.1"))
         assert (await peer.receive(13)).startswith(b"HTTP/1.1 500 ")
         assert host.errors() == ["tornado.application", "tornado.access"]
@@ -2774,6 +2812,30 @@ def test_on_close_may_call_ours_when_tornado_closes_the_event_loop(
     assert "[SERVER] close() 1006 from 127.0.0.1" in caplog.text
 
 
+def interrupt(handler: Recorder, message: str) -> None:
+    if message == "stop":
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_in_a_round_ends_no_rounds() -> None:
+    loop = IOLoop(make_current=False)
+
+    async def write() -> None:
+        """Longer than a round."""
+        for _ in range(5000):
+            await calls.handler.write_message("more")
+
+    with socket.socket() as one, socket.socket() as other:
+        loop.run_sync(lambda: one_connection(one, doing("on_message", interrupt)))
+        calls = loop.run_sync(lambda: one_connection(other))
+        # The first turn ends before the last of these.
+        one.sendall(text("go on") * 1000 + text("stop"))
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_sync(asyncio.Event().wait, timeout=PATIENCE)
+        loop.run_sync(write, timeout=PATIENCE)
+        loop.close(all_fds=True)
+
+
 WITHOUT_COLLECTOR = """
 import gc, sys, echo_server
 gc.disable()
@@ -3077,7 +3139,7 @@ class Model:
             require((125 if size == 2 else 65535) < length < 1 << 63, 1002)
         start, end = 6 + size, 6 + size + length
         if opcode < CLOSE:
-            room = LIMIT // 64 + 256 if data[0] & RSV1 or self.compressed else 0
+            room = LIMIT // 7 + 256 if data[0] & RSV1 or self.compressed else 0
             require(len(self.content) + length <= LIMIT + room, 1009)
         if len(data) < (start if opcode < CLOSE else end):
             return False
