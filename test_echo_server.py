@@ -625,6 +625,7 @@ class Host:
     address: int | str
     trust: ssl.SSLContext | None
     caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch
     peers: list[Peer] = field(default_factory=list)
 
     def errors(self) -> list[str]:
@@ -728,7 +729,7 @@ def host(
     # A connection that ends well does so without the limits of time, unless a test is `hurried`.
     for name in "CLOSE_TIMEOUT", "LINGER_TIMEOUT":
         monkeypatch.setattr(echo_server, name, 4 * PATIENCE)
-    host = Host(app, address, trust if transport == "tls" else None, caplog)
+    host = Host(app, address, trust if transport == "tls" else None, caplog, monkeypatch)
     yield host
     io_loop.run_sync(host.finish, timeout=PATIENCE)
     assert not host.errors()
@@ -1945,11 +1946,9 @@ class TestLeaving:
         with pytest.raises(WebSocketClosedError):
             calls.handler.write_message("too late")
 
-    async def test_the_last_peers_may_leave_at_once(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_the_last_peers_may_leave_at_once(self, host: Host) -> None:
         # So that one round serves all of them, also on a machine that is busy.
-        monkeypatch.setattr(echo_server, "ROUND", PATIENCE)
+        host.monkeypatch.setattr(echo_server, "ROUND", PATIENCE)
         peers = [await host.connect() for _ in range(8)]
         for peer in peers:
             peer.send(close())
@@ -1988,6 +1987,12 @@ class TestLeaving:
 # ---- What a subclass sees
 
 
+async def two_writes(host: Host) -> tuple[Peer, list[asyncio.Future[None]]]:
+    """A peer, and two writes that cannot leave before it reads."""
+    peer, calls = await host.record(Recorder, receive_buffer=65536)
+    return peer, [calls.handler.write_message(word) for word in (WORD * 80, "after")]
+
+
 @pytest.mark.gen_test
 class TestSubclass:
     async def test_on_close_does_not_wait_for_the_fin_of_a_client(self, host: Host) -> None:
@@ -1998,9 +2003,7 @@ class TestSubclass:
         assert await peer.replies(b"ECHO:a") and await peer.goodbye() == 4002
 
     @pytest.mark.parametrize(("args", "body"), [((), b""), ((None, "é"), close_body(1000, "é"))])
-    async def test_close_sends_its_code_and_reason(
-        self, host: Host, args: Any, body: bytes
-    ) -> None:
+    async def test_close_sends_a_code_and_reason(self, host: Host, args: Any, body: bytes) -> None:
         """The code is 1000 where there is only a reason."""
         peer, calls = await host.record(Recorder)
         calls.handler.close(*args)
@@ -2008,11 +2011,9 @@ class TestSubclass:
         with pytest.raises(WebSocketClosedError):
             calls.handler.write_message("too late")
 
-    async def test_write_message_of_what_the_kernel_takes_is_done_at_once(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_write_message_of_what_the_kernel_takes_is_done_at_once(self, host: Host) -> None:
         # As long as the round lasts, and on a machine that is busy two milliseconds may be over.
-        monkeypatch.setattr(echo_server, "ROUND", PATIENCE)
+        host.monkeypatch.setattr(echo_server, "ROUND", PATIENCE)
         peer, calls = await host.record(Recorder)
         sent = [calls.handler.write_message(message) for message in ("text", b"bytes", {"a": 1})]
         assert all(future.done() and future.exception() is None for future in sent)
@@ -2020,25 +2021,18 @@ class TestSubclass:
         assert len(set(sent)) == 3
         assert await peer.replies(b"text", b"bytes", b'{"a": 1}')
 
-
-@over_tcp_and_tls
-@pytest.mark.gen_test
-class TestPendingWrites:
-    async def write(self, host: Host) -> tuple[Peer, list[asyncio.Future[None]]]:
-        """A peer, and two writes that cannot leave before it reads."""
-        peer, calls = await host.record(Recorder, receive_buffer=65536)
-        return peer, [calls.handler.write_message(word) for word in (WORD * 80, "after")]
-
+    @over_tcp_and_tls
     async def test_a_write_is_pending_until_the_peer_reads(self, host: Host) -> None:
-        peer, sent = await self.write(host)
+        peer, sent = await two_writes(host)
         expected = said(WORD * 80, "after")
         assert await peer.receive(500_000) == expected[:500_000]
         assert not any(future.done() for future in sent)
         assert await peer.receive(len(expected) - 500_000) == expected[500_000:]
         assert await asyncio.wait_for(asyncio.gather(*sent), PATIENCE) == [None, None]
 
+    @over_tcp_and_tls
     async def test_a_pending_write_fails_when_the_peer_is_lost(self, host: Host) -> None:
-        peer, sent = await self.write(host)
+        peer, sent = await two_writes(host)
         peer.reset()
         for future in sent:
             with pytest.raises(WebSocketClosedError):
@@ -2130,10 +2124,8 @@ class TestAsTornado:
             close_with_callback,
         ],
     )
-    async def test_a_host_can_get_rid_of_a_connection_at_once_and_on_close_is_called_once(
-        self, host: Host, end: Callable[[EchoHandler], None]
-    ) -> None:
-        """Also if it is a coroutine, which goes on after the host's call."""
+    async def test_a_host_can_get_rid_of_a_connection_at_once(self, host: Host, end: Any) -> None:
+        """Then `on_close` is called once. If it is a coroutine, that goes on."""
         peer, calls = await host.record(doing("on_close", wait))
         protocol = cast(Any, calls.handler.ws_connection)
         end(calls.handler)
@@ -2153,19 +2145,17 @@ class TestAsTornado:
             assert not select.select([Connections.current()], [], [], 0)[0]
 
     @pytest.mark.parametrize("ends", ["the peer", "the host"])
-    async def test_the_get_of_a_host_goes_on_when_the_connection_has_ended(
-        self, host: Host, ends: str
-    ) -> None:
+    async def test_the_get_of_a_host_goes_on_after_the_end(self, host: Host, ends: str) -> None:
         peer, calls = await host.record(WithDatabase)
         await eventually(lambda: ("open",) in calls)
         peer.leave() if ends == "the peer" else calls[0][1].cancel()
         await eventually(lambda: calls.closes and "close the database" in calls)
         assert len(calls) == 4
 
-    async def test_a_method_may_be_replaced_on_the_class(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(EchoHandler, "on_message", lambda self, _: self.write_message("mine"))
+    async def test_a_method_may_be_replaced_on_the_class(self, host: Host) -> None:
+        host.monkeypatch.setattr(
+            EchoHandler, "on_message", lambda self, _: self.write_message("mine")
+        )
         peer = await host.connect()
         peer.send(text("a"))
         assert await peer.replies(b"mine")
@@ -2276,9 +2266,7 @@ async def test_after_open_there_is_what_tornado_has(host: Host) -> None:
 
 @over_everything
 @pytest.mark.gen_test
-async def test_each_connection_has_the_context_of_its_handler(
-    host: Host, hurried: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_each_connection_has_a_context_of_its_own(host: Host, hurried: None) -> None:
     """Also in turns that others have put off, and where the sweep finds that nobody answers, whose
     lines in the log belong to nobody."""
     logged = set()
@@ -2287,7 +2275,7 @@ async def test_each_connection_has_the_context_of_its_handler(
         logged.add(user.get())
         return True
 
-    monkeypatch.setattr(logging.getLogger("echo_server"), "filters", [note])
+    host.monkeypatch.setattr(logging.getLogger("echo_server"), "filters", [note])
     host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.3)
     calls = [Calls() for _ in range(5)]
     bomb = frame(FIN | RSV1 | BINARY, packed(bytes(1 << 20)))
@@ -2369,9 +2357,7 @@ ENDS_AFTER_FIN = [
 class TestOwed:
     # In a Unix socket, our kernel holds what the peer has not read.
     @pytest.mark.parametrize("transport", ["tcp", "tls", "unix"])
-    async def test_a_peer_that_reads_slowly_gets_all_replies_and_then_our_close(
-        self, host: Host, hurried: None
-    ) -> None:
+    async def test_a_slow_reader_gets_all_that_it_is_owed(self, host: Host, hurried: None) -> None:
         """Nor is it taken for a dead one."""
         host.app.settings.update(websocket_ping_interval=0.1, websocket_ping_timeout=0.3)
         options: dict[str, Any] = {"scenarios": True, "stall_timeout": 0.3}
@@ -2392,9 +2378,7 @@ class TestOwed:
         await asyncio.gather(*map(read, ENDS))
 
     @pytest.mark.parametrize("transport", ["tcp", "tcp without epoll", "unix"])
-    async def test_a_peer_that_shuts_its_side_gets_all_replies_and_our_close_without_a_timeout(
-        self, host: Host
-    ) -> None:
+    async def test_all_replies_and_our_close_follow_the_fin_of_a_peer(self, host: Host) -> None:
         async def shut(end: End) -> None:
             peer = await host.connect(receive_buffer=4096, query=end.query, scenarios=True)
             peer.send(text(WORD) * PILE, end.sent)
@@ -2405,23 +2389,19 @@ class TestOwed:
 
         await asyncio.gather(*map(shut, ENDS_AFTER_FIN))
 
-
-@over_tcp_and_tls
-@pytest.mark.gen_test
-async def test_a_peer_whose_kernel_seldom_acknowledges_what_it_reads_gets_everything(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a buffer of the usual size, it does so every 64 KB or more."""
-    for name in "CLOSE_TIMEOUT", "LINGER_TIMEOUT":
-        monkeypatch.setattr(echo_server, name, 0.1)
-    peer = await host.connect()
-    peer.send(text(WORD) * 4, close(4001))
-    expected = said(*[REPLY] * 4) + said(close_body(4001), first=FIN | CLOSE)
-    for start in range(0, len(expected), 4000):
-        piece = expected[start : start + 4000]
-        assert await peer.receive(len(piece)) == piece
-        await asyncio.sleep(0.01)
-    assert await peer.rest() == b""
+    @over_tcp_and_tls
+    async def test_a_kernel_may_acknowledge_seldom_what_it_receives(self, host: Host) -> None:
+        """With a buffer of the usual size, it does so every 64 KB or more."""
+        for name in "CLOSE_TIMEOUT", "LINGER_TIMEOUT":
+            host.monkeypatch.setattr(echo_server, name, 0.1)
+        peer = await host.connect()
+        peer.send(text(WORD) * 4, close(4001))
+        expected = said(*[REPLY] * 4) + said(close_body(4001), first=FIN | CLOSE)
+        for start in range(0, len(expected), 4000):
+            piece = expected[start : start + 4000]
+            assert await peer.receive(len(piece)) == piece
+            await asyncio.sleep(0.01)
+        assert await peer.rest() == b""
 
 
 def test_a_peer_that_ends_tls_right_behind_a_full_record_gets_its_replies_and_the_end(
@@ -2491,9 +2471,7 @@ class TestClosing:
 
     @over_tcp_and_tls
     @pytest.mark.parametrize("word", ["stay", "close"])
-    async def test_a_message_and_a_close_written_before_a_drop_still_leave(
-        self, host: Host, word: str
-    ) -> None:
+    async def test_what_was_written_before_a_drop_still_leaves(self, host: Host, word: str) -> None:
         last = said(close_body(4000), first=FIN | CLOSE) if word == "close" else b""
         peer, calls = await host.record(doing("on_message", reply_and_drop))
         peer.send(text(word) * 3)
@@ -2538,18 +2516,17 @@ def write_to_everybody(_: EchoHandler, message: str | bytes) -> None:
             connection.handler.write_message(message)
 
 
-class SlowToPrepare(Recorder):
-    async def prepare(self) -> None:
-        self.calls.append("prepare")
-        await self.calls.gate.wait()
-        self.calls.append("prepared")
+async def prepare_slowly(handler: Recorder) -> None:
+    handler.calls.append("prepare")
+    await wait(handler)
 
 
 async def being_prepared(host: Host) -> tuple[Peer, Calls]:
     """A peer whose handler has not finished its prepare()."""
     peer, calls = await host.dial(), Calls()
     calls.gate.clear()
-    peer.send(request(f"GET {host.route(SlowToPrepare, calls=calls)} HTTP/1.1"))
+    path = host.route(doing("prepare", prepare_slowly), calls=calls)
+    peer.send(request(f"GET {path} HTTP/1.1"))
     await eventually(lambda: calls)
     return peer, calls
 
@@ -2597,14 +2574,12 @@ class TestAmongOthers:
         await have_turns(other, 5)
         assert set(host.errors()) == {"echo_server"}
 
-    async def test_a_coroutine_on_close_may_call_ours_and_its_error_is_one_traceback(
-        self, host: Host, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        caplog.set_level("INFO", "echo_server")
+    async def test_a_coroutine_on_close_may_call_ours_and_then_fail(self, host: Host) -> None:
+        host.caplog.set_level("INFO", "echo_server")
         peer, _ = await host.record(doing("on_close", close_later))
         peer.send(close(4000))
-        await eventually(lambda: "ZeroDivisionError" in caplog.text)
-        assert "[SERVER] close() 4000 from 127.0.0.1" in caplog.text
+        await eventually(lambda: "ZeroDivisionError" in host.caplog.text)
+        assert "[SERVER] close() 4000 from 127.0.0.1" in host.caplog.text
         assert host.errors() == ["tornado.application"]
 
     @pytest.mark.parametrize("end", [Peer.reset, Peer.leave, lambda peer: peer.send(close())])
@@ -2638,30 +2613,26 @@ class TestAmongOthers:
         tasks[0].cancel()
         calls.gate.set()
 
-    async def test_a_filter_of_the_log_may_write_to_the_connection_that_is_logged(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_a_filter_of_the_log_may_write_to_the_logged_connection(self, host: Host) -> None:
         peer, calls = await host.record(Recorder)
 
         def show(record: logging.LogRecord) -> bool:
             calls.handler.write_message(record.getMessage())
             return True
 
-        monkeypatch.setattr(logging.getLogger("echo_server"), "filters", [show])
+        host.monkeypatch.setattr(logging.getLogger("echo_server"), "filters", [show])
         peer.send(frame(FIN | TEXT, b"\xff"))
         assert await peer.goodbye() == 1007
 
     @pytest.mark.parametrize("end", [Peer.leave, Peer.reset])
-    async def test_a_client_that_leaves_during_prepare_is_neither_opened_nor_closed(
-        self, host: Host, end: Callable[[Peer], None]
-    ) -> None:
+    async def test_who_leaves_during_prepare_is_never_opened(self, host: Host, end: Any) -> None:
         other = await host.connect()
         peer, calls = await being_prepared(host)
         end(peer)
         await have_turns(other, 5)
         calls.gate.set()
         await have_turns(other, 5)
-        assert calls == ["prepare", "prepared"]
+        assert calls == ["prepare", ("waited",)]
         assert len(Connections.current().open) == 1
 
     async def test_open_is_called_even_if_the_poller_has_no_descriptor(self, host: Host) -> None:
@@ -2941,6 +2912,7 @@ class TestDeadlines:
             ("unix", doing("on_message", write_on), 1, 1008),
             ("tcp", doing("on_message", write_much_and_close), 1, 4000),
         ],
+        ids=["reply", "reply over TLS", "write on", "write on over a Unix socket", "close"],
     )
     async def test_a_peer_that_takes_nothing_is_reset(
         self, host: Host, hurried: None, handler: Any, words: int, code: int
@@ -2955,10 +2927,8 @@ class TestDeadlines:
             with pytest.raises(ConnectionResetError):
                 await peer.rest()
 
-    async def test_while_our_close_waits_pings_do_not_delay_it(
-        self, host: Host, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(echo_server, "HIGH_WATER", 1 << 30)
+    async def test_while_our_close_waits_pings_do_not_delay_it(self, host: Host) -> None:
+        host.monkeypatch.setattr(echo_server, "HIGH_WATER", 1 << 30)
         peer, calls = await host.record(Recorder, receive_buffer=4096)
         write_much_and_close(calls.handler)
         pings = [b"%d" % number for number in range(20)]
@@ -2976,9 +2946,7 @@ class TestDeadlines:
             peer.send(bytes(1000))
             await have_turns(other, 1)
 
-    async def test_the_latest_ping_of_a_turn_is_answered_even_above_the_high_water_mark(
-        self, host: Host
-    ) -> None:
+    async def test_the_latest_ping_is_answered_above_the_high_water_mark(self, host: Host) -> None:
         peer = await host.connect()
         peer.send(text("a" * 900))
         assert await peer.replies(b"ECHO:" + b"a" * 900)
