@@ -260,9 +260,10 @@ def read_frame(file: BinaryIO) -> tuple[int, bytes]:
     return head[0], file.read(length)
 
 
-def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs the program, if it ends by itself."""
-    return ended(sys.executable, str(MODULE), *args, input=stdin, errors="surrogateescape")
+def run(*args: str, streams: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the program, if it ends by itself, with its standard streams as a shell says."""
+    command = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, str(MODULE), *args]
+    return ended(*command, input="")
 
 
 @pytest.fixture
@@ -4556,8 +4557,7 @@ def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> N
 
 @pytest.mark.parametrize("log", ["/dev/full", "&-"])
 def test_a_log_that_cannot_be_written_leaves_the_exit_code_right(log: str) -> None:
-    command = f'exec "$@" --keyfile=unused 2>{log}'
-    done = ended("sh", "-c", command, "sh", sys.executable, str(MODULE))
+    done = run("--keyfile=unused", streams=f"2>{log}")
     assert (done.returncode, done.stdout) == (2, "")
 
 
@@ -4660,39 +4660,29 @@ def test_the_client_checks_the_certificate_against_cafile(
         assert done.returncode == code and re.fullmatch(said, done.stderr)
 
 
-@pytest.mark.parametrize(
-    ("streams", "option", "code", "said"),
-    [
-        ("0>/dev/null", "", 1, "cannot read standard input: Bad file descriptor"),
-        (">&-", "--send=a", 0, ""),
-    ],
-)
-def test_the_client_does_without_output_but_says_if_it_cannot_read(
-    server: Process, streams: str, option: str, code: int, said: str
-) -> None:
-    command = ["sh", "-c", f'exec "$@" {option} {streams}', "sh", sys.executable, str(MODULE)]
-    done = ended(*command, f"--connect={server.url}")
-    assert done.returncode == code
-    assert done.stderr == (f"[CLIENT] error:{server.url}: {said}\n" if said else "")
+def test_the_client_does_without_output(server: Process) -> None:
+    done = run(f"--connect={server.url}", "--send=a", streams=">&-")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-# What comes behind the URL on the command line, the input, the replies, and what the client says.
+# What comes behind the URL on the command line, standard input, the replies, and what it says.
 FAILURES = [
     ("?delay=x", "", 0, "HTTP 400: the query has a bad value: delay=x is not a number"),
     ("?delay=60 --send=a --timeout=0.6", "", 0, "no reply within 0.6 s"),
     # By the first reply, after which the Close comes, both texts have been sent.
     ("?delay=0.3&close=4001&after=1 --send=a --send=b", "", 1, "with 4001, replies missing: 1\n"),
     ("?close=4001&after=1" + " --send=a" * 50, "", 1, "closed with 4001, replies missing: "),
-    ("?delay=0.1", "a\n\udcff\n", 1, "'utf-8' codec can't encode"),
+    ("?delay=0.1", "<<END\na\n\udcff\nEND", 1, "'utf-8' codec can't encode"),
+    ("", "0>/dev/null", 0, "cannot read standard input: Bad file descriptor"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "stdin", "replies", "said"), FAILURES)
-def test_the_client_ends_with_1_and_one_line_when_a_reply_is_missing(
-    server: Process, arguments: str, stdin: str, replies: int, said: str
+@pytest.mark.parametrize(("arguments", "streams", "replies", "said"), FAILURES)
+def test_the_client_ends_with_1_and_one_line_when_it_cannot_read_or_a_reply_is_missing(
+    server: Process, arguments: str, streams: str, replies: int, said: str
 ) -> None:
     url, *options = (server.url + arguments).split()
-    done = run(f"--connect={url}", *options, stdin=stdin)
+    done = run(f"--connect={url}", *options, streams=streams)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith(f"[CLIENT] error:{url}: ") and said in done.stderr
     assert done.stdout.count("Received: ECHO:a") == replies
