@@ -972,8 +972,11 @@ class Wire:
         self.total = self.waiting = 0
         # The `total` at which nothing was unacknowledged.
         self._acknowledged_total = 0
-        # What `acknowledged` last returned, and what `total - held` was then.
-        self._progress = self._level = 0
+        # What `acknowledged` last returned; and how many bytes had left our kernel, and how many it
+        # had taken, by then.
+        self._progress = self._left = self._taken = 0
+        # How often bytes have come that completed no record of TLS.
+        self.partial = 0
         # How many bytes to ask for in the next read.
         self._ask = SHORT_READ
         # The peer has shut its side; we have shut ours.
@@ -1060,6 +1063,15 @@ class Wire:
             self.eof = True
         return data
 
+    def receive_last(self) -> bytes:
+        """Returns what the peer of a Unix socket has sent before closing it, which is not lost."""
+        data = b""
+        if self.socket.family == getattr(socket, "AF_UNIX", None):
+            with contextlib.suppress(OSError):
+                while piece := self.receive():
+                    data += piece
+        return data
+
     def note_unread(self, least: int) -> None:
         """Called when the server stops. From now on, `has_unread` tells of what has arrived, and of
         what arrives while that is read, up to `least` bytes."""
@@ -1096,13 +1108,14 @@ class Wire:
     def acknowledged(self, held: int) -> tuple[int, bool]:
         """Returns a number that grows with what the peer's kernel acknowledges, and whether
         anything is unacknowledged. On Linux, TCP counts these bytes. Elsewhere, the number grows by
-        1 when `total - held` has grown since the last call; that difference may also shrink when we
-        write, since the kernel holds what TLS or a Unix socket adds to each piece."""
+        1 if our kernel has taken bytes since the last call, or holds fewer: a Unix socket adds some
+        hundred bytes to each piece, so what has left it cannot be told while we write."""
+        left, taken = self.total - held, self.total - self.waiting
         if held and (count := bytes_acknowledged(self.socket)):
             self._progress = count
-        elif self.total - held > self._level:
+        elif left > self._left or taken > self._taken:
             self._progress += 1
-        self._level = self.total - held
+        self._left, self._taken = left, taken
         return self._progress, held > 0
 
     def half_close(self) -> None:
@@ -1151,11 +1164,18 @@ class TlsWire(Wire):
 
     def receive(self) -> bytes:
         """Reads whole records, since the poller cannot see what OpenSSL has read from the socket. A
-        full record is probably followed by another."""
+        full record is probably followed by another. If the peer is lost behind one, this is the end
+        of what it sends."""
         pieces: list[bytes] = []
-        with contextlib.suppress(*WOULD_BLOCK):
+        try:
             while not pieces or (len(pieces[-1]) == RECORD and len(pieces) < 16):
                 pieces.append(self._receive_record())
+        except WOULD_BLOCK:
+            self.partial += not pieces
+        except OSError:
+            if not pieces:
+                raise
+            pieces.append(b"")
         data = b"".join(pieces)
         self.received += len(data)
         self.eof = bool(pieces) and not pieces[-1]
@@ -1171,11 +1191,19 @@ class TlsWire(Wire):
             return b""
         return self.socket.recv(READ_SIZE)
 
+    def receive_rest(self) -> bytes:
+        """Returns the rest of a record of which Tornado's stream has read a part."""
+        data = self.socket.recv(RECORD) if self.socket.pending() else b""
+        self.received += len(data)
+        return data
+
     def half_close(self) -> None:
-        """Sends close_notify (RFC 8446 section 6.1) and a FIN, without waiting for the peer's."""
+        """Sends close_notify (RFC 8446 section 6.1) and a FIN, without waiting for the peer's. Even
+        if its close_notify has come, its FIN may be still to come, and bytes before that."""
         with contextlib.suppress(OSError, ValueError):
             self.socket.unwrap()
         super().half_close()
+        self.eof = False
 
 
 def take_over(stream: iostream.IOStream, on_close: Callable[[], None]) -> bytes:
@@ -1372,8 +1400,9 @@ class Deadlines:
             slow = held and progress < (self.stall_timeout or STALL_TIMEOUT)
             return "closing" if not slow and min(progress, standing) >= limit else ""
         # A value that is always new keeps the clock at 0.
-        stalled = self.message.seconds((reads and unfinished) or now, now)
-        silent = self.arrival.seconds(wire.received if reads else now, now)
+        waiting_for = reads and unfinished and (unfinished, wire.partial)
+        stalled = self.message.seconds(waiting_for or now, now)
+        silent = self.arrival.seconds((wire.received, wire.partial) if reads else now, now)
         if self.arrival.at > self.pinged:
             self.pinged = 0.0
         if held and 0 < self.stall_timeout <= progress:
@@ -1820,10 +1849,10 @@ class Connection:
             self.protocol.open()
         finally:
             self._corked = False
-        self.resume(early)
         if isinstance(self._wire, TlsWire) and self.state != CLOSED:
-            # OpenSSL may have read bytes already, which the poller cannot see.
-            self.ready(READ)
+            # The poller cannot see these.
+            early += self._wire.receive_rest()
+        self.resume(early)
 
     def ready(self, events: int = 0) -> None:
         """Called when bytes have arrived, the kernel takes bytes again, or the peer is lost; and
@@ -1833,6 +1862,8 @@ class Connection:
             if events & WRITE:
                 self._wire.drain()
             if events and not self._watched & READ:
+                if events & ERROR:
+                    receiver.keep(self._wire.receive_last())
                 self._wire.find_loss(events)
                 self.settle()
                 return
