@@ -1972,6 +1972,19 @@ class TestLeaving:
         await eventually(lambda: made.closes)
         assert made[1:] == calls and says in host.caplog.text
 
+    @pytest.mark.parametrize("transport", ["unix"])
+    async def test_what_the_peer_of_a_unix_socket_sent_before_it_closed_that_is_not_lost(
+        self, host: Host
+    ) -> None:
+        host.app.settings["websocket_max_message_size"] = 1000
+        peer, calls = await host.record(Waiting, shut=True)
+        await taken(peer, AB * 300 + BYE)
+        peer.leave()
+        await others_have_their_turn(host)
+        calls.gate.set()
+        await eventually(lambda: calls.closes)
+        assert calls[1:] == DELIVERED * 300 + GONE
+
 
 # ---- What a subclass sees
 
@@ -2285,11 +2298,16 @@ async def test_each_connection_has_a_context_of_its_own(host: Host, hurried: Non
 async def test_all_of_a_tls_record_is_read_where_a_host_reads_smaller_pieces(
     app: Application, ssl_options: ssl.SSLContext, trust: ssl.SSLContext
 ) -> None:
+    """Also if they are more than are read ahead while a coroutine opens."""
+    opening = doing("open", lambda *_: asyncio.sleep(0.01), EchoHandler)
+    app.add_handlers(".*", [("/opening", opening)])
+    app.settings["websocket_max_message_size"] = 2000
     async with listening(app, ssl_options=ssl_options, chunk_size=1024) as port:
-        peer = await peer_at(port, trust)
-        await peer.upgrade(request("GET /echo HTTP/1.1"), text("x" * 100) * 100)
-        assert await peer.replies(*[b"ECHO:" + b"x" * 100] * 100)
-        peer.leave()
+        for path in "echo", "opening":
+            peer = await peer_at(port, trust)
+            await peer.upgrade(request(f"GET /{path} HTTP/1.1"), text("x" * 100) * 100)
+            assert await peer.replies(*[b"ECHO:" + b"x" * 100] * 100)
+            peer.leave()
 
 
 def test_without_what_windows_lacks_it_can_be_embedded_and_says_what_the_server_needs() -> None:
@@ -2411,6 +2429,67 @@ def test_a_peer_that_ends_tls_right_behind_a_full_record_gets_its_replies_and_th
             assert file.read(len(expected)) == expected
         with pytest.raises(ssl.SSLZeroReturnError):
             sock.recv(1)
+
+
+class Records:
+    """A client that makes its TLS records by itself, so that it can cut them and send others."""
+
+    def __init__(self, sock: socket.socket, trust: ssl.SSLContext) -> None:
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = trust.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
+        self.sock = sock
+        while hello := self.of(self.tls.do_handshake):
+            sock.sendall(hello)
+            if not self.tls.version():
+                self.incoming.write(sock.recv(9999))
+        sock.sendall(self.of(self.tls.write, request()))
+
+    def of(self, call: Callable[..., Any], *args: Any) -> bytes:
+        """The records that a call makes."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            call(*args)
+        return self.outgoing.read()
+
+
+JUNK = b"\x17\x03\x03\0\x05junk!"
+
+
+def test_parts_of_a_tls_record_are_no_silence(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    limits = [f"--{name}=0.3" for name in ("stall-timeout", "ping-interval", "ping-timeout")]
+    server = serve(f"--certfile={certificate}", *limits)
+    with server.dial() as sock:
+        records = Records(sock, trust)
+        record = records.of(records.tls.write, text("x" * 10_000))
+        for start in range(0, len(record), 1000):
+            sock.sendall(record[start : start + 1000])
+            select.select([], [], [], 0.1)
+        server.line("Received:xxx")
+
+
+def test_a_message_in_a_full_record_counts_also_if_the_peer_is_lost_behind_it(
+    tls: Process, trust: ssl.SSLContext
+) -> None:
+    with tls.dial() as sock:
+        records = Records(sock, trust)
+        sock.sendall(records.of(records.tls.write, text("x" * 16_376)) + JUNK)
+        tls.line(r"close\(\) 1006 .* 1 messages, 16376 bytes")
+
+
+def test_bytes_behind_the_close_notify_of_a_peer_do_not_cost_it_what_it_is_owed(
+    tls: Process, trust: ssl.SSLContext
+) -> None:
+    with tls.dial() as sock:
+        records = Records(sock, trust)
+        sock.sendall(records.of(records.tls.write, text("x" * 1_000_000)))
+        sock.sendall(records.of(records.tls.unwrap) + JUNK)
+        received = 0
+        with contextlib.suppress(ConnectionError):
+            while data := sock.recv(20_000):
+                received += len(data)
+                select.select([], [], [], 0.005)
+        assert received > 1_000_000
 
 
 def test_a_peer_that_shuts_its_side_below_tls_gets_all_replies_and_our_close(
@@ -2815,7 +2894,7 @@ async def write_on(handler: EchoHandler, message: str | bytes) -> None:
     await handler.write_message(message)
     while True:
         await handler.write_message("more")
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.005)
 
 
 @pytest.mark.gen_test
@@ -2897,7 +2976,7 @@ class TestDeadlines:
             ("tcp", Recorder, 80, 1008),
             ("tls", Recorder, 80, 1008),
             ("tcp", doing("on_message", write_on), 5, 1008),
-            # What the kernel holds also grows by what a Unix socket adds to each piece.
+            # Until the kernel takes no more, for which a Unix socket adds something to each piece.
             ("unix", doing("on_message", write_on), 1, 1008),
             ("tcp", doing("on_message", write_much_and_close), 1, 4000),
         ],
@@ -2944,6 +3023,18 @@ class TestDeadlines:
         peer.send(text("b" * 900) * 70, *pings)
         while await peer.frame() != (FIN | PONG, b"%0125d" % 79):
             pass
+
+
+def test_a_peer_of_a_unix_socket_that_reads_less_than_it_asks_for_is_not_dropped(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "s")
+    serve(f"--unix-socket={path}", "--stall-timeout=0.3", "--log-level=info").line("listening")
+    with upgraded(path) as sock:
+        for _ in range(60):
+            sock.sendall(text("a") * 3)
+            assert [sock.recv(8) for _ in range(2)] == [said("ECHO:a")] * 2
+            select.select([], [], [], 0.02)
 
 
 # ---- Other people's clients
