@@ -3810,10 +3810,8 @@ async def test_embedded_the_peer_is_the_one_that_tornado_found_in_a_header(
 # ------------------------------------------------------------------------------------------ Options
 
 
-def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert re.fullmatch(r"ws-echo \d+\.\d+\.\d+\n", capsys.readouterr().out)
+def test_the_version_is_printed() -> None:
+    assert re.fullmatch(r"ws-echo \d+\.\d+\.\d+\n", run("--version").stdout)
 
 
 def test_a_value_follows_an_equals_sign_or_a_space() -> None:
@@ -4920,24 +4918,15 @@ EXITS = [
 
 @pytest.mark.parametrize(("code", "arguments", "said"), EXITS)
 def test_the_last_line_names_what_is_wrong_and_the_exit_code_tells_its_kind(
-    files: Path,
-    listener: socket.socket,
-    capsys: pytest.CaptureFixture[str],
-    code: int,
-    arguments: str,
-    said: str,
+    files: Path, listener: socket.socket, code: int, arguments: str, said: str
 ) -> None:
     silent = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
     arguments, said = (
         text.replace("FOLDER", str(files)).replace("SILENT", silent) for text in (arguments, said)
     )
-    try:
-        ends_with: object = main(arguments.split())
-    except SystemExit as end:
-        ends_with = end.code
-    out, err = capsys.readouterr()
-    *usage, last = err.splitlines()
-    assert (ends_with, out) == (code, "") and said in last
+    done = run(*arguments.split())
+    *usage, last = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (code, "") and said in last
     assert usage in ([], ["usage: echo_server.py [options]"][: code - 1])
 
 
