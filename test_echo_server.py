@@ -2411,26 +2411,6 @@ class TestOwed:
         assert await peer.rest() == b""
 
 
-def test_a_peer_that_ends_tls_right_behind_a_full_record_gets_its_replies_and_the_end(
-    serve: Serve, certificate: Path, trust: ssl.SSLContext
-) -> None:
-    server = serve(f"--certfile={certificate}", "--log-level=info")
-    with upgraded(server, trust=trust) as sock:
-        # So that the server sees both at once.
-        server.signal(signal.SIGSTOP)
-        sock.sendall(text("x" * 122) * 128)
-        sock.settimeout(0)
-        with contextlib.suppress(ssl.SSLWantReadError):
-            cast(ssl.SSLSocket, sock).unwrap()
-        server.signal(signal.SIGCONT)
-        sock.settimeout(PATIENCE)
-        expected = said("ECHO:" + "x" * 122) * 128
-        with sock.makefile("rb") as file:
-            assert file.read(len(expected)) == expected
-        with pytest.raises(ssl.SSLZeroReturnError):
-            sock.recv(1)
-
-
 class Records:
     """A client that makes its TLS records by itself, so that it can cut them and send others."""
 
@@ -2452,6 +2432,18 @@ class Records:
 
 
 JUNK = b"\x17\x03\x03\0\x05junk!"
+
+
+def test_a_peer_that_ends_tls_right_behind_a_full_record_gets_its_replies_and_the_end(
+    serve: Serve, certificate: Path, trust: ssl.SSLContext
+) -> None:
+    server = serve(f"--certfile={certificate}", "--log-level=info")
+    with server.dial() as sock:
+        records = Records(sock, trust)
+        full = records.of(records.tls.write, text("x" * 122) * 128)
+        sock.sendall(full + records.of(records.tls.unwrap))
+        assert len(everything(sock)) > len(full)
+    server.line(r"close\(\) 1006 .* 128 messages")
 
 
 def test_parts_of_a_tls_record_are_no_silence(
