@@ -1444,10 +1444,10 @@ async def sweep() -> None:
 
 
 @pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+def hurried(host: Host) -> None:
     """The limits of time for a closing peer, so that a second is far more than they are."""
-    monkeypatch.setattr(echo_server, "CLOSE_TIMEOUT", 0.3)
-    monkeypatch.setattr(echo_server, "LINGER_TIMEOUT", 0.3)
+    for name in "CLOSE_TIMEOUT", "LINGER_TIMEOUT":
+        host.monkeypatch.setattr(echo_server, name, 0.3)
 
 
 # ---- What is sent, and what comes back
@@ -1974,9 +1974,7 @@ class TestLeaving:
         assert made[1:] == calls and says in host.caplog.text
 
     @pytest.mark.parametrize("transport", ["unix"])
-    async def test_what_the_peer_of_a_unix_socket_sent_before_it_closed_that_is_not_lost(
-        self, host: Host
-    ) -> None:
+    async def test_what_came_before_a_unix_socket_was_closed_is_delivered(self, host: Host) -> None:
         host.app.settings["websocket_max_message_size"] = 1000
         peer, calls = await host.record(Waiting, shut=True)
         await taken(peer, AB * 300 + BYE)
