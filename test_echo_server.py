@@ -4055,24 +4055,20 @@ def test_tls_ends_with_close_notify(tls: Process, trust: ssl.SSLContext, last: b
 OPENSSL = ctypes.CDLL(_ssl.__file__)
 
 
-def request_key_update(sock: socket.socket) -> None:
-    """SSL_key_update(3), past Python, whose object has the SSL* behind its header and a pointer."""
-    pointer = ctypes.c_void_p.from_address(id(cast(Any, sock)._sslobj) + 24)
-    assert OPENSSL.SSL_key_update(pointer, 1) == 1
-
-
 @pytest.mark.skipif(
     not hasattr(OPENSSL, "SSL_key_update"), reason="OpenSSL cannot be called past Python"
 )
 def test_a_key_update_harms_no_replies_that_wait(tls: Process, trust: ssl.SSLContext) -> None:
     sent = 0
     with upgraded(tls, trust=trust) as sock:
+        # Past Python, whose object has the SSL* behind its header and a pointer.
+        pointer = ctypes.c_void_p.from_address(id(cast(Any, sock)._sslobj) + 24)
         sock.settimeout(0.1)
         with contextlib.suppress(TimeoutError):
             while True:
                 sock.sendall(frame(FIN | BINARY, bytes(1000)) * 5)
                 sent += 5
-                request_key_update(sock)
+                assert OPENSSL.SSL_key_update(pointer, 1) == 1
         sock.settimeout(PATIENCE)
         with sock.makefile("rb") as file:
             for _ in range(sent):
@@ -4815,12 +4811,9 @@ async def test_every_line_of_the_log_is_escaped_and_short_whatever_it_is_about(
     assert not [event for event in events if event.startswith("[SERVER]")]
 
 
-# Tells a program that its standard error is the journal.
-JOURNAL = 'JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr) exec "$@"'
-
-
 def test_in_the_journal_lines_have_a_priority_and_no_time(serve: Serve) -> None:
-    server = serve(before=["sh", "-c", JOURNAL, "sh"])
+    journal = 'JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr) exec "$@"'
+    server = serve(before=["sh", "-c", journal, "sh"])
     assert refused(server, request(Sec_WebSocket_Key="x"))[0] == 400
     with upgraded(server) as sock:
         echoed(sock)
@@ -4998,10 +4991,7 @@ def test_a_long_header_is_cut_where_it_is_shown(server: Process) -> None:
 
 # ---- The page in a real browser
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
-)
+FLAGS = "--headless --no-sandbox --disable-component-update --disable-dev-shm-usage"
 # To neither browser is plain.test a safe place, as localhost is.
 CHROME = {
     "binary": shutil.which("chromium"),
