@@ -1537,9 +1537,6 @@ class Picky(EchoHandler):
         return {"compression_level": 9, "mem_level": 9}
 
 
-user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
-
-
 class Plainly(EchoHandler):
     """Its methods do not call ours, and have parameters of their own: mypy has to allow what it
     allows where Tornado's class is the base."""
@@ -1576,18 +1573,6 @@ class Careless(Recorder):
 
 class OfTornado(Recorder):
     get_websocket_protocol: Any = WebSocketHandler.get_websocket_protocol
-
-
-class Remembering(EchoHandler):
-    """It needs the context of its open() later."""
-
-    async def open(self, *args: str, **kwargs: str) -> None:
-        await asyncio.sleep(0)
-        self.token = user.set("Zoe")
-
-    def on_message(self, message: str | bytes) -> Awaitable[None] | None:
-        user.reset(self.token)
-        return super().on_message(message)
 
 
 class WithNames(EchoHandler):
@@ -1837,9 +1822,6 @@ SCRIPTS = {
         early=text("a"),
         over=(*EITHER_LOOP, "tls"),
     ),
-    "what an asynchronous open sets in its context is there later": Script(
-        text("a"), said("ECHO:a"), handler=Remembering, over=EITHER_LOOP
-    ),
     "a host may have names of its own": Script(
         text("a") + close(),
         said("ECHO:a"),
@@ -2049,17 +2031,29 @@ class TestSubclass:
 # ---- As a WebSocketHandler of Tornado
 
 
+user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
+
+
 def whose(name: str) -> Any:
     """A method that says in whose context it runs."""
     return lambda self, *_: self.calls.append((name, user.get()))
 
 
 class Personal(Recorder):
-    open, on_close = whose("open"), whose("on_close")
     on_ping, on_pong, log_exception = map(whose, ("on_ping", "on_pong", "log_exception"))
 
     def prepare(self) -> None:
         user.set(self.get_argument("user"))
+
+    async def open(self, *args: str, **kwargs: str) -> None:
+        await asyncio.sleep(0)
+        self.token = user.set(user.get())
+        self.calls.append(("open", user.get()))
+
+    def on_close(self) -> None:
+        # This raises unless it is the context of open(), and no copy.
+        user.reset(self.token)
+        self.calls.append(("on_close", user.get()))
 
     async def on_message(self, message: str | bytes) -> None:
         await asyncio.sleep(0)
@@ -2248,7 +2242,7 @@ async def test_after_open_there_is_what_tornado_has(host: Host) -> None:
 @pytest.mark.gen_test
 async def test_each_connection_has_a_context_of_its_own(host: Host, hurried: None) -> None:
     """Also in turns that others have put off, and where the sweep finds that nobody answers, whose
-    lines in the log belong to nobody."""
+    lines in the log belong to nobody. What an asynchronous open sets in it is there later."""
     logged = set()
 
     def note(_: logging.LogRecord) -> bool:
