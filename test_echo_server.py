@@ -110,11 +110,12 @@ def ended(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
 class Process:
     """The server as a process of its own; `lines` is what it has said on standard error so far."""
 
-    def __init__(self, *args: str, before: Iterable[str] = (), **popen: Any) -> None:
-        """`before` is a command that starts it, and `env` is added to its environment."""
+    def __init__(self, *args: str, script: str = 'exec "$@"', **popen: Any) -> None:
+        """`script` starts it in a shell, and `env` is added to its environment."""
         self.lines: list[str] = []
         popen["env"] = os.environ | popen.get("env", {})
-        self.popen = start(*before, sys.executable, str(MODULE), *args, stderr=PIPE, **popen)
+        command = ["sh", "-c", script, "sh", sys.executable, str(MODULE), *args]
+        self.popen = start(*command, stderr=PIPE, **popen)
         self.reader = threading.Thread(target=self.read)
         self.reader.start()
 
@@ -801,7 +802,7 @@ def everything(sock: socket.socket) -> bytes:
 def inheriting(serve: Serve, given: socket.socket, *arguments: str, offset: int = 0) -> Process:
     """A server that is started as by socket activation, with `given` as its descriptor 3."""
     script = f'exec env LISTEN_FDS=1 LISTEN_PID=$(($$ + {offset})) "$@" 3<&0'
-    return serve(*arguments, before=["sh", "-c", script, "sh"], stdin=given)
+    return serve(*arguments, script=script, stdin=given)
 
 
 @contextlib.contextmanager
@@ -2810,7 +2811,7 @@ print(f"{len(left)} handlers are left", file=sys.stderr)
 
 def test_the_end_of_a_connection_frees_it_without_the_garbage_collector(serve: Serve) -> None:
     """Also where the handshake has passed through Tornado's HTTP server."""
-    process = serve(before=[sys.executable, "-c", WITHOUT_COLLECTOR], cwd=MODULE.parent)
+    process = serve(script=f'exec "$1" -c \'{WITHOUT_COLLECTOR}\' "$@"', cwd=MODULE.parent)
     for first in ([], [HEALTH]):
         with process.dial() as sock:
             assert [answer(sock, data)[0] for data in (*first, request())][-1] == 101
@@ -4108,11 +4109,6 @@ def test_above_max_connections_a_handshake_gets_503_and_the_health_check_200(ser
         assert echoed(client) == "ECHO:Hello!"
 
 
-def limited(descriptors: int) -> list[str]:
-    """What starts a server that may have so many."""
-    return ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"]
-
-
 def ask(sock: socket.socket) -> tuple[int, str | None]:
     """For the health, on a connection that stays open: the status, and the header Connection."""
     status, headers, _ = answer(sock, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -4122,7 +4118,7 @@ def ask(sock: socket.socket) -> tuple[int, str | None]:
 def test_when_descriptors_run_out_the_longest_idle_is_closed_and_open_connections_go_on(
     serve: Serve,
 ) -> None:
-    process = serve(before=limited(64))
+    process = serve(script='ulimit -n 64; exec "$@"')
     with upgraded(process) as client, process.dial() as first, process.dial() as second:
         assert ask(second) == ask(first) == (200, None)
         with contextlib.ExitStack() as stack:
@@ -4139,7 +4135,7 @@ def test_plain_connections_do_not_take_the_descriptors_of_health_checks_and_hand
     serve: Serve,
 ) -> None:
     """Of 150 descriptors, 64 are kept for these, and plain connections may keep half of them."""
-    process = serve(before=limited(150))
+    process = serve(script='ulimit -n 150; exec "$@"')
     for _ in range(40):
         with process.dial() as gone:
             assert ask(gone) == (200, None)
@@ -4513,7 +4509,7 @@ def test_an_inherited_descriptor_that_is_no_socket_is_named() -> None:
 @pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="it is not installed")
 def test_it_is_started_by_systemd_socket_activate(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
-    with Process(before=["systemd-socket-activate", f"--listen={path}"]) as server:
+    with Process(script=f'exec systemd-socket-activate --listen={path} "$@"') as server:
         until(lambda: os.path.exists(path))
         with upgraded(path) as client:
             assert echoed(client) == "ECHO:Hello!"
@@ -4557,7 +4553,7 @@ def test_it_serves_in_unusual_surroundings_and_says_at_most_once_what_is_wrong_w
 ) -> None:
     if "unshare" in script:
         skip_without_namespaces()
-    server = serve(before=["sh", "-c", script, "sh"])
+    server = serve(script=script)
     with upgraded(server, "/%C3%A9%E2%82%AC") as client:
         assert echoed(client, "é\ud7ff€") == "ECHO:é\ud7ff€"
         client.sendall(close())
@@ -4576,8 +4572,7 @@ def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> N
         while file.write(b"x" * 4096):
             pass
         where = {"a full disk": "/dev/full", "a closed descriptor": "&-"}.get(log, pipe)
-        before = ["sh", "-c", f'exec "$@" 2>{where}', "sh"]
-        with Process(f"--unix-socket={path}", before=before) as server:
+        with Process(f"--unix-socket={path}", script=f'exec "$@" 2>{where}') as server:
             until(lambda: listens(path))
             with upgraded(path) as client:
                 assert echoed(client) == "ECHO:Hello!"
@@ -4782,8 +4777,7 @@ async def test_every_line_of_the_log_is_escaped_and_short_whatever_it_is_about(
 
 
 def test_in_the_journal_lines_have_a_priority_and_no_time(serve: Serve) -> None:
-    journal = 'JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr) exec "$@"'
-    server = serve(before=["sh", "-c", journal, "sh"])
+    server = serve(script='JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr) exec "$@"')
     assert refused(server, request(Sec_WebSocket_Key="x"))[0] == 400
     with upgraded(server) as sock:
         echoed(sock)
