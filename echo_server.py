@@ -1037,7 +1037,9 @@ class Wire:
         try:
             if len(pieces) == 1:
                 return self.socket.send(pieces[0])
-            if self.waiting < SCATTER or len(pieces) > 64:
+            # Windows has no sendmsg.
+            few = len(pieces) <= 64 and hasattr(self.socket, "sendmsg")
+            if self.waiting < SCATTER or not few:
                 return self.socket.send(b"".join(pieces))
             return self.socket.sendmsg(pieces)
         except BlockingIOError:
@@ -2220,6 +2222,8 @@ class Connections:
         self.open: set[Connection] = set()
         # What is watched, by descriptor.
         self.watched: dict[int, Connection | Visitor] = {}
+        # The poller stays while nothing is watched: without a descriptor, there would be no other.
+        self._stays = False
         self._epoll: Any = None
         self._sweeper: asyncio.Task[None] | None = None
         # The applications whose clients are being sent away.
@@ -2323,8 +2327,14 @@ class Connections:
 
     def close(self) -> None:
         """Ends all connections. IOLoop.close(all_fds=True) calls this, too."""
+        self._stays = False
         for connection in list(self.open):
             connection.end()
+        self._end()
+
+    def stay(self) -> None:
+        self._stays = True
+        self._begin()
 
     def _begin(self) -> None:
         if self._sweeper:
@@ -2335,7 +2345,7 @@ class Connections:
         self._sweeper = outside(self.loop.create_task, self._sweep())
 
     def _end(self) -> None:
-        if self.watched or self.open:
+        if self.watched or self.open or self._stays:
             return
         sweeper, self._sweeper = self._sweeper, None
         if sweeper:
@@ -3217,21 +3227,26 @@ class Lobby:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
-                # The connection stays in the queue, so trying again at once would be a busy loop.
+                if number:
+                    # Without a descriptor, the kernel does not look whether anybody else waits.
+                    return
                 if error.errno in NO_ROOM and self.make_room():
                     continue
-                if not number:
-                    log.error("[SERVER] error:cannot accept connections: %s", error.strerror)
+                # The connection stays in the queue, so trying again at once would be a busy loop.
+                log.error("[SERVER] error:cannot accept connections: %s", error.strerror)
                 IOLoop.current().remove_handler(listener)
-                # If some could be accepted, descriptors come and go, so there may soon be another.
-                pause = PAUSE / 50 if number else PAUSE
-                IOLoop.current().call_later(pause, self.watch, listener)
+                IOLoop.current().call_later(PAUSE, self.watch, listener)
                 return
             sock.setblocking(False)
             visitor = Visitor(self, sock, address)
             self.accepted += 1
             self.visitors[visitor] = None
-            self.server.connections.register(visitor.fd, visitor)
+            try:
+                self.server.connections.register(visitor.fd, visitor)
+            except OSError as error:
+                # The kernel has no room for another in the poller.
+                log.error("[SERVER] error:cannot serve %s: %s", visitor, error.strerror)
+                self.dismiss(visitor)
 
     def accept_rest(self, listener: socket.socket) -> None:
         """Accepts the connections in the queue of a listening socket, of which there are at most
@@ -3503,10 +3518,12 @@ class Server:
         self.file = socket_file(options.unix_socket) if not inherited else None
         self.urls = ", ".join(urls_of(self.sockets, self.tls is not None))
         self.connections = Connections.current()
+        self.systemd = Systemd()
         self.stopping = False
         self.signalled = asyncio.Event()
         self.application = make_app(self)
         self.lobby = Lobby(self)
+        self.connections.stay()
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -3519,7 +3536,7 @@ class Server:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.lobby.watch(sock)
         log.info("[SERVER] listening on %s", self.urls)
-        notify("READY=1")
+        self.systemd.notify("READY=1")
         # The group ends the server if one of the tasks fails.
         async with asyncio.TaskGroup() as group:
             chores = self.keep_systemd_informed(), self.clean_up(), self.flush_lines()
@@ -3528,6 +3545,7 @@ class Server:
             await self.drain()
             for task in tasks:
                 task.cancel()
+        self.systemd.socket.close()
         log.info("[SERVER] stopped")
 
     async def flush_lines(self) -> None:
@@ -3569,7 +3587,8 @@ class Server:
     async def drain(self) -> None:
         """Stops accepting, and sends every client away with 1001. Clients that have connected but
         have not sent a request yet have GRACE seconds for it, so that a restart refuses nobody."""
-        notify(f"STOPPING=1\nSTATUS=stopping with {len(self.connections.open)} connections")
+        count = len(self.connections.open)
+        self.systemd.notify(f"STOPPING=1\nSTATUS=stopping with {count} connections")
         for listener in self.sockets:
             IOLoop.current().remove_handler(listener)
             if listener in self.own:
@@ -3577,7 +3596,8 @@ class Server:
                 self.lobby.accept_rest(listener)
             listener.close()
         if self.file and socket_file(self.file[0]) == self.file:
-            os.unlink(self.file[0])
+            with contextlib.suppress(OSError):
+                os.unlink(self.file[0])
         seconds = self.options.drain_timeout
         latest = time.monotonic() + seconds
         leaving = asyncio.create_task(self.connections.go_away(self.application, seconds))
@@ -3591,7 +3611,7 @@ class Server:
     def reload(self) -> None:
         """Called for SIGHUP: reads the certificate and the log level again. If one of them is
         wrong, nothing changes."""
-        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self.systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             options = self.reread()
             self.tls = tls_context(self.options)
@@ -3602,17 +3622,19 @@ class Server:
             self.connections.look_at_log()
             log.info("[SERVER] reloaded")
         finally:
-            notify("READY=1")
+            self.systemd.notify("READY=1")
 
     async def keep_systemd_informed(self) -> None:
         """Sends the status and, for the watchdog, WATCHDOG=1. The event loop runs this, so systemd
         restarts a server whose event loop hangs, but not one that is merely busy."""
         ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
-        while "NOTIFY_SOCKET" in os.environ:
-            status = "stopping with" if self.stopping else "serving"
-            count = len(self.connections.open)
-            notify(f"WATCHDOG=1\nSTATUS={status} {count} connections on {self.urls}")
+        given = os.environ.get("WATCHDOG_USEC", "")
+        limit = int(given) / 1e6 if ours and given.isdecimal() else 0.0
+        while self.systemd.path:
+            # An earlier READY=1 may have been lost.
+            state, does = ("", "stopping with") if self.stopping else ("READY=1\n", "serving")
+            status = f"{does} {len(self.connections.open)} connections on {self.urls}"
+            self.systemd.notify(f"WATCHDOG=1\n{state}STATUS={status}")
             await asyncio.sleep(min(limit / 3 or 5.0, 5.0))
 
 
@@ -3684,16 +3706,26 @@ def inherited_socket(number: int) -> socket.socket:
     return sock
 
 
-def notify(state: str) -> None:
-    """Tells systemd, see sd_notify(3). Does nothing if systemd has not started this process."""
-    if path := os.environ.get("NOTIFY_SOCKET"):
+class Systemd:
+    """Tells systemd of the state of the server, see sd_notify(3), if systemd has started it."""
+
+    def __init__(self) -> None:
+        self.path = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
+        # Kept open, since later there may be no descriptor left.
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+
+    def notify(self, state: str) -> None:
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto(state.encode(), re.sub("^@", "\0", path))
+            if self.path:
+                self.socket.sendto(state.encode(), self.path)
+        except BlockingIOError:
+            # Nobody has read the last messages. The next one comes in at most 5 s.
+            pass
         except OSError as error:
             log.warning("[SERVER] error:cannot tell systemd: %s", error)
             # Without this, the next calls would fail and log, too.
-            del os.environ["NOTIFY_SOCKET"]
+            self.path = ""
 
 
 def urls_of(sockets: list[socket.socket], tls: bool) -> list[str]:
@@ -3800,6 +3832,8 @@ def explain(error: Exception) -> str:
 
 
 def client_request(url: str, options: Options) -> HTTPRequest:
+    # Raises ValueError if this is above 65535, which the resolver would accept.
+    _ = urlsplit(url).port
     if options.cafile:
         # The errors of ssl do not name the file that cannot be read.
         try:
@@ -3818,11 +3852,14 @@ def client_request(url: str, options: Options) -> HTTPRequest:
 async def converse(connection: websocket.WebSocketClientConnection, options: Options) -> None:
     """Sends all texts and prints the replies. Raises ConnectionError if a reply is missing."""
     sent = received = 0
+    # When the present wait for a reply began.
+    since = 0.0
 
     async def send_all() -> None:
-        nonlocal sent
+        nonlocal sent, since
         async for text in texts(options.send):
             data = text.encode()
+            since = time.monotonic() if sent == received else since
             sent += 1
             await connection.write_message(data)
 
@@ -3830,16 +3867,19 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
     reading = asyncio.ensure_future(connection.read_message())
     while not sending.done() or received < sent:
         waiting = {reading} if sending.done() else {reading, sending}
-        limit = options.timeout if received < sent else None
-        done, _ = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
+        # If a text is sent meanwhile, the time for its reply is not over before that for this wait.
+        left = since + options.timeout - time.monotonic() if received < sent else options.timeout
+        done, _ = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if not done and received < sent and time.monotonic() >= since + options.timeout:
             raise ConnectionError(f"no reply within {options.timeout:g} s")
         if reading in done:
             message, reading = reading.result(), asyncio.ensure_future(connection.read_message())
             if message is None:
-                code = connection.close_code or 1006
-                raise ConnectionError(f"closed with {code}, replies missing: {sent - received}")
+                code, missing = connection.close_code, max(sent, len(options.send)) - received
+                how = f"closed with {code}" if code else "closed without a code"
+                raise ConnectionError(f"{how}, replies missing: {missing}")
             received += 1
+            since = time.monotonic()
             print("[CLIENT] Received:", shown(message))
     # Raises if not everything could be read or encoded.
     sending.result()
@@ -3856,12 +3896,15 @@ async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
     """Yields the texts to send: those of --send, or else the lines of standard input."""
     queue: asyncio.Queue[str | OSError | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
+    # So that no more lines than these are read ahead.
+    room = threading.Semaphore(1000)
 
     def read() -> None:
         end = None
         try:
             with open(0, errors="surrogateescape", closefd=False) as file:
                 for text in given or (line.rstrip("\n") for line in file):
+                    room.acquire()
                     loop.call_soon_threadsafe(queue.put_nowait, text)
         except OSError as error:
             end = error
@@ -3870,6 +3913,7 @@ async def texts(given: tuple[str, ...]) -> AsyncIterator[str]:
     # A thread reads, since some kinds of standard input, such as files, cannot be polled.
     threading.Thread(target=read, daemon=True).start()
     while isinstance(text := await queue.get(), str):
+        room.release()
         yield text
     if text:
         raise ConnectionError(f"cannot read standard input: {text.strerror}")
@@ -3900,6 +3944,12 @@ class LineHandler(logging.Handler):
     def __init__(self, connections: Connections) -> None:
         super().__init__()
         self.connections = connections
+        self.fd = 2
+        if os.isatty(2):
+            # A write to a terminal that nobody reads may wait although there is room for some
+            # bytes. This open file is our own, so O_NONBLOCK does not reach other programs.
+            with contextlib.suppress(OSError):
+                self.fd = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         status = os.fstat(2)
         # Whether standard error goes to the journal: see $JOURNAL_STREAM in systemd.exec(5).
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
@@ -3943,8 +3993,8 @@ class LineHandler(logging.Handler):
             data = (head + escaped(line[:LONGEST_LINE]))[:LONGEST_LINE].encode() + b"\n"
             with contextlib.suppress(OSError):
                 # A pipe that nobody reads must not block the server.
-                if select.select([], [2], [], 0)[1]:
-                    os.write(2, data)
+                if select.select([], [self.fd], [], 0)[1]:
+                    os.write(self.fd, data)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -725,6 +725,8 @@ def host(
         monkeypatch.delattr(select, "epoll", raising=False)
     if transport == "tcp as on Windows":
         monkeypatch.delattr(select, "poll")
+        # A property without a getter, which no object has.
+        monkeypatch.setattr(socket.socket, "sendmsg", property(), raising=False)
         for name in "fcntl", "termios":
             monkeypatch.setitem(sys.modules, name, None)
     # A connection that ends well does so without the limits of time, unless a test is `hurried`.
@@ -3950,6 +3952,25 @@ def test_a_unix_socket_is_for_the_group_and_goes_with_the_server(
     assert not path.exists()
 
 
+def test_a_socket_file_that_cannot_be_removed_does_not_cost_a_client_its_1001(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path, script = f"{tmp_path}/s", 'exec "$@"'
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("nothing keeps root from removing it")
+        os.chown(tmp_path, 65534, 65534)
+        tmp_path.chmod(0o777)
+        script = 'exec setpriv --bounding-set=-all --inh-caps=-all "$@"'
+    server = serve(f"--unix-socket={path}", script=script)
+    server.line("listening")
+    with upgraded(path) as client:
+        tmp_path.chmod(0o555)
+        server.signal(signal.SIGTERM)
+        assert close_code(client) == 1001
+    assert server.exit_code() == 0
+
+
 def test_a_unix_socket_that_another_server_has_taken_over_stays(
     serve: Serve, tmp_path: Path
 ) -> None:
@@ -4150,7 +4171,12 @@ def test_plain_connections_do_not_take_the_descriptors_of_health_checks_and_hand
         stack.enter_context(upgraded(process))
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs to limit another process")
+can_limit = pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="needs to limit another process"
+)
+
+
+@can_limit
 def test_a_handshake_needs_no_further_descriptor(serve: Serve) -> None:
     process = serve()
     with process.dial() as one, process.dial() as two:
@@ -4458,6 +4484,31 @@ def test_the_notify_socket_may_be_abstract(serve: Serve) -> None:
         told(sock, "READY=1")
 
 
+def test_a_systemd_that_reads_nothing_keeps_nobody_waiting(
+    serve: Serve, systemd: socket.socket
+) -> None:
+    # It is told of the state a thousand times a second.
+    server = serve(env={"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "3000"})
+    with upgraded(server) as client:
+        for _ in range(300):
+            assert echoed(client) == "ECHO:Hello!"
+    assert server.stop() == 0
+
+
+@can_limit
+def test_the_last_descriptor_is_enough_for_a_client_and_systemd_is_told_without_one(
+    serve: Serve, systemd: socket.socket
+) -> None:
+    server = serve(env={"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "300000"})
+    server.line("listening")
+    folder = Path(f"/proc/{server.popen.pid}/fd")
+    most = next(number for number in itertools.count(1) if not (folder / f"{number - 1}").exists())
+    resource.prlimit(server.popen.pid, resource.RLIMIT_NOFILE, (most, most))
+    with upgraded(server) as client:
+        assert echoed(client) == "ECHO:Hello!"
+        told(systemd, "STATUS=serving 1 connections")
+
+
 CRASH = """
 import sys, echo_server
 echo_server.Lobby.dismiss_idle = lambda lobby: 1 / 0
@@ -4538,6 +4589,7 @@ SURROUNDINGS = {
     "no epoll": f'exec "$1" -c \'{NO_EPOLL}\' "$@"',
     "no environment": 'exec env -i "$@"',
     "no such home, locale and time zone": 'exec env HOME=/no LC_ALL=xx_YY.no TZ=No/No "$@"',
+    "no number for the watchdog": 'exec env WATCHDOG_USEC=no "$@"',
     "ASCII": 'exec env LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 PYTHONIOENCODING=ascii "$@"',
     "no folder and no room": 'd=$(mktemp -d) && cd "$d" && rmdir "$d" && ulimit -f 0 && exec "$@"',
     "no input or output": 'exec "$@" <&- >&-',
@@ -4563,19 +4615,23 @@ def test_it_serves_in_unusual_surroundings_and_says_at_most_once_what_is_wrong_w
     assert len(server.matching("error:")) <= 1
 
 
-@pytest.mark.parametrize("log", ["a full disk", "a closed descriptor", "a pipe that nobody reads"])
+@pytest.mark.parametrize("log", ["full disk", "closed descriptor", "pipe", "terminal"])
 def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> None:
+    """As when nobody reads the pipe or the terminal."""
     pipe, path = tmp_path / "pipe", str(tmp_path / "socket")
     os.mkfifo(pipe)
+    terminal = os.ttyname(os.openpty()[1])
     with pipe.open("r+b", buffering=0) as file:
         os.set_blocking(file.fileno(), False)
         while file.write(b"x" * 4096):
             pass
-        where = {"a full disk": "/dev/full", "a closed descriptor": "&-"}.get(log, pipe)
-        with Process(f"--unix-socket={path}", script=f'exec "$@" 2>{where}') as server:
+        where = {"full disk": "/dev/full", "closed descriptor": "&-", "terminal": terminal}
+        script = f'exec "$@" 2>{where.get(log, pipe)}'
+        with Process(f"--unix-socket={path}", script=script) as server:
             until(lambda: listens(path))
             with upgraded(path) as client:
-                assert echoed(client) == "ECHO:Hello!"
+                for _ in range(30):
+                    assert echoed(client, "x" * 200) == "ECHO:" + "x" * 200
             assert server.stop() == 0
 
 
@@ -4644,6 +4700,16 @@ def test_without_texts_the_client_sends_the_lines_of_its_input_as_they_come(
         assert popen.returncode == 0
 
 
+def test_the_time_for_a_reply_is_limited_also_while_there_may_be_more_input(
+    server: Process,
+) -> None:
+    command = [sys.executable, str(MODULE), f"--connect={server.url}?delay=60", "--timeout=0.6"]
+    with start(*command, stdin=PIPE, stderr=PIPE) as popen:
+        assert popen.stdin and popen.stderr
+        print("one", file=popen.stdin, flush=True)
+        assert "no reply within 0.6 s" in popen.stderr.readline()
+
+
 def test_at_a_terminal_control_characters_of_a_server_are_escaped(server: Process) -> None:
     terminal, far_end = os.openpty()
     command = [sys.executable, str(MODULE), f"--connect={server.url}", "--send=é\x1b[2J\x9bm\u202e"]
@@ -4696,6 +4762,8 @@ FAILURES = [
     # By the first reply, after which the Close comes, both texts have been sent.
     ("?delay=0.3&close=4001&after=1 --send=a --send=b", "", 1, "with 4001, replies missing: 1\n"),
     ("?close=4001&after=1" + " --send=a" * 50, "", 1, "closed with 4001, replies missing: "),
+    ("?close=4001 --send=a", "", 0, "closed with 4001, replies missing: 1\n"),
+    ("?drop=1 --send=a", "", 0, "closed without a code, replies missing: 1\n"),
     ("?delay=0.1", "<<END\na\n\udcff\nEND", 1, "'utf-8' codec can't encode"),
     ("", "0>/dev/null", 0, "cannot read standard input: Bad file descriptor"),
 ]
@@ -4850,6 +4918,7 @@ EXITS = [
     (1, "--connect=ws://127.0.0.1:1/", "[CLIENT] error:ws://127.0.0.1:1/: Connection refused"),
     (1, "--connect=ws://[\x9b", r"[CLIENT] error:ws://[\x9b: "),
     (1, "--connect=ws://.../", "[CLIENT] error:ws://.../: "),
+    (1, "--connect=ws://127.0.0.1:65537/", "Port out of range"),
     (1, "--connect=wss://localhost:1/ --cafile=/nowhere/ca.pem", ": cannot read /nowhere/ca.pem: "),
     (1, "--connect=ws://127.0.0.1:PORT/ --timeout=0.2", "[CLIENT] error:ws://127.0.0.1:PORT/: "),
 ]
