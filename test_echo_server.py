@@ -4615,24 +4615,41 @@ def test_it_serves_in_unusual_surroundings_and_says_at_most_once_what_is_wrong_w
     assert len(server.matching("error:")) <= 1
 
 
-@pytest.mark.parametrize("log", ["full disk", "closed descriptor", "pipe", "terminal"])
-def test_it_serves_when_the_log_cannot_be_written(tmp_path: Path, log: str) -> None:
-    """As when nobody reads the pipe or the terminal."""
-    pipe, path = tmp_path / "pipe", str(tmp_path / "socket")
-    os.mkfifo(pipe)
-    terminal = os.ttyname(os.openpty()[1])
-    with pipe.open("r+b", buffering=0) as file:
-        os.set_blocking(file.fileno(), False)
-        while file.write(b"x" * 4096):
+def full_pipe(path: Path) -> str:
+    os.mkfifo(path)
+    ends = [os.open(path, way | os.O_NONBLOCK) for way in (os.O_RDONLY, os.O_WRONLY)]
+    fill(ends[1])
+    return str(path)
+
+
+def nearly_full_terminal(_: Path) -> str:
+    terminal, far_end = os.openpty()
+    os.set_blocking(far_end, False)
+    fill(far_end)
+    os.read(terminal, 4096)
+    return os.ttyname(far_end)
+
+
+def fill(descriptor: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while os.write(descriptor, b"x" * 4096):
             pass
-        where = {"full disk": "/dev/full", "closed descriptor": "&-", "terminal": terminal}
-        script = f'exec "$@" 2>{where.get(log, pipe)}'
-        with Process(f"--unix-socket={path}", script=script) as server:
-            until(lambda: listens(path))
-            with upgraded(path) as client:
-                for _ in range(30):
-                    assert echoed(client, "x" * 200) == "ECHO:" + "x" * 200
-            assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "make", [lambda _: "/dev/full", lambda _: "&-", full_pipe, nearly_full_terminal]
+)
+def test_it_serves_when_the_log_cannot_be_written(
+    tmp_path: Path, make: Callable[[Path], str]
+) -> None:
+    path, log = str(tmp_path / "socket"), make(tmp_path / "log")
+    with Process(f"--unix-socket={path}", script=f'exec "$@" 2>{log}') as server:
+        until(lambda: listens(path))
+        for _ in range(45):
+            # Each of these lines has more than the 256 bytes that a terminal makes room for.
+            with upgraded(path, "/" + "x" * 300) as client:
+                assert echoed(client) == "ECHO:Hello!"
+        assert server.stop() == 0
 
 
 @pytest.mark.parametrize("log", ["/dev/full", "&-"])
@@ -4704,10 +4721,12 @@ def test_the_time_for_a_reply_is_limited_also_while_there_may_be_more_input(
     server: Process,
 ) -> None:
     command = [sys.executable, str(MODULE), f"--connect={server.url}?delay=60", "--timeout=0.6"]
-    with start(*command, stdin=PIPE, stderr=PIPE) as popen:
+    with start(*command, stdin=PIPE, stderr=PIPE) as popen, contextlib.ExitStack() as stack:
+        stack.callback(popen.kill)
         assert popen.stdin and popen.stderr
         print("one", file=popen.stdin, flush=True)
-        assert "no reply within 0.6 s" in popen.stderr.readline()
+        assert popen.wait(PATIENCE) == 1
+        assert "no reply within 0.6 s" in popen.stderr.read()
 
 
 def test_at_a_terminal_control_characters_of_a_server_are_escaped(server: Process) -> None:
