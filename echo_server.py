@@ -1065,6 +1065,10 @@ class Wire:
             self.eof = True
         return data
 
+    def receive_rest(self) -> bytes:
+        """Returns what has been read from the socket and is not in Tornado's stream."""
+        return b""
+
     def receive_last(self) -> bytes:
         """Returns what the peer of a Unix socket has sent before closing it, which is not lost."""
         data = b""
@@ -1194,7 +1198,7 @@ class TlsWire(Wire):
         return self.socket.recv(READ_SIZE)
 
     def receive_rest(self) -> bytes:
-        """Returns the rest of a record of which Tornado's stream has read a part."""
+        """OpenSSL may have the rest of a record, which the poller cannot see."""
         data = self.socket.recv(RECORD) if self.socket.pending() else b""
         self.received += len(data)
         return data
@@ -1845,16 +1849,12 @@ class Connection:
 
     def start(self, early: bytes) -> None:
         self._corked = True
-        limit = self._deadlines.shortest(LINGER_TIMEOUT)
         try:
-            self.enter(self._registry.add, self, self._wire.fd, limit)
+            self.enter(self._registry.add, self, self._wire.fd)
             self.protocol.open()
         finally:
             self._corked = False
-        if isinstance(self._wire, TlsWire) and self.state != CLOSED:
-            # The poller cannot see these.
-            early += self._wire.receive_rest()
-        self.resume(early)
+        self.resume(early + self._wire.receive_rest())
 
     def ready(self, events: int = 0) -> None:
         """Called when bytes have arrived, the kernel takes bytes again, or the peer is lost; and
@@ -1972,7 +1972,7 @@ class Connection:
         except OSError as error:
             self._lose(error)
             return
-        if self.state == ENDING and not wire.backlog and self._sender.late_ping is None:
+        if self.state == ENDING and not wire.backlog:
             wire.half_close()
             self.state = LINGERING
         if self.state == LINGERING and wire.eof:
@@ -2358,13 +2358,13 @@ class Connections:
 
     # ---- Connections that come and go
 
-    def add(self, connection: Connection, fd: int, limit: float) -> None:
-        """`limit` is the connection's shortest deadline, in seconds."""
+    def add(self, connection: Connection, fd: int) -> None:
         self.register(fd, connection)
         self.open.add(connection)
         if self.sends_away(connection.handler):
             connection.note_unread()
         self.opened += 1
+        limit = connection.protocol.deadlines.shortest(LINGER_TIMEOUT)
         self._period = min(self._period, max(limit / 4, 0.001))
         self.look_at_log()
 
