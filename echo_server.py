@@ -1754,6 +1754,11 @@ class EchoProtocol(websocket.WebSocketProtocol):
         if self.connection:
             self.connection.drop(reset=False)
 
+    def note_unread(self) -> None:
+        """What has arrived by now is handled before the server stops. What a peer has sent may go
+        on arriving while we read, so a message's size of that is handled, too."""
+        self._wire.note_unread(max(self.limit, READ_SIZE))
+
     def set_nodelay(self, x: bool) -> None:
         if self.stream:
             self.stream.set_nodelay(x)
@@ -1861,13 +1866,8 @@ class Connection:
         without events when a round gives this connection another turn."""
         receiver = self._receiver
         try:
-            if events & WRITE:
-                self._wire.drain()
-            if events and not self._watched & READ:
-                if events & ERROR:
-                    receiver.keep(self._wire.receive_last())
-                self._wire.find_loss(events)
-                self.settle()
+            # Nearly always, bytes have arrived, and nothing else.
+            if events and (events != READ or self._watched != READ) and not self._notice(events):
                 return
             data = self._wire.receive() if events else b""
             table = None if self._registry.shows else self._table
@@ -1891,6 +1891,18 @@ class Connection:
                 self.turn(data)
         except Exception as error:
             self._end_with(error)
+
+    def _notice(self, events: int) -> bool:
+        """Acts on all events but bytes that have arrived. Returns whether those are to be read."""
+        if events & WRITE:
+            self._wire.drain()
+        if self._watched & READ:
+            return True
+        if events & ERROR:
+            self._receiver.keep(self._wire.receive_last())
+        self._wire.find_loss(events)
+        self.settle()
+        return False
 
     def resume(self, data: bytes = b"") -> None:
         """Called when `open` or a coroutine is done, since both may have changed the handler."""
@@ -1939,11 +1951,6 @@ class Connection:
         """Ends the connection at once: the event loop ends, or the time for a clean end is over."""
         self.enter(self.drop, False)
         self.finish()
-
-    def note_unread(self) -> None:
-        """What has arrived by now is handled before the server stops. What a peer has sent may go
-        on arriving while we read, so a message's size of that is handled, too."""
-        self._wire.note_unread(max(self._receiver.limit, READ_SIZE))
 
     # ---- What follows
 
@@ -2012,8 +2019,7 @@ class Connection:
             self.state = ENDING
 
     def _hand_over(self) -> None:
-        """Queues the connection for a turn if the handler has not got everything that has arrived;
-        otherwise, in the end, has `on_close` called."""
+        """Plans another turn if the handler has not got everything, and in the end `on_close`."""
         inbox, more = self._inbox, self._receiver.more and not self._discards()
         if (more and inbox.has_place()) or inbox.has_next():
             self._registry.again(self)
@@ -2022,8 +2028,7 @@ class Connection:
             outside(self._registry.loop.call_soon, self.finish)
 
     def finish(self) -> None:
-        """Has `on_close` called: in LINGERING already, since a peer that does not read may delay
-        its FIN until the deadline."""
+        """Has `on_close` called. In LINGERING, the FIN of a peer that does not read may be late."""
         self.enter(self.protocol.finish)
         if self.state == CLOSED:
             self._registry.remove(self)
@@ -2362,7 +2367,7 @@ class Connections:
         self.register(fd, connection)
         self.open.add(connection)
         if self.sends_away(connection.handler):
-            connection.note_unread()
+            connection.protocol.note_unread()
         self.opened += 1
         limit = connection.protocol.deadlines.shortest(LINGER_TIMEOUT)
         self._period = min(self._period, max(limit / 4, 0.001))
@@ -2415,7 +2420,7 @@ class Connections:
         are owed; also clients that connect meanwhile. Drops whoever is left after these seconds."""
         self.leaving.add(application)
         for connection in self._clients(application):
-            connection.note_unread()
+            connection.protocol.note_unread()
             # The caller may be a handler. Nothing that is scheduled here may run in its context.
             outside(connection.enter, connection.settle)
         try:
