@@ -2954,9 +2954,7 @@ class Options:
     stall_timeout: float = limits(
         60.0, "seconds that a message may make no progress; 0: forever", "SECONDS"
     )
-    drain_timeout: float = limits(
-        10.0, "seconds that clients get to leave after SIGTERM", "SECONDS"
-    )
+    drain_timeout: float = limits(10.0, "most seconds that stopping takes after SIGTERM", "SECONDS")
     trusted_proxies: str = operation(
         "", "addresses or networks of proxies whose X-Forwarded-For is trusted", "LIST"
     )
@@ -2989,7 +2987,7 @@ def check_option(name: str, value: Any) -> Any:
         raise ValueError(f"{value!r} is not {KINDS[kind]}")
     least, most = field.metadata["least"], field.metadata["most"]
     if kind in (int, float) and not least <= value <= most:
-        raise ValueError(f"{value} is not between {least:g} and {most:g}")
+        raise ValueError(f"{value} is not between {least} and {most}")
     if name == "log_level" and value not in LEVELS:
         raise ValueError(f"{value!r} is not debug, info, warning or error")
     if field.metadata["metavar"] == "FILE" and "\0" in value:
