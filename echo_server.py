@@ -886,8 +886,9 @@ def accept_deflate(offers: str, options: Mapping[str, int]) -> Deflate | None:
     if offers.count('"') % 2:
         return None
     level, memory = options.get("compression_level", 1), options.get("mem_level", 8)
-    if not (-1 <= level <= 9 and 1 <= memory <= 9):
-        raise ValueError(f"these are no compression options: {options}")
+    if options:
+        # Raises ValueError or TypeError if zlib does not take them.
+        zlib.compressobj(level, zlib.DEFLATED, -15, memory)
     for offer in re.findall(r'(?:[^,"]|"[^"]*")+', offers):
         given = DEFLATE_PARAMETER.findall(offer)
         values = dict(given)
@@ -1115,7 +1116,8 @@ class Wire:
         """Returns a number that grows with what the peer's kernel acknowledges, and whether
         anything is unacknowledged. On Linux, TCP counts these bytes. Elsewhere, the number grows by
         1 if our kernel has taken bytes since the last call, or holds fewer: a Unix socket adds some
-        hundred bytes to each piece, so what has left it cannot be told while we write."""
+        hundred bytes to each piece, so what has left it cannot be told while we write. There, a
+        peer that takes nothing is noticed when our kernel takes no more."""
         left, taken = self.total - held, self.total - self.waiting
         if held and (count := bytes_acknowledged(self.socket)):
             self._progress = count
@@ -1176,6 +1178,9 @@ class TlsWire(Wire):
         try:
             while not pieces or (len(pieces[-1]) == RECORD and len(pieces) < 16):
                 pieces.append(self._receive_record())
+        except BlockingIOError:
+            # Nothing has come: the kernel takes bytes again.
+            pass
         except WOULD_BLOCK:
             self.partial += not pieces
         except OSError:
@@ -1898,8 +1903,6 @@ class Connection:
             self._wire.drain()
         if self._watched & READ:
             return True
-        if events & ERROR:
-            self._receiver.keep(self._wire.receive_last())
         self._wire.find_loss(events)
         self.settle()
         return False
@@ -2150,6 +2153,8 @@ class Connection:
     def _lose(self, error: OSError) -> None:
         """The peer is lost. A coroutine that awaits a write is told, and then `_report` logs it."""
         owed = self._wire.backlog or (self._wire.waiting and self.state == OPEN)
+        if not self._discards():
+            self._receiver.keep(self._wire.receive_last())
         self.close_socket(reset=False)
         if owed and not self._inbox.is_busy():
             self.protocol.warn(f"reply not sent: {error.strerror or error}")
@@ -3548,7 +3553,7 @@ class Server:
             await self.drain()
             for task in tasks:
                 task.cancel()
-        self.systemd.socket.close()
+        self.systemd.close()
         log.info("[SERVER] stopped")
 
     async def flush_lines(self) -> None:
@@ -3730,6 +3735,10 @@ class Systemd:
             # Without this, the next calls would fail and log, too.
             self.path = ""
 
+    def close(self) -> None:
+        self.path = ""
+        self.socket.close()
+
 
 def urls_of(sockets: list[socket.socket], tls: bool) -> list[str]:
     """Returns the URLs to connect to, with `localhost` if both IPv4 and IPv6 are served."""
@@ -3865,6 +3874,8 @@ async def converse(connection: websocket.WebSocketClientConnection, options: Opt
             since = time.monotonic() if sent == received else since
             sent += 1
             await connection.write_message(data)
+            # The time for the reply begins when the text has left.
+            since = time.monotonic() if sent == received + 1 else since
 
     sending = asyncio.ensure_future(send_all())
     reading = asyncio.ensure_future(connection.read_message())
@@ -3953,6 +3964,8 @@ class LineHandler(logging.Handler):
             # bytes. This open file is our own, so O_NONBLOCK does not reach other programs.
             with contextlib.suppress(OSError):
                 self.fd = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        # The last line has not been written to its end.
+        self.torn = False
         status = os.fstat(2)
         # Whether standard error goes to the journal: see $JOURNAL_STREAM in systemd.exec(5).
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
@@ -3997,7 +4010,8 @@ class LineHandler(logging.Handler):
             with contextlib.suppress(OSError):
                 # A pipe that nobody reads must not block the server.
                 if select.select([], [self.fd], [], 0)[1]:
-                    os.write(self.fd, data)
+                    data = b"\n" * self.torn + data
+                    self.torn = os.write(self.fd, data) < len(data)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1963,9 +1963,14 @@ class TestLeaving:
         assert made[1:] == calls and says in host.caplog.text
 
     @pytest.mark.parametrize("transport", ["unix"])
-    async def test_what_came_before_a_unix_socket_was_closed_is_delivered(self, host: Host) -> None:
+    @pytest.mark.parametrize("owed", [0, 30])
+    async def test_what_came_before_a_unix_socket_was_closed_is_delivered(
+        self, host: Host, owed: int
+    ) -> None:
+        """Also if a write finds first that the peer has left."""
         host.app.settings["websocket_max_message_size"] = 1000
-        peer, calls = await host.record(Waiting, shut=True)
+        writing = doing("open", lambda self: self.write_message(WORD * owed) and None, Waiting)
+        peer, calls = await host.record(writing, shut=True)
         await taken(peer, AB * 300 + BYE)
         peer.leave()
         await others_have_their_turn(host)
@@ -2145,6 +2150,7 @@ class TestAsTornado:
             ("ping_interval", property(fail)),
             ("select_subprotocol", lambda *_: "not offered"),
             ("get_compression_options", lambda _: {"compression_level": 10}),
+            ("get_compression_options", lambda _: {"mem_level": 6.0}),
         ],
     )
     async def test_what_a_connection_cannot_be_made_with_is_500(
@@ -2913,6 +2919,21 @@ class TestDeadlines:
         while (got := await peer.frame()) == (FIN | PONG, b""):
             peer.send(frame(FIN | PING))
         assert got == (FIN | CLOSE, close_body(1008, "message does not go on"))
+
+    @over_tcp_and_tls
+    async def test_a_message_stalls_also_while_we_write(self, host: Host) -> None:
+        async def write() -> None:
+            with contextlib.suppress(WebSocketClosedError):
+                while True:
+                    await calls.handler.write_message(WORD * 20)
+
+        peer, calls = await host.record(Recorder, stall_timeout=0.3)
+        peer.send(frame(TEXT, b"Hel"))
+        writing = asyncio.create_task(write())
+        while (got := await peer.frame())[0] == FIN | TEXT:
+            pass
+        assert got == (FIN | CLOSE, close_body(1008, "message does not go on"))
+        await writing
 
     @pytest.mark.parametrize(
         ("word", "rest", "code"), [("a", text("b")[:-1], 1008), ("a" * 60_000, b"", 1000)]
