@@ -1581,9 +1581,9 @@ class EchoProtocol(websocket.WebSocketProtocol):
             if selected not in offered:
                 raise ValueError(f"select_subprotocol may not select {selected}, only {offered}")
             answer["Sec-WebSocket-Protocol"] = selected
-        options = handler.get_compression_options()
-        if options is not None:
-            self.deflate = accept_deflate(headers.get("Sec-WebSocket-Extensions", ""), options)
+        options, offers = handler.get_compression_options(), headers.get("Sec-WebSocket-Extensions")
+        if options is not None and offers:
+            self.deflate = accept_deflate(offers, options)
         if self.deflate:
             answer["Sec-WebSocket-Extensions"] = self.deflate.answer
         return answer

@@ -2158,7 +2158,7 @@ class TestAsTornado:
     ) -> None:
         peer = await host.dial()
         broken = type("Broken", (EchoHandler,), {name: value})
-        peer.send(request(f"GET {host.route(broken)} HTTP/1.1"))
+        peer.send(request(f"GET {host.route(broken)} HTTP/1.1", **DEFLATE))
         assert (await peer.receive(13)).startswith(b"HTTP/1.1 500 ")
         assert host.errors() == ["tornado.application", "tornado.access"]
 
