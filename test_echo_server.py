@@ -2396,7 +2396,6 @@ class Records:
     def __init__(self, sock: socket.socket, trust: ssl.SSLContext) -> None:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = trust.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
-        self.sock = sock
         while hello := self.of(self.tls.do_handshake):
             sock.sendall(hello)
             if not self.tls.version():
@@ -5065,7 +5064,10 @@ def test_a_long_header_is_cut_where_it_is_shown(server: Process) -> None:
 
 # ---- The page in a real browser
 
-FLAGS = "--headless --no-sandbox --disable-component-update --disable-dev-shm-usage"
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
+)
 # To neither browser is plain.test a safe place, as localhost is.
 CHROME = {
     "binary": shutil.which("chromium"),
