@@ -2230,9 +2230,8 @@ class Connections:
         self.loop = asyncio.get_running_loop()
         # The connections whose socket is not closed, or whose `on_close` has not been called.
         self.open: set[Connection] = set()
-        # What is watched, by descriptor.
+        # What is watched, by descriptor; and whether the poller stays while that is nothing.
         self.watched: dict[int, Connection | Visitor] = {}
-        # The poller stays while nothing is watched: without a descriptor, there would be no other.
         self._stays = False
         self._epoll: Any = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -2264,9 +2263,8 @@ class Connections:
         # The clock of the deadlines; and the seconds between looks: at most 1/4 of the shortest.
         self.now = 0.0
         self._period = PERIOD
-        # glibc returns the top of the heap to the kernel when more than a threshold is free there.
-        # This raises the threshold, which grows with the largest block that was ever freed. Without
-        # it, a message of 64 KiB costs 35 page faults: 70 us rather than 25.
+        # What glibc keeps at the top of the heap grows with the largest block that was ever freed.
+        # Without this one, a message of 64 KiB costs 35 page faults: 70 us rather than 25.
         bytes(16 << 20)
 
     @classmethod
@@ -2343,6 +2341,7 @@ class Connections:
         self._end()
 
     def stay(self) -> None:
+        """Keeps the poller: when descriptors have run out, another could not be made."""
         self._stays = True
         self._begin()
 
