@@ -2861,7 +2861,7 @@ async def write_on(handler: EchoHandler, message: str | bytes) -> None:
     await handler.write_message(message)
     while True:
         await handler.write_message("more")
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.002)
 
 
 @pytest.mark.gen_test
