@@ -3527,6 +3527,8 @@ def test_replies_count_with_the_prefix_that_they_were_sent_with() -> None:
         traffic.echo_bytes += sum(len(text(payload.decode())) for payload in payloads)
     assert traffic.received() == (3, 11)
     assert (traffic.texts_sent, traffic.text_bytes_sent) == (3, 21)
+    traffic.count_sent(BINARY, 7)
+    assert (traffic.binaries_sent, traffic.binary_bytes_sent) == (1, 7)
 
 
 def test_metrics_have_two_series_for_the_close_codes_of_applications(serve: Serve) -> None:
