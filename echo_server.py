@@ -1071,12 +1071,13 @@ class Wire:
         return b""
 
     def receive_last(self) -> bytes:
-        """Returns what the peer of a Unix socket has sent before closing it, which is not lost."""
-        data = b""
-        if self.socket.family == getattr(socket, "AF_UNIX", None):
-            with contextlib.suppress(OSError):
-                while piece := self.receive():
-                    data += piece
+        """Returns what the peer of a Unix socket has sent before closing it, which is not lost; but
+        no more than there is now, since the peer may only have shut its reading side."""
+        is_unix, data = self.socket.family == getattr(socket, "AF_UNIX", None), b""
+        left = in_kernel(self.fd, "FIONREAD") if is_unix else 0
+        with contextlib.suppress(OSError):
+            while len(data) < left and (piece := self.receive()):
+                data += piece
         return data
 
     def note_unread(self, least: int) -> None:
@@ -2222,8 +2223,8 @@ def outside(function: Callable[..., Any], *args: Any) -> Any:
 class Connections:
     """The WebSockets of one event loop: their poller, rounds, deadlines and numbers.
 
-    The object is an attribute of the IOLoop, and lives as long as that. The poller and the sweep of
-    the deadlines exist only while there are connections or visitors.
+    The object is an attribute of the IOLoop, and lives as long as that. Without `stay`, the poller
+    and the sweep of the deadlines exist only while there are connections or visitors.
     """
 
     def __init__(self) -> None:
