@@ -46,6 +46,8 @@ until_true() {
 show() { systemctl show -P "$1" "${2:-$UNIT}"; }
 matches() { [[ $1 =~ $2 ]]; }
 status_is() { matches "$(show StatusText)" "$1"; }
+# Between two processes, MainPID is 0, and kill 0 would end this script.
+kill_main() { local pid; pid=$(show MainPID); [ "$pid" != 0 ] && kill "$1" "$pid"; }
 pid_is_not() { [ "$(show MainPID)" != "$1" ] && [ "$(show ActiveState)" = active ]; }
 mark() { journalctl --sync; since=@$EPOCHREALTIME; }
 # said OPTION ...: the journal since the last mark.
@@ -280,7 +282,7 @@ check "a loop that hangs is killed and restarted" "after $took ms, $(show NResta
 reply=$(client echo)
 check "and then it serves" "$reply" [ "$reply" = ECHO:hello ]
 mark
-kill -ABRT "$(show MainPID)"
+kill_main -ABRT
 until_true 3 logged 'File ".*/echo_server.py", line'
 seen=$(service_said | grep -m1 -o 'File ".*echo_server.py", line.*')
 check "the journal shows where it hung" "$seen" [ -n "$seen" ]
@@ -374,7 +376,7 @@ pid=$(show MainPID)
 kill -KILL "$pid"
 took=$(milliseconds until_true 10 pid_is_not "$pid")
 check "kill -9 is followed by a restart" "$(client echo) after $took ms" pid_is_not "$pid"
-until_true 30 eval 'kill -KILL "$(show MainPID)"; sleep 0.2; [ "$(show ActiveState)" = failed ]'
+until_true 30 eval 'kill_main -KILL; sleep 0.2; [ "$(show ActiveState)" = failed ]'
 check "a service that keeps dying is given up" \
     "$(show NRestarts) restarts, $(show Result), socket $(show Result $SOCKET)" \
     [ "$(show ActiveState)" = failed -a "$(show NRestarts)" -le 10 ]
